@@ -1,0 +1,323 @@
+"""Train the CNN of PyTorch's CIFAR-10 classifier tutorial, by itself or as a trial of NNI.
+
+    python train.py                  # the baseline: the tutorial's hyperparameters
+    nnictl create -c config.yml      # a search: many trials, hyperparameters from NNI's tuner
+
+A trial reports the mean training loss of every 2,000 batches as intermediate results and the
+accuracy on the test images, in percent, as its final result. Network and training are those of
+https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import socket
+import sys
+from pathlib import Path
+
+import nni
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from nni.utils import merge_parameter
+from torch import nn
+from tqdm import tqdm
+
+# The keys that a search space may use. Each is a flag, too: batch_size is --batch-size.
+HYPERPARAMETERS = {  # key: (default, what it is, what is allowed, the check of that)
+    "batch_size": (4, "images per step", "an integer >= 1", lambda v: v >= 1),
+    "lr": (0.001, "learning rate", "a finite number > 0", lambda v: 0 < v < math.inf),
+    "epochs": (2, "passes over the training set", "an integer >= 1", lambda v: v >= 1),
+    "optimizer": ("SGD", "algorithm", "SGD, Adam, AdamW", lambda v: v in ("SGD", "Adam", "AdamW")),
+    "momentum": (0.9, "of SGD; Adam's beta1", "a number in [0, 1)", lambda v: 0 <= v < 1),
+}
+
+
+class Net(nn.Module):
+    """The tutorial's network: float images (N, 3, 32, 32) in, logits (N, 10) out."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = torch.flatten(x, 1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+def make_optimizer(args, model):
+    """Return the optimizer that args names; args.momentum is Adam's and AdamW's beta1."""
+    if args.optimizer == "SGD":
+        return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
+    adam = getattr(torch.optim, args.optimizer)
+    return adam(model.parameters(), lr=args.lr, betas=(args.momentum, 0.999))
+
+
+def normalize(images):
+    """Return uint8 images as floats, mean 0.5 and standard deviation 0.5 taken out: -1 to 1."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def train(model, optimizer, images, labels, args, epoch):
+    """Train for one epoch, printing and reporting to NNI the mean loss of each window of batches.
+
+    images: uint8 (N, 3, 32, 32), labels: int64 (N,), on the model's device. A window is
+    args.report_every batches, or the whole epoch where that is shorter. The batches after the
+    last whole window go unreported, as in the tutorial. Raises FloatingPointError at the end of
+    the window in which the loss stopped being finite.
+    """
+    model.train()
+    batches = torch.randperm(len(images)).to(images.device).split(min(args.batch_size, len(images)))
+    window = min(args.report_every, len(batches))
+    # Summed on the device: reading each step's loss would make a GPU wait for Python every time.
+    running_loss = torch.zeros((), device=images.device)
+    # disable=None shows the progress bar on a terminal only, so never in a trial.
+    progress = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
+    for step, index in enumerate(progress, start=1):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(normalize(images[index])), labels[index])
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.detach()
+        if step % window == 0 or step == len(batches):
+            mean_loss = running_loss.item() / window
+            running_loss.zero_()
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(f"the loss is {mean_loss} at epoch {epoch}, batch {step}")
+            if step % window == 0:
+                tqdm.write(f"[{epoch}, {step:5d}] loss: {mean_loss:.3f}")
+                nni.report_intermediate_result(mean_loss)
+
+
+@torch.inference_mode()
+def test(model, images, labels):
+    """Return how many of the images (uint8, (N, 3, 32, 32)) get their label (int64, (N,))."""
+    model.eval()
+    batches = zip(images.split(1000), labels.split(1000), strict=True)
+    return sum((model(normalize(x)).argmax(1) == y).sum().item() for x, y in batches)
+
+
+def save(content, path):
+    """Write content with torch.save, whole or not at all: readers see the old file or the new."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def checksums(tensors):
+    """Return each tensor's sum as 64-bit integers: a check of all of CIFAR-10 in 20 ms."""
+    return [tensor.view(torch.int64).sum().item() for tensor in tensors]
+
+
+def read_cache(cache):
+    """Return the tensors in the cache file, mapped into memory, or None if missing or damaged."""
+    if not cache.exists():
+        return None
+    try:
+        content = torch.load(cache, mmap=True, weights_only=True)
+        if checksums(content["tensors"]) == content["checksums"]:
+            return content["tensors"]
+    except Exception:  # what torch.load raises depends on what is damaged
+        pass
+    print(f"{cache} is damaged and not used", file=sys.stderr)
+    return None
+
+
+def decode_cifar10(data_dir):
+    """Return what load_cifar10 does, from torchvision, which verifies or downloads the data set."""
+    # Not at the top: it takes a second, which a trial that finds the cache need not wait.
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    # Seconds. torchvision's download sets no limit and would wait for ever for a silent server.
+    socket.setdefaulttimeout(30)
+    try:
+        splits = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # from the network, the disk or the data: the message says which
+        folder = data_dir.absolute() / CIFAR10.base_folder
+        files = CIFAR10.train_list + CIFAR10.test_list
+        missing = [name for name, md5 in files if not check_integrity(folder / name, md5)]
+        raise FileNotFoundError(
+            f"CIFAR-10 cannot be loaded. Missing or damaged in {folder}: {', '.join(missing)}\n"
+            f"The download failed: {type(error).__name__}: {error}\n"
+            "Three ways on:\n"
+            f"  - put {CIFAR10.filename} from {CIFAR10.url} into {data_dir.absolute()}\n"
+            f"  - point --data-dir or CIFAR10_DIR at a folder that holds {CIFAR10.base_folder}\n"
+            "  - try --dataset synthetic, which needs no download"
+        ) from error
+    images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
+    labels = [torch.tensor(split.targets) for split in splits]
+    return [images[0], labels[0], images[1], labels[1]]
+
+
+def load_cifar10(data_dir):
+    """Return CIFAR-10 as [training images, their labels, test images, their labels].
+
+    The images are uint8 (N, 3, 32, 32), the labels int64 (N,), 50,000 and 10,000 of them. They come
+    from a cache file beside the data set, which the first trial makes and all later ones map into
+    memory, so that concurrent trials share one copy. Raises FileNotFoundError, with the ways on,
+    if the data set is neither there nor to be downloaded.
+    """
+    cache = data_dir / "cifar10.pt"
+    if tensors := read_cache(cache):
+        return tensors
+    with contextlib.suppress(OSError):
+        data_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(data_dir, os.W_OK):
+        print(f"{data_dir} is read-only, so this run decodes CIFAR-10 for itself", file=sys.stderr)
+        return decode_cifar10(data_dir)
+    with FileLock(f"{cache}.lock"):
+        if tensors := read_cache(cache):  # made by another trial while this one waited for the lock
+            return tensors
+        tensors = decode_cifar10(data_dir)
+        save({"tensors": tensors, "checksums": checksums(tensors)}, cache)
+    return read_cache(cache) or tensors
+
+
+def make_synthetic():
+    """Return a stand-in for CIFAR-10 in the same form, 10,000 images to train on and 2,000 to test.
+
+    A class is a smooth random texture; an image is a window of it at a random place, under a
+    fainter window of another class and under noise. The seed is fixed: everyone gets the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    textures = torch.randn(10, 3, 8, 8, generator=generator)
+    textures = F.interpolate(textures, size=(48, 48), mode="bicubic")
+    windows = textures.unfold(2, 32, 1).unfold(3, 32, 1)  # (class, channel, top, left, 32, 32)
+    labels = torch.arange(12_000) % 10
+    others = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
+    top, left, other_top, other_left = torch.randint(17, (4, len(labels)), generator=generator)
+    images = windows[labels, :, top, left] + 0.7 * windows[others, :, other_top, other_left]
+    images += 2.5 * torch.randn(images.shape, generator=generator)
+    images = images.mul_(32).add_(128).clamp_(0, 255).byte()
+    return [images[:10_000], labels[:10_000], images[10_000:], labels[10_000:]]
+
+
+def merge(args, values, source):
+    """Merge values, a dict of hyperparameters, over args in place.
+
+    Raises ValueError, with one line that names source, key, value and what is allowed, for a key
+    that does not exist, a wrong type and a value out of range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} is {values!r}; allowed: an object of hyperparameters")
+    for key, value in values.items():
+        if key not in HYPERPARAMETERS:
+            known = ", ".join(HYPERPARAMETERS)
+            raise ValueError(f"{source}: {key} is {value!r}; allowed keys: {known}")
+        _, _, allowed, accepts = HYPERPARAMETERS[key]
+        try:
+            merge_parameter(args, {key: value})
+            accepted = not isinstance(value, bool) and accepts(getattr(args, key))
+        except (ValueError, OverflowError):
+            accepted = False
+        if not accepted:
+            raise ValueError(f"{source}: {key} is {value!r}; allowed: {allowed}")
+
+
+def parse_args(argv):
+    """Return the settings, with the hyperparameters of --params under those of the flags.
+
+    Exits with status 2, and one line on stderr, for a flag or a value that is not allowed.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train the CNN of PyTorch's CIFAR-10 tutorial, by itself or as a trial of NNI.",
+        usage=argparse.SUPPRESS,  # an error is one line, without the usage above it
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for key, (default, meaning, allowed, _) in HYPERPARAMETERS.items():
+        flag = "--" + key.replace("_", "-")
+        text = f"{meaning}, {allowed} (default: {default})"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text)
+    data = os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent / "data"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    add = parser.add_argument
+    add("--params", type=Path, metavar="FILE", help="JSON of hyperparameters, under the flags")
+    add("--dataset", choices=("cifar10", "synthetic"), default="cifar10", help="what to learn")
+    add("--data-dir", type=Path, default=data, help="where CIFAR-10 is or is downloaded to")
+    add("--seed", type=int, default=0, help="of the initial weights and the order of the images")
+    add("--device", default=device, help="where to train, as torch names it")
+    add("--report-every", type=int, default=2000, help="batches in a reported mean loss")
+    add("--save", type=Path, metavar="FILE", help="where the trained weights go, as a state dict")
+    args, unknown = parser.parse_known_args(argv)
+
+    flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}
+    for key, (default, *_) in HYPERPARAMETERS.items():
+        setattr(args, key, default)
+        with contextlib.suppress(KeyError, ValueError):  # not given, or text that merge() refuses
+            flags[key] = type(default)(flags[key])
+    try:
+        if unknown:
+            raise ValueError(f"unknown: {' '.join(unknown)}; allowed: the flags in --help")
+        if args.params:
+            merge(args, json.loads(args.params.read_text(encoding="utf-8")), args.params)
+        merge(args, flags, "command line")
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed is {args.seed}; allowed: an integer from 0 to 2**63 - 1")
+        if args.report_every < 1:
+            raise ValueError(f"--report-every is {args.report_every}; allowed: an integer >= 1")
+        if args.save and (args.save.is_dir() or not args.save.absolute().parent.is_dir()):
+            raise ValueError(f"--save is {args.save}; allowed: a file in a folder that exists")
+        torch.zeros(1, device=args.device).item()
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        parser.error(f"--params is {args.params}; allowed: a JSON file; {error}")
+    except (OSError, ValueError) as error:
+        parser.error(error)
+    except (RuntimeError, AssertionError) as error:  # torch's, some of several lines
+        problem = str(error).splitlines()[0]
+        parser.error(f"--device is {args.device}; allowed: one that torch finds; {problem}")
+    return args
+
+
+def main(argv=None):
+    """Run one trial with argv, by default the command line, and return its accuracy in percent."""
+    nni.silence_stdout()  # by itself the script would print each result twice, once in NNI's words
+    args = parse_args(argv)
+    try:
+        merge(args, nni.get_next_parameter(), "tuner")
+        torch.manual_seed(args.seed)
+        data = make_synthetic() if args.dataset == "synthetic" else load_cifar10(args.data_dir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: error: {error}")
+    print("Hyperparameters:", json.dumps({key: getattr(args, key) for key in HYPERPARAMETERS}))
+    print(f"Training on {args.device}")
+
+    data = [tensor.to(args.device) for tensor in data]
+    train_images, train_labels, test_images, test_labels = data
+    model = Net().to(args.device)
+    optimizer = make_optimizer(args, model)
+    try:
+        for epoch in range(1, args.epochs + 1):
+            train(model, optimizer, train_images, train_labels, args, epoch)
+    except FloatingPointError as error:
+        # The trial goes on to its final result, so that the tuner learns how bad these values are.
+        print(f"Warning: training ends early: {error}", file=sys.stderr)
+    correct = test(model, test_images, test_labels)
+    accuracy = 100 * correct / len(test_images)
+    print(f"Acc: {accuracy:.3f}% ({correct}/{len(test_images)})")
+    nni.report_final_result(accuracy)
+    if args.save:
+        save(model.cpu().state_dict(), args.save)
+    return accuracy
+
+
+if __name__ == "__main__":
+    main()
