@@ -1,0 +1,68 @@
+"""Every configuration loads with NNI's own class, and its search space is one train.py accepts."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from nni.experiment.config import ExperimentConfig
+
+import train
+
+CONFIGS = sorted([ROOT / "config.yml", *ROOT.glob("configs/*.yml")])
+BASELINE = {"batch_size": 4, "lr": 0.001, "epochs": 2, "optimizer": "SGD", "momentum": 0.9}
+WRITE_UPS_BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def config(request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # relative paths are relative to the file
+    config = ExperimentConfig.load(request.param).canonical_copy()
+    config.validate()
+    return config
+
+
+def edges(values):
+    """Return the values of a search space's entry that train.py has to accept for all to be."""
+    return values["_value"] if values["_type"] == "choice" else values["_value"][:2]
+
+
+def test_the_configuration_runs_train_py_from_any_folder(config):
+    assert str(config.trial_code_directory) == str(ROOT)
+    assert "python3 train.py" in config.trial_command
+    assert config.tuner.name == "TPE"
+    assert config.tuner.class_args == {"optimize_mode": "maximize"}
+    assert config.training_service.platform == "local"
+
+
+def test_the_flags_of_the_trial_command_exist(config):
+    train.parse_args(config.trial_command.split("train.py")[1].split())
+
+
+def test_the_search_space_holds_what_train_py_accepts(config):
+    for key, values in config.search_space.items():
+        for value in edges(values):
+            train.merge(train.parse_args([]), {key: value}, "search space")
+
+
+@pytest.mark.parametrize("point", [BASELINE, WRITE_UPS_BEST], ids=["baseline", "write-up"])
+def test_the_search_space_reaches(point):
+    space = json.loads((ROOT / "search_space.json").read_text())
+    assert space.keys() == point.keys()
+    for key, value in point.items():
+        values = space[key]["_value"]
+        if space[key]["_type"] == "choice":
+            assert value in values
+        else:
+            assert values[0] <= value <= values[1]
+
+
+def test_what_each_is_for():
+    settings = {path.stem: ExperimentConfig.load(path) for path in CONFIGS}
+    gpu, cpu, demo = settings["config"], settings["cpu"], settings["demo"]
+    assert (gpu.trial_gpu_number, gpu.trial_concurrency, gpu.max_trial_number) == (1, 1, 30)
+    assert gpu.training_service.use_active_gpu is False
+    assert (cpu.trial_gpu_number, cpu.trial_concurrency, cpu.max_trial_number) == (0, 2, 30)
+    assert (demo.trial_gpu_number, demo.trial_concurrency, demo.max_trial_number) == (0, 2, 9)
+    assert "--dataset synthetic" in demo.trial_command
+    for config in (cpu, demo):
+        assert config.trial_command.startswith("OMP_NUM_THREADS=1 ")

@@ -1,0 +1,173 @@
+"""Real experiments: nnictl, NNI's manager and scheduler, trials in processes of their own."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+
+# What a search in a test covers: trials of a few seconds.
+SPACE = {
+    "batch_size": {"_type": "choice", "_value": [32, 64, 128]},
+    "lr": {"_type": "loguniform", "_value": [0.01, 0.1]},
+    "epochs": {"_type": "choice", "_value": [1, 2]},
+    "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
+    "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
+}
+
+
+class Experiment:
+    """An experiment of a configuration with changes, in a HOME of its own."""
+
+    def __init__(self, path, home, environment, **changes):
+        self.home = home
+        # TMPDIR is where NNI keeps what nvidia-smi says; this Python comes first for the trials.
+        folders = {"HOME": str(home), "TMPDIR": str(home)}
+        paths = f"{home}:{Path(sys.executable).parent}:{environment['PATH']}"
+        self.environment = environment | folders | {"PATH": paths}
+        config = yaml.safe_load(path.read_text()) | {"trialCodeDirectory": str(ROOT)} | changes
+        if "searchSpace" in changes:
+            del config["searchSpaceFile"]
+        (home / "config.yml").write_text(yaml.safe_dump(config))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.nnictl("create", "-c", home / "config.yml", "-p", self.port)
+        self.id = self.get("experiment")["id"]
+
+    def nnictl(self, *args):
+        """Run nnictl and return what it printed."""
+        command = [Path(sys.executable).parent / "nnictl", *args]
+        return subprocess.run(
+            [str(part) for part in command],
+            env=self.environment,
+            cwd=self.home,
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        ).stdout
+
+    def get(self, what):
+        """Return the answer of NNI's REST server."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/nni/{what}"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=30) as answer:
+            return json.load(answer)
+
+    def wait(self, seconds):
+        """Wait until all trials have ended and return them."""
+        end = time.monotonic() + seconds
+        while self.get("check-status")["status"] != "DONE":
+            assert time.monotonic() < end, (self.get("check-status"), self.get("trial-jobs"))
+            time.sleep(1)
+        return self.get("trial-jobs")
+
+    def trial_file(self, trial, name):
+        path = self.home / "nni-experiments" / self.id / "trials" / trial["trialJobId"] / name
+        return path.read_text()
+
+    def processes(self):
+        """Return the processes that the experiment has started and that are still there."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HOME") == str(self.home):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def stop(self):
+        self.nnictl("stop", self.id)
+        _, alive = psutil.wait_procs(self.processes(), timeout=30)
+        return alive
+
+
+@pytest.fixture
+def experiment(tmp_path, environment):
+    """Start experiments that are stopped when the test ends, however it ends."""
+    started = []
+
+    def experiment(config, **changes):
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        started.append(Experiment(ROOT / config, home, environment, **changes))
+        return started[-1]
+
+    yield experiment
+    for one in started:
+        for process in one.processes():
+            process.kill()
+
+
+def test_a_search_from_create_to_export(experiment):
+    demo = experiment("configs/demo.yml", maxTrialNumber=4, searchSpace=SPACE)
+    trials = demo.wait(240)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 4
+
+    for trial in trials:
+        log = demo.trial_file(trial, "trial.log")
+        (given,) = (json.loads(text)["parameters"] for text in trial["hyperParameters"])
+        assert json.loads(log.split("Hyperparameters: ")[1].splitlines()[0]) == given
+
+        metrics = demo.get(f"metric-data/{trial['trialJobId']}")
+        intermediate = [m for m in metrics if m["type"] == "PERIODICAL"]
+        (final,) = (m for m in metrics if m["type"] == "FINAL")
+        accuracy = json.loads(json.loads(final["data"]))
+        assert f"Acc: {accuracy:.3f}% (" in log
+        losses = [json.loads(json.loads(m["data"])) for m in intermediate]
+        assert [line.split("loss: ")[1] for line in log.splitlines() if "loss: " in line] == [
+            f"{loss:.3f}" for loss in losses
+        ]
+        window = min(50, -(-10_000 // given["batch_size"]))
+        assert len(losses) == given["epochs"] * (-(-10_000 // given["batch_size"]) // window)
+        assert demo.trial_file(trial, "stderr") == ""
+
+    demo.nnictl("experiment", "export", demo.id, "-t", "json", "-f", demo.home / "out.json")
+    exported = json.loads((demo.home / "out.json").read_text())
+    assert len(exported) == 4
+    assert demo.stop() == []
+
+
+def test_a_refused_value_fails_the_trial_and_stands_in_its_stderr(experiment):
+    space = {"batch_size": {"_type": "choice", "_value": [0]}}
+    demo = experiment("configs/demo.yml", maxTrialNumber=1, searchSpace=space)
+    (trial,) = demo.wait(120)
+    assert trial["status"] == "FAILED"
+    line = "train.py: error: tuner: batch_size is 0; allowed: an integer >= 1\n"
+    assert demo.trial_file(trial, "stderr") == line
+    assert demo.stop() == []
+
+
+def test_every_trial_of_config_yml_gets_the_free_gpu(experiment, tmp_path):
+    gpu = (
+        "<gpu><processes>{}</processes><utilization><gpu_util>0 %</gpu_util>{}</utilization></gpu>"
+    )
+    memory = "<memory_util>0 %</memory_util>"
+    busy = gpu.format("<process_info><pid>1</pid></process_info>", memory)
+    answer = f"<nvidia_smi_log>{busy * 2}{gpu.format('', memory)}{busy}</nvidia_smi_log>"
+    home = tmp_path / "home"
+    home.mkdir()
+    stand_in = home / "nvidia-smi"
+    stand_in.write_text(f"#!/bin/sh\ncat <<END\n{answer}\nEND\n")
+    stand_in.chmod(0o755)
+    search = experiment(
+        "config.yml",
+        trialCommand="printenv CUDA_VISIBLE_DEVICES && python3 train.py --dataset synthetic"
+        " --device cpu",
+        searchSpace=SPACE,
+        maxTrialNumber=2,
+    )
+    trials = search.wait(180)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 2
+    assert [search.trial_file(trial, "stdout") for trial in trials] == ["2\n"] * 2
+    assert search.stop() == []

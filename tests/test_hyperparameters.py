@@ -1,0 +1,156 @@
+"""Hyperparameters from defaults, --params, flags and tuner: who wins, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+import train
+
+BASELINE = {"batch_size": 4, "lr": 0.001, "epochs": 2, "optimizer": "SGD", "momentum": 0.9}
+REFUSED = [
+    ("batch_size", 0, "an integer >= 1"),
+    ("batch_size", -4, "an integer >= 1"),
+    ("batch_size", 4.5, "an integer >= 1"),
+    ("batch_size", "many", "an integer >= 1"),
+    ("lr", 0, "a finite number > 0"),
+    ("lr", -0.1, "a finite number > 0"),
+    ("lr", float("inf"), "a finite number > 0"),
+    ("lr", float("nan"), "a finite number > 0"),
+    ("lr", "fast", "a finite number > 0"),
+    ("epochs", 0, "an integer >= 1"),
+    ("epochs", 2.0, "an integer >= 1"),
+    ("optimizer", "RMSprop", "SGD, Adam, AdamW"),
+    ("optimizer", "sgd", "SGD, Adam, AdamW"),
+    ("momentum", 1, "a number in [0, 1)"),
+    ("momentum", -0.1, "a number in [0, 1)"),
+    ("momentum", "high", "a number in [0, 1)"),
+]
+REFUSED_JSON = [
+    ("batch_size", True, "an integer >= 1"),
+    ("batch_size", None, "an integer >= 1"),
+    ("batch_size", [4, 8], "an integer >= 1"),
+    ("lr", "0.1", "a finite number > 0"),
+    ("lr", 10**400, "a finite number > 0"),
+    ("momentum", False, "a number in [0, 1)"),
+    ("optimizer", {"_name": "SGD"}, "SGD, Adam, AdamW"),
+    ("optimizer", 3, "SGD, Adam, AdamW"),
+    ("batchsize", 4, "batch_size, lr, epochs, optimizer, momentum"),
+    ("seed", 4, "batch_size, lr, epochs, optimizer, momentum"),
+    ("", None, "batch_size, lr, epochs, optimizer, momentum"),
+]
+
+
+def hyperparameters(args):
+    return {key: getattr(args, key) for key in BASELINE}
+
+
+def test_the_defaults_are_the_baseline():
+    assert hyperparameters(train.parse_args([])) == BASELINE
+
+
+def test_every_hyperparameter_is_a_flag():
+    flags = [
+        "--batch-size",
+        "64",
+        "--lr",
+        "1e-2",
+        "--epochs",
+        "10",
+        "--optimizer",
+        "AdamW",
+        "--momentum",
+        ".5",
+    ]
+    expected = {"batch_size": 64, "lr": 0.01, "epochs": 10, "optimizer": "AdamW", "momentum": 0.5}
+    assert hyperparameters(train.parse_args(flags)) == expected
+
+
+def test_flags_override_the_file_and_the_tuner_both(tmp_path):
+    file = tmp_path / "best.json"
+    file.write_text(json.dumps({"lr": 0.5, "epochs": 7, "momentum": 0}))
+    args = train.parse_args(["--params", str(file), "--lr", "0.25", "--batch-size", "16"])
+    train.merge(args, {"batch_size": 32}, "tuner")
+    expected = BASELINE | {"batch_size": 32, "lr": 0.25, "epochs": 7, "momentum": 0.0}
+    assert hyperparameters(args) == expected
+
+
+def test_an_integer_will_do_for_a_float():
+    args = train.parse_args([])
+    train.merge(args, {"lr": 1}, "tuner")
+    assert args.lr == 1.0
+    assert isinstance(args.lr, float)
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), REFUSED + REFUSED_JSON)
+def test_the_tuners_value_is_refused(key, value, allowed):
+    with pytest.raises(ValueError) as error:
+        train.merge(train.parse_args([]), {key: value}, "tuner")
+    message = str(error.value)
+    assert message.startswith(f"tuner: {key} is {value!r}; allowed")
+    assert message.endswith(allowed)
+    assert "\n" not in message
+
+
+def refusal(argv, capsys):
+    """Return the one line with which the command line is refused."""
+    with pytest.raises(SystemExit) as exit:
+        train.parse_args([str(arg) for arg in argv])
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), REFUSED)
+def test_the_command_lines_value_is_refused(key, value, allowed, capsys):
+    line = refusal([f"--{key.replace('_', '-')}={value}"], capsys)
+    assert f"command line: {key} is " in line
+    assert str(value) in line
+    assert line.endswith(f"allowed: {allowed}")
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), REFUSED + REFUSED_JSON)
+def test_the_files_value_is_refused(key, value, allowed, tmp_path, capsys):
+    file = tmp_path / "params.json"
+    file.write_text(json.dumps({key: value}))
+    line = refusal(["--params", file], capsys)
+    assert f"{file}: {key} is {value!r}; allowed" in line
+    assert line.endswith(allowed)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--batchsize", "4"], ["--batchsize 4", "--help"]),
+        (["--batch", "4"], ["--batch 4", "--help"]),
+        (["--lr"], ["--lr", "expected one argument"]),
+        (["--seed", "-1"], ["--seed is -1", "allowed"]),
+        (["--seed", "x"], ["--seed", "'x'"]),
+        (["--report-every", "0"], ["--report-every is 0", ">= 1"]),
+        (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10", "synthetic"]),
+        (["--device", "abacus"], ["--device is abacus", "allowed"]),
+        (["--device", "meta"], ["--device is meta", "allowed"]),
+        (["--save", "/no/such/folder/model.pt"], ["--save is /no/such/folder/model.pt", "allowed"]),
+        (["--params", "/no/such/file.json"], ["/no/such/file.json", "No such file"]),
+    ],
+)
+def test_other_flags_are_refused(argv, parts, capsys):
+    line = refusal(argv, capsys)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"lr: 1", b"\xff\xfe\x00", b"[1]", b"3", b"null"])
+def test_a_file_that_holds_no_hyperparameters_is_refused(content, tmp_path, capsys):
+    file = tmp_path / "params.json"
+    file.write_bytes(content)
+    assert str(file) in refusal(["--params", file], capsys)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_optimizer_is_torchs_with_the_given_momentum(name):
+    args = train.parse_args(["--optimizer", name, "--lr", "0.5", "--momentum", "0.75"])
+    optimizer = train.make_optimizer(args, train.Net())
+    assert type(optimizer) is getattr(torch.optim, name)
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.5
+    assert (group["momentum"] if name == "SGD" else group["betas"][0]) == 0.75

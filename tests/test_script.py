@@ -1,0 +1,203 @@
+"""train.py as it is started: by hand, on a terminal, and by NNI."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+
+QUICK = ["--dataset", "synthetic", "--batch-size", "128", "--lr", "0.05", "--epochs", "1"]
+
+# Starts a trial on NNI's test double and prints every metric that it sends, as JSON.
+TRIAL = """
+import json, sys
+import nni.runtime.platform.test as platform
+import train
+tuned, *argv = sys.argv[1:]
+platform.init_params({"parameter_id": 7, "parameters": json.loads(tuned)})
+sent = []
+def send_metric(string):
+    metric = json.loads(string)
+    sent.append(metric | {"value": json.loads(metric["value"])})
+platform.send_metric = send_metric
+train.main(argv)
+print(json.dumps(sent))
+"""
+
+
+@pytest.fixture
+def trial(run, environment):
+    """Run a trial with the tuner's values and flags; return the process and the metrics it sent."""
+    environment["NNI_PLATFORM"] = "unittest"
+    environment["NNI_TRIAL_JOB_ID"] = "trial"
+
+    def trial(tuned, *flags):
+        result = run(json.dumps(tuned), *flags, code=TRIAL)
+        return result, json.loads(result.stdout.splitlines()[-1]) if not result.returncode else []
+
+    return trial
+
+
+def test_a_run_by_hand(run, tmp_path):
+    model = tmp_path / "model.pt"
+    result = run(*QUICK, "--save", model)
+    assert result.returncode == 0, result.stderr
+    parameters, device, loss, accuracy = result.stdout.splitlines()
+    assert json.loads(parameters.removeprefix("Hyperparameters: ")) == {
+        "batch_size": 128,
+        "lr": 0.05,
+        "epochs": 1,
+        "optimizer": "SGD",
+        "momentum": 0.9,
+    }
+    assert device == f"Training on {train.parse_args([]).device}"
+    assert loss.startswith("[1,    79] loss: 2.")
+    assert "%|" not in result.stderr  # no progress bar without a terminal
+    assert list(tmp_path.iterdir()) == [model]
+
+    net = train.Net()
+    net.load_state_dict(torch.load(model, weights_only=True))
+    correct = train.test(net, *train.make_synthetic()[2:])
+    assert accuracy == f"Acc: {correct / 20:.3f}% ({correct}/2000)"
+
+
+def test_a_seed_repeats_a_run_on_the_cpu_to_the_last_digit(run, tmp_path):
+    outputs = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        flags = ("--device", "cpu", "--seed", seed, "--save", tmp_path / name, "--report-every", 7)
+        outputs.append(run(*QUICK, *flags).stdout)
+    weights = [torch.load(tmp_path / name, weights_only=True) for name in "abc"]
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not any(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+def test_good_hyperparameters_end_far_from_the_baselines_and_from_bad_ones(run):
+    def accuracy(*flags):
+        printed = run("--dataset", "synthetic", *flags).stdout.splitlines()
+        return float(printed[-1].split("%")[0].removeprefix("Acc: "))
+
+    baseline = accuracy()
+    assert 40 < baseline < 80
+    assert accuracy("--batch-size", "16", "--lr", "0.005", "--epochs", "5") > baseline + 5
+    assert accuracy("--batch-size", "128", "--lr", "0.0001") < 20
+
+
+def test_a_progress_bar_on_a_terminal(environment, tmp_path):
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # rows, columns
+    command = [sys.executable, ROOT / "train.py", *QUICK]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=terminal
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(controller, 4096)
+            except OSError:  # how Linux says that the other end is closed
+                break
+        os.close(controller)
+        assert process.wait(timeout=60) == 0
+    assert b"epoch 1: " in shown
+
+
+def test_the_params_file_of_a_run(run, tmp_path):
+    file = tmp_path / "best.json"
+    file.write_text('{"batch_size": 500, "lr": 0.02, "epochs": 1, "optimizer": "Adam"}')
+    result = run("--dataset", "synthetic", "--params", file)
+    expected = {"batch_size": 500, "lr": 0.02, "epochs": 1, "optimizer": "Adam", "momentum": 0.9}
+    assert f"Hyperparameters: {json.dumps(expected)}\n" in result.stdout
+
+
+def test_save_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    train.save({"weight": torch.ones(3)}, path)
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):  # a function of a function cannot be pickled
+        train.save({"weight": torch.zeros(3), "bad": lambda: None}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reports_as_nni_sees_them(trial):
+    result, sent = trial({"batch_size": 64, "epochs": 2, "lr": 0.05}, *QUICK, "--report-every", 50)
+    assert [metric["type"] for metric in sent] == ["PERIODICAL", "PERIODICAL", "FINAL"]
+    assert [metric["sequence"] for metric in sent] == [0, 1, 0]
+    assert {metric["parameter_id"] for metric in sent} == {7}
+    assert all(type(metric["value"]) is float for metric in sent)
+    *losses, accuracy = (metric["value"] for metric in sent)
+    printed = result.stdout.splitlines()
+    assert [line for line in printed if " loss: " in line] == [
+        f"[{epoch},    50] loss: {loss:.3f}" for epoch, loss in enumerate(losses, start=1)
+    ]
+    assert printed[-2].startswith(f"Acc: {accuracy:.3f}% (")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
+def test_a_loss_that_is_no_number_ends_in_a_final_result_that_is_one(trial, optimizer):
+    result, sent = trial({"lr": 1e30, "optimizer": optimizer}, *QUICK, "--report-every", 10)
+    assert result.returncode == 0
+    assert "Warning: training ends early: the loss is nan at epoch 1, batch 10" in result.stderr
+    (final,) = sent
+    assert final["type"] == "FINAL"
+    assert 0 <= final["value"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("tuned", "line"),
+    [
+        ({"lr": -1}, "tuner: lr is -1; allowed: a finite number > 0"),
+        ({"epochs": 3.0}, "tuner: epochs is 3.0; allowed: an integer >= 1"),
+        ({"layers": 4}, "tuner: layers is 4; allowed keys: batch_size, lr, epochs, optimizer"),
+    ],
+)
+def test_the_tuners_mistake_ends_the_trial(trial, tuned, line):
+    result, _ = trial(tuned, *QUICK)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"train.py: error: {line}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_data_that_cannot_be_had_ends_the_trial(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run("--data-dir", tmp_path / "file")
+    assert result.returncode == 1
+    assert "train.py: error: CIFAR-10 cannot be loaded" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_data_dir_is_beside_the_script_or_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    assert train.parse_args([]).data_dir == ROOT / "data"
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
+    assert train.parse_args([]).data_dir == tmp_path
+    assert str(train.parse_args(["--data-dir", "elsewhere"]).data_dir) == "elsewhere"
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch finds no accelerator here")
+def test_an_accelerator_learns_what_the_cpu_learns(run):
+    def losses(device):
+        printed = run(*QUICK, "--device", device, "--report-every", "20").stdout.splitlines()
+        return [float(line.split()[-1]) for line in printed if " loss: " in line]
+
+    accelerator = torch.accelerator.current_accelerator()
+    assert losses(accelerator) == pytest.approx(losses("cpu"), abs=0.05)
+
+
+def test_a_real_trial(run, cifar10_dir):
+    flags = ["--batch-size", "64", "--lr", "0.014", "--epochs", "1", "--device", "cpu"]
+    outputs = [run(*flags, "--data-dir", cifar10_dir).stdout.splitlines() for _ in range(2)]
+    assert outputs[0] == outputs[1]
+    assert float(outputs[0][-1].split("%")[0].removeprefix("Acc: ")) > 40
