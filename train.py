@@ -178,8 +178,7 @@ def load_cifar10(data_dir):
     cache = data_dir / "cifar10.pt"
     if tensors := read_cache(cache):
         return tensors
-    with contextlib.suppress(OSError):
-        data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(data_dir, os.W_OK):
         print(f"{data_dir} is read-only, so this run decodes CIFAR-10 for itself", file=sys.stderr)
         return decode_cifar10(data_dir)

@@ -20,15 +20,15 @@ QUICK = ["--dataset", "synthetic", "--batch-size", "128", "--lr", "0.05", "--epo
 # Starts a trial on NNI's test double and prints every metric that it sends, as JSON.
 TRIAL = """
 import json, sys
-import nni.runtime.platform.test as platform
+import nni.runtime.platform, nni.runtime.platform.test
 import train
 tuned, *argv = sys.argv[1:]
-platform.init_params({"parameter_id": 7, "parameters": json.loads(tuned)})
+nni.runtime.platform.test.init_params({"parameter_id": 7, "parameters": json.loads(tuned)})
 sent = []
 def send_metric(string):
     metric = json.loads(string)
     sent.append(metric | {"value": json.loads(metric["value"])})
-platform.send_metric = send_metric
+nni.runtime.platform.send_metric = send_metric
 train.main(argv)
 print(json.dumps(sent))
 """
@@ -169,11 +169,20 @@ def test_the_tuners_mistake_ends_the_trial(trial, tuned, line):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_data_that_cannot_be_had_ends_the_trial(run, tmp_path):
+def test_a_data_folder_that_is_a_file_ends_the_trial(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = run("--data-dir", tmp_path / "file")
     assert result.returncode == 1
+    assert f"train.py: error: [Errno 17] File exists: '{tmp_path / 'file'}'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_data_that_cannot_be_had_ends_the_trial(run, environment, tmp_path):
+    environment["https_proxy"] = environment["http_proxy"] = "http://127.0.0.1:1"  # nobody there
+    result = run("--data-dir", tmp_path / "data")
+    assert result.returncode == 1
     assert "train.py: error: CIFAR-10 cannot be loaded" in result.stderr
+    assert "Three ways on:" in result.stderr
     assert "Traceback" not in result.stderr
 
 
