@@ -150,13 +150,14 @@ def decode_cifar10(data_dir):
     socket.setdefaulttimeout(30)
     try:
         splits = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # from the network, the disk or the data: the message says which
+    except Exception as error:  # of the network, the disk or the data: the message says which
         folder = data_dir.absolute() / CIFAR10.base_folder
-        files = CIFAR10.train_list + CIFAR10.test_list
+        files = [*CIFAR10.train_list, *CIFAR10.test_list]
+        files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
         missing = [name for name, md5 in files if not check_integrity(folder / name, md5)]
         raise FileNotFoundError(
             f"CIFAR-10 cannot be loaded. Missing or damaged in {folder}: {', '.join(missing)}\n"
-            f"The download failed: {type(error).__name__}: {error}\n"
+            f"What failed: {type(error).__name__}: {error}\n"
             "Three ways on:\n"
             f"  - put {CIFAR10.filename} from {CIFAR10.url} into {data_dir.absolute()}\n"
             f"  - point --data-dir or CIFAR10_DIR at a folder that holds {CIFAR10.base_folder}\n"
@@ -249,13 +250,18 @@ def parse_args(argv):
     data = os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent / "data"
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     add = parser.add_argument
-    add("--params", type=Path, metavar="FILE", help="JSON of hyperparameters, under the flags")
-    add("--dataset", choices=("cifar10", "synthetic"), default="cifar10", help="what to learn")
+    add("--params", type=Path, metavar="FILE", help="JSON of hyperparameters; flags override it")
+    add(
+        "--dataset",
+        choices=("cifar10", "synthetic"),
+        default="cifar10",
+        help="synthetic needs no download",
+    )
     add("--data-dir", type=Path, default=data, help="where CIFAR-10 is or is downloaded to")
     add("--seed", type=int, default=0, help="of the initial weights and the order of the images")
     add("--device", default=device, help="where to train, as torch names it")
     add("--report-every", type=int, default=2000, help="batches in a reported mean loss")
-    add("--save", type=Path, metavar="FILE", help="where the trained weights go, as a state dict")
+    add("--save", type=Path, metavar="FILE", help="write the trained weights there, a state dict")
     args, unknown = parser.parse_known_args(argv)
 
     flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}
