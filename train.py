@@ -109,7 +109,10 @@ def test(model, images, labels):
 
 
 def save(content, path):
-    """Write content with torch.save, whole or not at all: readers see the old file or the new."""
+    """Write content with torch.save, whole or not at all: readers see the old file or the new.
+
+    Raises OSError, naming the file, if it cannot be written.
+    """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
@@ -117,6 +120,8 @@ def save(content, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk
+        raise OSError(f"cannot write {path} (is there room?): {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -320,7 +325,10 @@ def main(argv=None):
     print(f"Acc: {accuracy:.3f}% ({correct}/{len(test_images)})")
     nni.report_final_result(accuracy)
     if args.save:
-        save(model.cpu().state_dict(), args.save)
+        try:
+            save(model.cpu().state_dict(), args.save)
+        except OSError as error:
+            sys.exit(f"train.py: error: {error}")
     return accuracy
 
 
