@@ -1,5 +1,6 @@
 """Real experiments: nnictl, NNI's manager and scheduler, trials in processes of their own."""
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -23,6 +24,16 @@ SPACE = {
 }
 
 
+def processes_at(home):
+    """Return the processes with this HOME: what nnictl, called by a test, has started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile, or is another user's
+            if process.environ().get("HOME") == str(home):
+                found.append(process)
+    return found
+
+
 class Experiment:
     """An experiment of a configuration with changes, in a HOME of its own."""
 
@@ -33,7 +44,7 @@ class Experiment:
         paths = f"{home}:{Path(sys.executable).parent}:{environment['PATH']}"
         self.environment = environment | folders | {"PATH": paths}
         config = yaml.safe_load(path.read_text()) | {"trialCodeDirectory": str(ROOT)} | changes
-        config.pop("searchSpaceFile", None)  # the tests' spaces stand in the configuration
+        config.pop("searchSpaceFile", None)  # every test brings its own space
         (home / "config.yml").write_text(yaml.safe_dump(config))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -74,38 +85,21 @@ class Experiment:
         path = self.home / "nni-experiments" / self.id / "trials" / trial["trialJobId"] / name
         return path.read_text()
 
-    def processes(self):
-        """Return the processes that the experiment has started and that are still there."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("HOME") == str(self.home):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
     def stop(self):
+        """Stop the experiment and return the processes that are still there half a minute later."""
         self.nnictl("stop", self.id)
-        _, alive = psutil.wait_procs(self.processes(), timeout=30)
+        _, alive = psutil.wait_procs(processes_at(self.home), timeout=30)
         return alive
 
 
 @pytest.fixture
 def experiment(tmp_path, environment):
-    """Start experiments that are stopped when the test ends, however it ends."""
-    started = []
-
-    def experiment(config, **changes):
-        home = tmp_path / "home"
-        home.mkdir(exist_ok=True)
-        started.append(Experiment(ROOT / config, home, environment, **changes))
-        return started[-1]
-
-    yield experiment
-    for one in started:
-        for process in one.processes():
-            process.kill()
+    """Start an experiment, of which nothing is left when the test ends, however it ends."""
+    home = tmp_path / "home"
+    home.mkdir()
+    yield lambda config, **changes: Experiment(ROOT / config, home, environment, **changes)
+    for process in processes_at(home):
+        process.kill()
 
 
 def test_a_search_from_create_to_export(experiment):
@@ -154,9 +148,7 @@ def test_every_trial_of_config_yml_gets_the_free_gpu(experiment, tmp_path):
     memory = "<memory_util>0 %</memory_util>"
     busy = gpu.format("<process_info><pid>1</pid></process_info>", memory)
     answer = f"<nvidia_smi_log>{busy * 2}{gpu.format('', memory)}{busy}</nvidia_smi_log>"
-    home = tmp_path / "home"
-    home.mkdir()
-    stand_in = home / "nvidia-smi"
+    stand_in = tmp_path / "home" / "nvidia-smi"
     stand_in.write_text(f"#!/bin/sh\ncat <<END\n{answer}\nEND\n")
     stand_in.chmod(0o755)
     search = experiment(
