@@ -130,16 +130,19 @@ def test_save_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_reports_as_nni_sees_them(trial):
-    result, sent = trial({"batch_size": 64, "epochs": 2, "lr": 0.05}, *QUICK, "--report-every", 50)
-    assert [metric["type"] for metric in sent] == ["PERIODICAL", "PERIODICAL", "FINAL"]
-    assert [metric["sequence"] for metric in sent] == [0, 1, 0]
+    result, sent = trial({"batch_size": 64, "epochs": 2, "lr": 0.05}, *QUICK, "--report-every", 60)
+    assert [metric["type"] for metric in sent] == ["PERIODICAL"] * 4 + ["FINAL"]
+    assert [metric["sequence"] for metric in sent] == [0, 1, 2, 3, 0]
     assert {metric["parameter_id"] for metric in sent} == {7}
     assert all(type(metric["value"]) is float for metric in sent)
     *losses, accuracy = (metric["value"] for metric in sent)
     printed = result.stdout.splitlines()
     assert [line for line in printed if " loss: " in line] == [
-        f"[{epoch},    50] loss: {loss:.3f}" for epoch, loss in enumerate(losses, start=1)
-    ]
+        f"[1,    60] loss: {losses[0]:.3f}",
+        f"[1,   120] loss: {losses[1]:.3f}",
+        f"[2,    60] loss: {losses[2]:.3f}",
+        f"[2,   120] loss: {losses[3]:.3f}",
+    ]  # an epoch has 157 batches
     assert printed[-2].startswith(f"Acc: {accuracy:.3f}% (")
     assert result.stderr == ""
 
