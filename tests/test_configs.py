@@ -3,13 +3,12 @@
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import BASELINE, ROOT
 from nni.experiment.config import ExperimentConfig
 
 import train
 
 CONFIGS = sorted([ROOT / "config.yml", *ROOT.glob("configs/*.yml")])
-BASELINE = {"batch_size": 4, "lr": 0.001, "epochs": 2, "optimizer": "SGD", "momentum": 0.9}
 WRITE_UPS_BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
 
 

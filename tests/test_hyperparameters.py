@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from conftest import BASELINE
 
 import train
 
-BASELINE = {"batch_size": 4, "lr": 0.001, "epochs": 2, "optimizer": "SGD", "momentum": 0.9}
 REFUSED = [
     ("batch_size", 0, "an integer >= 1"),
     ("batch_size", -4, "an integer >= 1"),

@@ -47,6 +47,11 @@ def trial(run, environment):
     return trial
 
 
+def accuracy(printed):
+    """Return the percentage in the last line that a run has printed."""
+    return float(printed.splitlines()[-1].split("%")[0].removeprefix("Acc: "))
+
+
 def test_a_run_by_hand(run, tmp_path):
     model = tmp_path / "model.pt"
     result = run(*QUICK, "--save", model)
@@ -82,14 +87,17 @@ def test_a_seed_repeats_a_run_on_the_cpu_to_the_last_digit(run, tmp_path):
 
 
 def test_good_hyperparameters_end_far_from_the_baselines_and_from_bad_ones(run):
-    def accuracy(*flags):
-        printed = run("--dataset", "synthetic", *flags).stdout.splitlines()
-        return float(printed[-1].split("%")[0].removeprefix("Acc: "))
-
-    baseline = accuracy()
+    baseline, better, bad = (
+        accuracy(run("--dataset", "synthetic", *flags).stdout)
+        for flags in (
+            [],
+            ["--batch-size", "16", "--lr", "0.005", "--epochs", "5"],
+            ["--batch-size", "128", "--lr", "0.0001"],
+        )
+    )
     assert 40 < baseline < 80
-    assert accuracy("--batch-size", "16", "--lr", "0.005", "--epochs", "5") > baseline + 5
-    assert accuracy("--batch-size", "128", "--lr", "0.0001") < 20
+    assert better > baseline + 5
+    assert bad < 20
 
 
 def test_a_progress_bar_on_a_terminal(environment, tmp_path):
@@ -119,7 +127,7 @@ def test_the_params_file_of_a_run(run, tmp_path):
     assert f"Hyperparameters: {json.dumps(expected)}\n" in result.stdout
 
 
-def test_save_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_save_replaces_a_file_whole_or_not_at_all(tmp_path):
     path = tmp_path / "model.pt"
     train.save({"weight": torch.ones(3)}, path)
     before = path.read_bytes()
@@ -210,6 +218,6 @@ def test_an_accelerator_learns_what_the_cpu_learns(run):
 
 def test_a_real_trial(run, cifar10_dir):
     flags = ["--batch-size", "64", "--lr", "0.014", "--epochs", "1", "--device", "cpu"]
-    outputs = [run(*flags, "--data-dir", cifar10_dir).stdout.splitlines() for _ in range(2)]
+    outputs = [run(*flags, "--data-dir", cifar10_dir).stdout for _ in range(2)]
     assert outputs[0] == outputs[1]
-    assert float(outputs[0][-1].split("%")[0].removeprefix("Acc: ")) > 40
+    assert accuracy(outputs[0]) > 40
