@@ -1,18 +1,10 @@
 """Real experiments: nnictl, NNI's manager and scheduler, trials in processes of their own."""
 
-import contextlib
 import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
-import psutil
 import pytest
-import yaml
 from conftest import ROOT
+from experiment import Experiment, processes_at
 
 # What a search in a test covers: trials of a few seconds.
 SPACE = {
@@ -22,74 +14,6 @@ SPACE = {
     "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
     "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
 }
-
-
-def processes_at(home):
-    """Return the processes with this HOME: what nnictl, called by a test, has started."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it ended meanwhile, or is another user's
-            if process.environ().get("HOME") == str(home):
-                found.append(process)
-    return found
-
-
-class Experiment:
-    """An experiment of a configuration with changes, in a HOME of its own."""
-
-    def __init__(self, path, home, environment, **changes):
-        self.home = home
-        # TMPDIR is where NNI keeps what nvidia-smi says; this Python comes first for the trials.
-        folders = {"HOME": str(home), "TMPDIR": str(home)}
-        paths = f"{home}:{Path(sys.executable).parent}:{environment['PATH']}"
-        self.environment = environment | folders | {"PATH": paths}
-        config = yaml.safe_load(path.read_text()) | {"trialCodeDirectory": str(ROOT)} | changes
-        config.pop("searchSpaceFile", None)  # every test brings its own space
-        (home / "config.yml").write_text(yaml.safe_dump(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.nnictl("create", "-c", home / "config.yml", "-p", self.port)
-        self.id = self.get("experiment")["id"]
-
-    def nnictl(self, *args):
-        """Run nnictl and return what it printed."""
-        command = [Path(sys.executable).parent / "nnictl", *args]
-        return subprocess.run(
-            [str(part) for part in command],
-            env=self.environment,
-            cwd=self.home,
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        ).stdout
-
-    def get(self, what):
-        """Return the answer of NNI's REST server."""
-        url = f"http://127.0.0.1:{self.port}/api/v1/nni/{what}"
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=30) as answer:
-            return json.load(answer)
-
-    def wait(self, seconds):
-        """Wait until all trials have ended and return them."""
-        end = time.monotonic() + seconds
-        while self.get("check-status")["status"] != "DONE":
-            assert time.monotonic() < end, (self.get("check-status"), self.get("trial-jobs"))
-            time.sleep(1)
-        return self.get("trial-jobs")
-
-    def trial_file(self, trial, name):
-        path = self.home / "nni-experiments" / self.id / "trials" / trial["trialJobId"] / name
-        return path.read_text()
-
-    def stop(self):
-        """Stop the experiment and return the processes that are still there half a minute later."""
-        self.nnictl("stop", self.id)
-        _, alive = psutil.wait_procs(processes_at(self.home), timeout=30)
-        return alive
 
 
 @pytest.fixture

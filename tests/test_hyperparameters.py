@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from conftest import BASELINE
 
 import train
@@ -144,13 +143,3 @@ def test_a_file_that_holds_no_hyperparameters_is_refused(content, tmp_path, caps
     file = tmp_path / "params.json"
     file.write_bytes(content)
     assert str(file) in refusal(["--params", file], capsys)
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_the_optimizer_is_torchs_with_the_given_momentum(name):
-    args = train.parse_args(["--optimizer", name, "--lr", "0.5", "--momentum", "0.75"])
-    optimizer = train.make_optimizer(args, train.Net())
-    assert type(optimizer) is getattr(torch.optim, name)
-    (group,) = optimizer.param_groups
-    assert group["lr"] == 0.5
-    assert (group["momentum"] if name == "SGD" else group["betas"][0]) == 0.75

@@ -24,6 +24,12 @@ def linear_model():
     return model, torch.optim.SGD(model.parameters(), lr=1e-4)
 
 
+def train_linear_model(images, labels, batch_size, report_every, epochs=1):
+    model, optimizer = linear_model()
+    args = Namespace(batch_size=batch_size, report_every=report_every, epochs=epochs)
+    train.train(model, optimizer.step, images, labels, args)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "steps"),
     [
@@ -37,10 +43,10 @@ def linear_model():
 def test_windows_of_an_epoch_of_cifar10(reported, capsys, batch_size, steps):
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(50_000, -1, -1, -1)
     labels = torch.zeros(50_000, dtype=torch.int64)
-    args = Namespace(batch_size=batch_size, report_every=2000)
-    train.train(*linear_model(), images, labels, args, epoch=3)
+    train_linear_model(images, labels, batch_size, 2000, epochs=2)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(" loss: ")[0] for line in printed] == [f"[3, {step:5d}]" for step in steps]
+    places = [f"[{epoch}, {step:5d}]" for epoch in (1, 2) for step in steps]
+    assert [line.split(" loss: ")[0] for line in printed] == places
     assert [line.split(" loss: ")[1] for line in printed] == [f"{loss:.3f}" for loss in reported]
 
 
@@ -49,10 +55,7 @@ def test_losses_are_those_of_the_tutorials_loop(reported, batch_size, report_eve
     random = torch.Generator().manual_seed(1)
     images = torch.randint(256, (200, 3, 32, 32), dtype=torch.uint8, generator=random)
     labels = torch.randint(10, (200,), generator=random)
-    args = Namespace(batch_size=batch_size, report_every=report_every)
-    model, optimizer = linear_model()
-    for epoch in (1, 2):
-        train.train(model, optimizer, images, labels, args, epoch)
+    train_linear_model(images, labels, batch_size, report_every, epochs=2)
 
     model, optimizer = linear_model()
     expected = []
@@ -77,9 +80,9 @@ def test_a_loss_that_is_no_number_ends_the_training(reported, report_every):
     model, optimizer = linear_model()
     with torch.no_grad():
         model[1].weight.fill_(torch.inf)
-    args = Namespace(batch_size=4, report_every=report_every)
+    args = Namespace(batch_size=4, report_every=report_every, epochs=1)
     with pytest.raises(FloatingPointError, match="epoch 1, batch"):
-        train.train(model, optimizer, images, labels, args, epoch=1)
+        train.train(model, optimizer.step, images, labels, args)
     assert reported == []
 
 
@@ -95,9 +98,10 @@ def test_a_loss_that_ends_being_a_number_after_the_last_window_is_noticed(report
             return super().forward(x.flatten(1)) * (1 if self.calls < 25 else torch.nan)
 
     model = BreaksAtTheEnd(3072, 10)
-    args = Namespace(batch_size=4, report_every=10)
+    args = Namespace(batch_size=4, report_every=10, epochs=1)
+    optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(FloatingPointError, match="nan at epoch 1, batch 25"):
-        train.train(model, torch.optim.SGD(model.parameters()), images, labels, args, epoch=1)
+        train.train(model, optimizer.step, images, labels, args)
     assert len(reported) == 2
 
 

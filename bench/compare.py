@@ -1,0 +1,118 @@
+"""Measure train.py against the tutorial's loop and against its own floor, as whole processes.
+
+    python bench/compare.py             # 5 runs of each, some 20 minutes on 2 cores
+    python bench/compare.py --quick     # 1 run of one epoch
+
+The three run in turn, so that a machine that grows slower is slower for all of them; the figures
+are medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
+"""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, median, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {
+    "tutorial": ROOT / "bench" / "tutorial.py",
+    "train.py": ROOT / "train.py",
+    "floor": ROOT / "bench" / "floor.py",
+}
+COLUMNS = {  # key: (heading, format)
+    "seconds": ("seconds", "{:.1f}"),
+    "cpu": ("CPU seconds", "{:.1f}"),
+    "memory": ("peak MiB", "{:.0f}"),
+    "step": ("µs per step", "{:.0f}"),
+    "start": ("start-up s", "{:.1f}"),
+    "accuracy": ("accuracy %", "{:.2f}"),
+}
+
+
+def measure(script, batch_size, epochs, seed):
+    """Run script and return its figures, a dict with the keys of COLUMNS.
+
+    CPU seconds are those of all its processes, the peak is that of the largest one. A step's time
+    is that from the first printed loss to the last, and the start-up what came before the first
+    step; both are not a number where only one loss is printed. Raises RuntimeError if it fails.
+    """
+    flags = [f"--batch-size={batch_size}", f"--epochs={epochs}", f"--seed={seed}"]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-u", script, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    batches = -(-50_000 // batch_size)
+    losses, accuracy = [], None  # of each loss when it was printed, and after how many steps
+    for line in process.stdout:
+        if found := re.match(r"\[(\d+), +(\d+)\] loss", line):
+            epoch, number = map(int, found.groups())
+            losses.append((time.monotonic() - start, (epoch - 1) * batches + number))
+        elif line.startswith("Acc: "):
+            accuracy = float(line.split("%")[0].removeprefix("Acc: "))
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    if status or accuracy is None:
+        raise RuntimeError(f"{script} failed, status {status}; it prints why if run by itself")
+    (first_time, first), (last_time, last) = losses[0], losses[-1]
+    step = (last_time - first_time) / (last - first) if last > first else float("nan")
+    return {
+        "seconds": seconds,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "memory": usage.ru_maxrss / 1024,
+        "step": step * 1e6,
+        "start": first_time - first * step,
+        "accuracy": accuracy,
+    }
+
+
+def hardware():
+    """Return a line about the machine and the versions."""
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    gpu = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cores = f"{len(os.sched_getaffinity(0))} cores of {cpu[1] if cpu else platform.machine()}"
+    versions = f"Python {platform.python_version()}, torch {version('torch')}"
+    return f"{gpu.strip() or 'no GPU'}, {cores}, {versions}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="of each, with seeds 0, 1, ...")
+    parser.add_argument("--quick", action="store_true", help="1 run of one epoch")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
+    args = parser.parse_args()
+    runs, epochs = (1, 1) if args.quick else (args.runs, 2)
+    print(f"{hardware()}\n{runs} runs of each in turn, seeds 0 to {runs - 1}, epochs: {epochs}")
+    print("Medians; of the accuracy the mean and the standard deviation\n")
+    print("| batch size | |", " | ".join(heading for heading, _ in COLUMNS.values()), "|")
+    print("| --- " * (len(COLUMNS) + 2) + "|")
+    for batch_size in args.batch_sizes:
+        figures = {name: [] for name in SCRIPTS}
+        for seed in range(runs):
+            for name, script in SCRIPTS.items():
+                figures[name].append(measure(script, batch_size, epochs, seed))
+        for name, results in figures.items():
+            columns = {key: [result[key] for result in results] for key in COLUMNS}
+            cells = [form.format(median(columns[key])) for key, (_, form) in COLUMNS.items()]
+            spread = f" ± {stdev(columns['accuracy']):.2f}" if runs > 1 else ""
+            cells[-1] = "" if name == "floor" else f"{mean(columns['accuracy']):.2f}{spread}"
+            print(f"| {batch_size} | {name} |", " | ".join(cells), "|", flush=True)
+        for name, other in (("tutorial", "train.py"), ("train.py", "floor")):
+            cells = []
+            for key in ("seconds", "cpu", "memory", "step"):
+                pairs = zip(figures[name], figures[other], strict=True)
+                ratios = [one[key] / two[key] for one, two in pairs]
+                cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            print(f"| {batch_size} | {name} / {other} |", " | ".join([*cells, "", ""]), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The training step: what it computes is what the plain loop of torch computes, only faster."""
+
+import contextlib
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+
+OPTIMIZERS = ["SGD", "Adam", "AdamW"]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Leave torch's threads and kernels as they were."""
+    threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.enabled = onednn
+
+
+def settings(**values):
+    args = {"batch_size": 8, "lr": 0.01, "optimizer": "SGD", "momentum": 0.75}
+    return Namespace(**(args | values))
+
+
+def batches(images, batch_size, steps):
+    """Return as many batches as steps, some shorter than batch_size, as at an epoch's end."""
+    torch.manual_seed(1)
+    epochs = -(-steps * batch_size // len(images)) + 1
+    index = [torch.randperm(len(images)).split(batch_size) for _ in range(epochs)]
+    return [batch for epoch in index for batch in epoch][:steps]
+
+
+def losses_and_weights(args, data, dtype, prepare=False):
+    """Train with train.py's step; return the loss of each step and the trained parameters."""
+    images, labels = data
+    torch.manual_seed(0)
+    model = train.Net().to(images.device, dtype)
+    if prepare:
+        train.prepare_cpu(model, args.batch_size)
+    update = train.make_optimizer(args, model)
+    step, running_loss = train.make_step(model, update, images, labels, args.batch_size)
+    losses = []
+    for index in batches(images, args.batch_size, 200):
+        step(index.to(images.device))
+        losses.append(running_loss.item())
+        running_loss.zero_()
+    return losses, list(model.parameters())
+
+
+def reference(args, data, dtype):
+    """Train with torch.optim's class and the tutorial's loop; return as above."""
+    images, labels = data
+    torch.manual_seed(0)
+    model = train.Net().to(dtype)
+    momentum = {"SGD": {"momentum": args.momentum}}
+    betas = {"betas": (args.momentum, 0.999)}
+    optimizer = getattr(torch.optim, args.optimizer)(
+        model.parameters(), lr=args.lr, **momentum.get(args.optimizer, betas)
+    )
+    losses = []
+    for index in batches(images, args.batch_size, 200):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model((images[index].to(dtype) / 255 - 0.5) / 0.5), labels[index])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, list(model.parameters())
+
+
+def assert_agree(one, other, tolerance=1e-6):
+    assert one[0] == pytest.approx(other[0], abs=tolerance)
+    for ours, theirs in zip(one[1], other[1], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """The type of 64 bits, which train.py's step computes with in this test.
+
+    In 32 bits torch's own loop ends elsewhere after 200 steps of Adam with every other choice of
+    its kernels; in 64 bits only what is computed makes a difference.
+    """
+    monkeypatch.setattr("train.normalize", lambda images: (images.double() / 255 - 0.5) / 0.5)
+    return torch.float64
+
+
+@pytest.fixture(scope="module")
+def data():
+    return [tensor[:1000] for tensor in train.make_synthetic()[:2]]
+
+
+@pytest.mark.parametrize("batch_size", [4, 48])  # with and without the layout of oneDNN
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_is_that_of_torchs_class_in_the_tutorials_loop(data, double, optimizer, batch_size):
+    args = settings(optimizer=optimizer, batch_size=batch_size)
+    ours = losses_and_weights(args, data, double, prepare=True)
+    assert_agree(ours, reference(args, data, double))
+
+
+def test_a_step_of_32_bits_is_that_of_the_tutorials_loop(data):
+    args = settings(batch_size=48)  # with oneDNN, which knows only 32 bits
+    ours = losses_and_weights(args, data, torch.float32, prepare=True)
+    assert_agree(ours, reference(args, data, torch.float32), tolerance=0.01)
+
+
+def test_a_step_without_momentum(data, double):
+    args = settings(momentum=0.0)
+    assert_agree(losses_and_weights(args, data, double), reference(args, data, double))
+
+
+def test_the_optimizer_does_not_import_torch_compile(run):
+    """It takes a second and 140 MiB; the class of torch.optim does."""
+    code = "import sys, train; train.main(['--dataset', 'synthetic', '--batch-size', '1000'])"
+    result = run(code=f"{code}; assert 'torch._dynamo' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "threads", "onednn"), [(4, 1, False), (8, 1, False), (16, 2, True)]
+)
+def test_threads_and_kernels_follow_the_batch_size(monkeypatch, batch_size, threads, onednn):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    train.prepare_cpu(train.Net(), batch_size)
+    assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (threads, onednn)
+
+
+def test_threads_that_the_user_sets_stay(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    train.prepare_cpu(train.Net(), 4)
+    assert torch.get_num_threads() == 2
+
+
+class RecordedGraph:
+    """A stand-in for CUDA's graphs: it runs again, when replayed, what was run while recording."""
+
+    recording = None
+
+    def __init__(self):
+        self.content = []
+
+    def replay(self):
+        for work in self.content:
+            work()
+
+    @classmethod
+    @contextlib.contextmanager
+    def record(cls, graph):
+        cls.recording = graph.content
+        yield
+        cls.recording = None
+
+    @classmethod
+    def run(cls, work):
+        work() if cls.recording is None else cls.recording.append(work)
+
+
+class StandInStream:
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.mark.parametrize("batch_size", [3, 10])
+def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.Stream", StandInStream)
+    monkeypatch.setattr("torch.cuda.current_stream", StandInStream)
+    monkeypatch.setattr("torch.cuda.stream", contextlib.nullcontext)
+    monkeypatch.setattr("torch.cuda.CUDAGraph", RecordedGraph)
+    monkeypatch.setattr("torch.cuda.graph", RecordedGraph.record)
+    seen = []
+
+    def step(index):
+        RecordedGraph.run(lambda: seen.append(index.tolist()))
+
+    replayed = train.replay(step, batch_size, "cpu")
+    expected = [index.tolist() for index in batches(range(20), batch_size, 30)]
+    for index in expected:
+        replayed(torch.tensor(index))
+    assert seen == expected
+
+
+@needs_cuda
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_graph_of_a_step_computes_what_the_step_does(monkeypatch, data, double, optimizer):
+    on_gpu = [tensor.cuda() for tensor in data]
+    args = settings(optimizer=optimizer)
+    replayed = losses_and_weights(args, on_gpu, double)
+    monkeypatch.setattr("train.replay", lambda step, *_: step)
+    assert_agree(replayed, losses_and_weights(args, on_gpu, double))
+    assert_agree(replayed, losses_and_weights(args, data, double))
+
+
+@needs_cuda
+def test_nothing_waits_for_the_gpu_between_two_reports(data):
+    images, labels = (tensor.cuda() for tensor in data)
+    model = train.Net().cuda()
+    update = train.make_optimizer(settings(), model)
+    step, _ = train.make_step(model, update, images, labels, 8)
+    index = [batch.cuda() for batch in batches(images, 8, 50)]
+    for batch in index[:5]:  # until the graph is recorded
+        step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in index[5:]:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_a_trial_leaves_room_for_others_on_its_gpu(run):
+    code = "import torch, train; train.main(['--dataset', 'synthetic', '--epochs', '1'])"
+    result = run(code=f"{code}; print(torch.cuda.mem_get_info(), torch.cuda.max_memory_reserved())")
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) < 2**29  # bytes; CUDA itself takes about as much again
+
+
+def test_a_trial_imports_torchvision_only_to_make_the_cache(run, cifar10_dir):
+    train.load_cifar10(cifar10_dir)
+    flags = ["--data-dir", str(cifar10_dir), "--batch-size", "5000", "--epochs", "1"]
+    code = f"import sys, train; train.main({flags}); assert 'torchvision' not in sys.modules"
+    result = run(code=code)
+    assert result.returncode == 0, result.stderr
