@@ -2,6 +2,7 @@
 
     python train.py                  # the baseline: the tutorial's hyperparameters
     nnictl create -c config.yml      # a search: many trials, hyperparameters from NNI's tuner
+    torchrun --standalone --nproc-per-node=gpu train.py      # the baseline on several GPUs
 
 A trial reports the mean training loss of every 2,000 batches as intermediate results and the
 accuracy on the test images, in percent, as its final result. Network and training are those of
@@ -11,6 +12,7 @@ https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
@@ -89,6 +91,26 @@ def make_optimizer(args, model):
     return update
 
 
+def processes():
+    """Return this process's rank and how many there are of this trial: 0 and 1 without torchrun."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def part(tensor):
+    """Return this process's part of tensor, which the trial's processes share evenly."""
+    rank, count = processes()
+    return tensor if count == 1 else tensor.tensor_split(count)[rank]
+
+
+def total(value):
+    """Return the sum of value, a tensor (), over the trial's processes, as a number."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value.item()
+
+
 def normalize(images):
     """Return uint8 images as floats, mean 0.5 and standard deviation 0.5 taken out: -1 to 1."""
     return (images / 127.5).sub_(1)
@@ -116,7 +138,6 @@ def replay(step, batch_size, device):
     Python starts the 60 kernels of a step more slowly than a GPU runs them; a graph starts all at
     once. https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture is the source.
     """
-    torch.cuda.set_device(device)
     static_index = torch.empty(batch_size, dtype=torch.int64, device=device)
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
@@ -145,20 +166,27 @@ def replay(step, batch_size, device):
 def make_step(model, update, images, labels, batch_size):
     """Return a function that trains on images[index], and the sum of its losses so far.
 
-    index is int64 (n,). The sum, a float (), stays on the device: reading each step's loss would
-    make a GPU wait for Python every time.
+    index is int64 (n,), of which each process takes its part. The sum, a float (), stays on the
+    device: reading each step's loss would make a GPU wait for Python every time.
     """
     running_loss = torch.zeros((), device=images.device)
+    if images.is_cuda:
+        torch.cuda.set_device(images.device)  # which graphs and NCCL go by
+    _, count = processes()
+    network = nn.parallel.DistributedDataParallel(model) if count > 1 else model
 
     def step(index):
         model.zero_grad()
-        inputs = normalize(images.index_select(0, index))  # the same as images[index], but faster
-        loss = F.cross_entropy(model(inputs), labels.index_select(0, index))
+        mine = part(index)
+        inputs = normalize(images.index_select(0, mine))  # the same as images[mine], but faster
+        targets = labels.index_select(0, mine)
+        loss = F.cross_entropy(network(inputs), targets, reduction="sum")
+        loss = loss * (count / len(index))  # so that its average over the processes is the batch's
         loss.backward()
         update()
         running_loss.add_(loss.detach())
 
-    if images.is_cuda:
+    if images.is_cuda and count == 1:
         step = replay(step, batch_size, images.device)
     return step, running_loss
 
@@ -174,20 +202,21 @@ def train(model, update, images, labels, args):
     model.train()
     batch_size = min(args.batch_size, len(images))
     step, running_loss = make_step(model, update, images, labels, batch_size)
+    rank, count = processes()
     for epoch in range(1, args.epochs + 1):
         batches = torch.randperm(len(images)).to(images.device).split(batch_size)
         window = min(args.report_every, len(batches))
         # disable=None shows the progress bar on a terminal only, so never in a trial.
-        progress = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
+        progress = tqdm(batches, f"epoch {epoch}", leave=False, disable=rank > 0 or None)
         for number, index in enumerate(progress, start=1):
             step(index)
             if number % window == 0 or number == len(batches):
-                mean_loss = running_loss.item() / window
+                mean_loss = total(running_loss) / count / window
                 running_loss.zero_()
                 if not math.isfinite(mean_loss):
                     place = f"epoch {epoch}, batch {number}"
                     raise FloatingPointError(f"the loss is {mean_loss} at {place}")
-                if number % window == 0:
+                if number % window == 0 and rank == 0:
                     tqdm.write(f"[{epoch}, {number:5d}] loss: {mean_loss:.3f}")
                     nni.report_intermediate_result(mean_loss)
 
@@ -196,8 +225,9 @@ def train(model, update, images, labels, args):
 def test(model, images, labels):
     """Return how many of the images (uint8, (N, 3, 32, 32)) get their label (int64, (N,))."""
     model.eval()
-    batches = zip(images.split(250), labels.split(250), strict=True)
-    return sum((model(normalize(x)).argmax(1) == y).sum().item() for x, y in batches)
+    batches = zip(part(images).split(250), part(labels).split(250), strict=True)
+    correct = sum((model(normalize(x)).argmax(1) == y).sum() for x, y in batches)
+    return total(correct)
 
 
 def save(content, path):
@@ -345,7 +375,10 @@ def parse_args(argv):
         text = f"{meaning}, {allowed} (default: {default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text)
     data = os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent / "data"
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = "cpu"
+    if torch.accelerator.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's; else a trial sees one GPU
+        device = torch.device(torch.accelerator.current_accelerator().type, local_rank)
     add = parser.add_argument
     add("--params", type=Path, metavar="FILE", help="JSON of hyperparameters; flags override it")
     add(
@@ -393,35 +426,53 @@ def main(argv=None):
     """Run one trial with argv, by default the command line, and return its accuracy in percent."""
     nni.silence_stdout()  # by itself the script would print each result twice, once in NNI's words
     args = parse_args(argv)
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group()
+    rank, count = processes()
     try:
-        merge(args, nni.get_next_parameter(), "tuner")
+        # Only one process talks to NNI. It tells the others what the tuner has chosen.
+        tuned = [nni.get_next_parameter() if rank == 0 else None]
+        if count > 1:
+            torch.distributed.broadcast_object_list(tuned)
+        merge(args, tuned[0], "tuner")
+        if args.batch_size % count:
+            allowed = f"a multiple of {count}, the processes of the trial"
+            raise ValueError(f"batch_size is {args.batch_size}; allowed: {allowed}")
         torch.manual_seed(args.seed)
         data = make_synthetic() if args.dataset == "synthetic" else load_cifar10(args.data_dir)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
-    print("Hyperparameters:", json.dumps({key: getattr(args, key) for key in HYPERPARAMETERS}))
-    print(f"Training on {args.device}")
+    if rank == 0:
+        print("Hyperparameters:", json.dumps({key: getattr(args, key) for key in HYPERPARAMETERS}))
+        print(f"Training on {args.device}" + (f", one of {count} processes" if count > 1 else ""))
 
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
     data = [tensor.to(args.device) for tensor in data]
     train_images, train_labels, test_images, test_labels = data
     model = Net().to(args.device)
     if train_images.is_cpu:
-        prepare_cpu(model, args.batch_size)
+        prepare_cpu(model, args.batch_size // count)
     try:
         train(model, make_optimizer(args, model), train_images, train_labels, args)
     except FloatingPointError as error:
         # The trial goes on to its final result, so that the tuner learns how bad these values are.
-        print(f"Warning: training ends early: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"Warning: training ends early: {error}", file=sys.stderr)
     correct = test(model, test_images, test_labels)
     accuracy = 100 * correct / len(test_images)
-    print(f"Acc: {accuracy:.3f}% ({correct}/{len(test_images)})")
-    nni.report_final_result(accuracy)
-    if args.save:
-        try:
-            save(model.cpu().state_dict(), args.save)
-        except OSError as error:
-            sys.exit(f"train.py: error: {error}")
+    if rank == 0:
+        print(f"Acc: {accuracy:.3f}% ({correct}/{len(test_images)})")
+        nni.report_final_result(accuracy)
+        if args.save:
+            try:
+                save(model.cpu().state_dict(), args.save)
+            except OSError as error:
+                sys.exit(f"train.py: error: {error}")
+    if count > 1:
+        # Without DistributedDataParallel, which refers to itself, destroying the group ends its
+        # threads. One that outlives Python's own end now and then aborts the process.
+        gc.collect()
+        torch.distributed.destroy_process_group()
     return accuracy
 
 

@@ -2,28 +2,33 @@
 
     python bench/compare.py             # 5 runs of each, some 20 minutes on 2 cores
     python bench/compare.py --quick     # 1 run of one epoch
+    python bench/compare.py --processes 2      # instead: one process against two of torchrun
 
-The three run in turn, so that a machine that grows slower is slower for all of them; the figures
+They run in turn, so that a machine that grows slower is slower for all of them; the figures
 are medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
 """
 
 import argparse
+import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {
-    "tutorial": ROOT / "bench" / "tutorial.py",
-    "train.py": ROOT / "train.py",
-    "floor": ROOT / "bench" / "floor.py",
+TRAIN = [sys.executable, ROOT / "train.py"]
+COMMANDS = {
+    "tutorial": [sys.executable, ROOT / "bench" / "tutorial.py"],
+    "train.py": TRAIN,
+    "floor": [sys.executable, ROOT / "bench" / "floor.py"],
 }
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 COLUMNS = {  # key: (heading, format)
     "seconds": ("seconds", "{:.1f}"),
     "cpu": ("CPU seconds", "{:.1f}"),
@@ -34,33 +39,36 @@ COLUMNS = {  # key: (heading, format)
 }
 
 
-def measure(script, batch_size, epochs, seed):
-    """Run script and return its figures, a dict with the keys of COLUMNS.
+def measure(command, batch_size, epochs, seed):
+    """Run command and return its figures, a dict with the keys of COLUMNS.
 
     CPU seconds are those of all its processes, the peak is that of the largest one. A step's time
     is that from the first printed loss to the last, and the start-up what came before the first
     step; both are not a number where only one loss is printed. Raises RuntimeError if it fails.
     """
     flags = [f"--batch-size={batch_size}", f"--epochs={epochs}", f"--seed={seed}"]
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-u", script, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
     batches = -(-50_000 // batch_size)
     losses, accuracy = [], None  # of each loss when it was printed, and after how many steps
-    for line in process.stdout:
-        if found := re.match(r"\[(\d+), +(\d+)\] loss", line):
-            epoch, number = map(int, found.groups())
-            losses.append((time.monotonic() - start, (epoch - 1) * batches + number))
-        elif line.startswith("Acc: "):
-            accuracy = float(line.split("%")[0].removeprefix("Acc: "))
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - start
-    if status or accuracy is None:
-        raise RuntimeError(f"{script} failed, status {status}; it prints why if run by itself")
+    with tempfile.TemporaryFile("w+") as errors:
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [str(part) for part in (*command, *flags)],
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        for line in process.stdout:
+            if found := re.match(r"\[(\d+), +(\d+)\] loss", line):
+                epoch, number = map(int, found.groups())
+                losses.append((time.monotonic() - start, (epoch - 1) * batches + number))
+            elif line.startswith("Acc: "):
+                accuracy = float(line.split("%")[0].removeprefix("Acc: "))
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - start
+        if status or accuracy is None:
+            errors.seek(0)
+            raise RuntimeError(f"{process.args} ended with status {status}:\n{errors.read()}")
     (first_time, first), (last_time, last) = losses[0], losses[-1]
     step = (last_time - first_time) / (last - first) if last > first else float("nan")
     return {
@@ -88,24 +96,29 @@ def main():
     parser.add_argument("--runs", type=int, default=5, help="of each, with seeds 0, 1, ...")
     parser.add_argument("--quick", action="store_true", help="1 run of one epoch")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
+    parser.add_argument("--processes", type=int, metavar="N", help="measure 1 against N of them")
     args = parser.parse_args()
+    commands = COMMANDS
+    if n := args.processes:
+        commands = {"1 process": TRAIN, f"{n} processes": [*TORCHRUN, n, ROOT / "train.py"]}
+    names = list(commands)
     runs, epochs = (1, 1) if args.quick else (args.runs, 2)
     print(f"{hardware()}\n{runs} runs of each in turn, seeds 0 to {runs - 1}, epochs: {epochs}")
     print("Medians; of the accuracy the mean and the standard deviation\n")
     print("| batch size | |", " | ".join(heading for heading, _ in COLUMNS.values()), "|")
     print("| --- " * (len(COLUMNS) + 2) + "|")
     for batch_size in args.batch_sizes:
-        figures = {name: [] for name in SCRIPTS}
+        figures = {name: [] for name in names}
         for seed in range(runs):
-            for name, script in SCRIPTS.items():
-                figures[name].append(measure(script, batch_size, epochs, seed))
+            for name, command in commands.items():
+                figures[name].append(measure(command, batch_size, epochs, seed))
         for name, results in figures.items():
             columns = {key: [result[key] for result in results] for key in COLUMNS}
             cells = [form.format(median(columns[key])) for key, (_, form) in COLUMNS.items()]
             spread = f" ± {stdev(columns['accuracy']):.2f}" if runs > 1 else ""
             cells[-1] = "" if name == "floor" else f"{mean(columns['accuracy']):.2f}{spread}"
             print(f"| {batch_size} | {name} |", " | ".join(cells), "|", flush=True)
-        for name, other in (("tutorial", "train.py"), ("train.py", "floor")):
+        for name, other in itertools.pairwise(names):
             cells = []
             for key in ("seconds", "cpu", "memory", "step"):
                 pairs = zip(figures[name], figures[other], strict=True)

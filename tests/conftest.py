@@ -7,24 +7,48 @@ from pathlib import Path
 
 import pytest
 
+# Two files run at a time, and torch's threads would wait for each other. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = {"batch_size": 4, "lr": 0.001, "epochs": 2, "optimizer": "SGD", "momentum": 0.9}
+# What a search in a test covers: trials of a few seconds.
+SPACE = {
+    "batch_size": {"_type": "choice", "_value": [32, 64, 128]},
+    "lr": {"_type": "loguniform", "_value": [0.01, 0.1]},
+    "epochs": {"_type": "choice", "_value": [1, 2]},
+    "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
+    "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
+}
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from experiment import Experiment, processes_at  # noqa: E402
 
 
 @pytest.fixture
 def environment():
     """The environment of a child process: no CIFAR-10 that happens to be here, one thread."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NNI_", "CIFAR10_"))}
-    return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 @pytest.fixture
 def start(environment, tmp_path):
-    """Start `python train.py ...`, or `python -c code ...`, in an empty folder, without waiting."""
+    """Start `python train.py ...`, or `python -c code ...`, in an empty folder, without waiting.
 
-    def start(*args, code=None):
-        command = [sys.executable, *(["-c", code] if code else [ROOT / "train.py"])]
+    processes is how many torchrun starts of it; without it there is no torchrun.
+    """
+
+    def start(*args, code=None, processes=None):
+        command = [sys.executable]
+        if processes:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={processes}"]
+        if code and processes:
+            (tmp_path / "trial.py").write_text(code)
+            command.append(tmp_path / "trial.py")
+        else:
+            command += ["-c", code] if code else [ROOT / "train.py"]
         return subprocess.Popen(
             [str(part) for part in (*command, *args)],
             cwd=tmp_path,
@@ -41,8 +65,8 @@ def start(environment, tmp_path):
 def run(start):
     """Start as above and wait; return what was printed, with the exit status in returncode."""
 
-    def run(*args, code=None):
-        with start(*args, code=code) as process:
+    def run(*args, **how):
+        with start(*args, **how) as process:
             stdout, stderr = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -59,3 +83,13 @@ def cifar10_dir(tmp_path):
     name = "cifar-10-batches-py"
     (folder / name).symlink_to(Path(os.environ["CIFAR10_DIR"]).resolve() / name)
     return folder
+
+
+@pytest.fixture
+def experiment(tmp_path, environment):
+    """Start an experiment, of which nothing is left when the test ends, however it ends."""
+    home = tmp_path / "home"
+    home.mkdir()
+    yield lambda config, **changes: Experiment(ROOT / config, home, environment, **changes)
+    for process in processes_at(home):
+        process.kill()

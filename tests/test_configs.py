@@ -1,6 +1,7 @@
 """Every configuration loads with NNI's own class, and its search space is one train.py accepts."""
 
 import json
+import re
 
 import pytest
 from conftest import BASELINE, ROOT
@@ -15,6 +16,9 @@ WRITE_UPS_BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
 def config(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # relative paths are relative to the file
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "id_ed25519").touch()  # remote.yml's key, whose existence NNI checks
     config = ExperimentConfig.load(request.param).canonical_copy()
     config.validate()
     return config
@@ -26,11 +30,11 @@ def edges(values):
 
 
 def test_the_configuration_runs_train_py_from_any_folder(config):
+    command = config.trial_command
     assert str(config.trial_code_directory) == str(ROOT)
-    assert "python3 train.py" in config.trial_command
+    assert re.search(r"\b(python3|torchrun --standalone --nproc-per-node=gpu) train\.py", command)
     assert config.tuner.name == "TPE"
     assert config.tuner.class_args == {"optimize_mode": "maximize"}
-    assert config.training_service.platform == "local"
 
 
 def test_the_flags_of_the_trial_command_exist(config):
@@ -61,6 +65,11 @@ def test_what_each_is_for():
     assert (gpu.trial_gpu_number, gpu.trial_concurrency, gpu.max_trial_number) == (1, 1, 30)
     assert gpu.training_service.use_active_gpu is False
     assert (cpu.trial_gpu_number, cpu.trial_concurrency, cpu.max_trial_number) == (0, 2, 30)
+    multi, remote = settings["multi_gpu"], settings["remote"]
+    assert (multi.trial_gpu_number, multi.trial_concurrency, multi.max_trial_number) == (2, 2, 30)
+    platforms = {name: config.training_service.platform for name, config in settings.items()}
+    assert platforms == dict.fromkeys(settings, "local") | {"remote": "remote"}
+    assert len(remote.training_service.machine_list) == 2
     assert (demo.trial_gpu_number, demo.trial_concurrency, demo.max_trial_number) == (0, 2, 9)
     assert "--dataset synthetic" in demo.trial_command
     for config in (cpu, demo):

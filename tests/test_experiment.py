@@ -1,29 +1,12 @@
 """Real experiments: nnictl, NNI's manager and scheduler, trials in processes of their own."""
 
 import json
+import time
 
-import pytest
-from conftest import ROOT
-from experiment import Experiment, processes_at
-
-# What a search in a test covers: trials of a few seconds.
-SPACE = {
-    "batch_size": {"_type": "choice", "_value": [32, 64, 128]},
-    "lr": {"_type": "loguniform", "_value": [0.01, 0.1]},
-    "epochs": {"_type": "choice", "_value": [1, 2]},
-    "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
-    "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
-}
-
-
-@pytest.fixture
-def experiment(tmp_path, environment):
-    """Start an experiment, of which nothing is left when the test ends, however it ends."""
-    home = tmp_path / "home"
-    home.mkdir()
-    yield lambda config, **changes: Experiment(ROOT / config, home, environment, **changes)
-    for process in processes_at(home):
-        process.kill()
+import psutil
+import yaml
+from conftest import ROOT, SPACE
+from experiment import processes_at
 
 
 def test_a_search_from_create_to_export(experiment):
@@ -65,16 +48,22 @@ def test_a_refused_value_fails_the_trial_and_stands_in_its_stderr(experiment):
     assert demo.stop() == []
 
 
-def test_every_trial_of_config_yml_gets_the_free_gpu(experiment, tmp_path):
-    gpu = (
-        "<gpu><processes>{}</processes><utilization><gpu_util>0 %</gpu_util>{}</utilization></gpu>"
+def stand_in_nvidia_smi(home, busy):
+    """Put an nvidia-smi first on the experiment's PATH whose GPUs are busy or not, as listed."""
+    process = "<process_info><pid>1</pid></process_info>"
+    utilization = "<gpu_util>0 %</gpu_util><memory_util>0 %</memory_util>"
+    gpus = "".join(
+        f"<gpu><processes>{process * is_busy}</processes>"
+        f"<utilization>{utilization}</utilization></gpu>"
+        for is_busy in busy
     )
-    memory = "<memory_util>0 %</memory_util>"
-    busy = gpu.format("<process_info><pid>1</pid></process_info>", memory)
-    answer = f"<nvidia_smi_log>{busy * 2}{gpu.format('', memory)}{busy}</nvidia_smi_log>"
-    stand_in = tmp_path / "home" / "nvidia-smi"
-    stand_in.write_text(f"#!/bin/sh\ncat <<END\n{answer}\nEND\n")
+    stand_in = home / "nvidia-smi"
+    stand_in.write_text(f"#!/bin/sh\ncat <<END\n<nvidia_smi_log>{gpus}</nvidia_smi_log>\nEND\n")
     stand_in.chmod(0o755)
+
+
+def test_every_trial_of_config_yml_gets_the_free_gpu(experiment, tmp_path):
+    stand_in_nvidia_smi(tmp_path / "home", busy=[True, True, False, True])
     search = experiment(
         "config.yml",
         trialCommand="printenv CUDA_VISIBLE_DEVICES && python3 train.py --dataset synthetic"
@@ -86,3 +75,48 @@ def test_every_trial_of_config_yml_gets_the_free_gpu(experiment, tmp_path):
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 2
     assert [search.trial_file(trial, "stdout") for trial in trials] == ["2\n"] * 2
     assert search.stop() == []
+
+
+def test_two_trials_of_multi_gpu_yml_get_two_gpus_each(experiment, tmp_path):
+    stand_in_nvidia_smi(tmp_path / "home", busy=[False] * 4)
+    config = ROOT / "configs" / "multi_gpu.yml"
+    command = yaml.safe_load(config.read_text())["trialCommand"]
+    command = command.replace("gpu train.py", "2 train.py --dataset synthetic --device cpu")
+    search = experiment(
+        config,
+        trialCommand=f"printenv CUDA_VISIBLE_DEVICES && {command} --report-every 50",
+        searchSpace=SPACE,
+        maxTrialNumber=2,
+    )
+    trials = search.wait(240)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 2
+    assert {search.trial_file(trial, "stdout") for trial in trials} == {"0,1\n", "2,3\n"}
+    for trial in trials:
+        log = search.trial_file(trial, "trial.log")
+        assert "Training on cpu, one of 2 processes" in log
+        assert log.count("Acc: ") == log.count("Hyperparameters: ") == 1
+    assert search.stop() == []
+
+
+def test_nothing_is_left_of_a_trial_of_two_processes_that_nni_kills(experiment):
+    demo = experiment(
+        "configs/demo.yml",
+        trialCommand="torchrun --standalone --nproc-per-node=2 train.py --dataset synthetic"
+        " --device cpu --report-every 50",
+        searchSpace=SPACE | {"epochs": {"_type": "choice", "_value": [1000]}},
+        trialConcurrency=1,
+        maxTrialNumber=1,
+    )
+    end = time.monotonic() + 120
+    while not demo.get("metric-data"):
+        assert time.monotonic() < end, demo.get("trial-jobs")
+        time.sleep(1)
+    (trial,) = demo.get("trial-jobs")
+    running = [p for p in processes_at(demo.home) if "train.py" in " ".join(p.cmdline())]
+    assert len(running) >= 3  # torchrun and its two, and the shell that NNI starts
+    demo.nnictl("trial", "kill", demo.id, "-T", trial["trialJobId"])
+    _, alive = psutil.wait_procs(running, timeout=60)
+    assert alive == []
+    (trial,) = demo.wait(60)
+    assert trial["status"] == "USER_CANCELED"
+    assert demo.stop() == []

@@ -35,11 +35,11 @@ def batches(images, batch_size, steps):
     return [batch for epoch in index for batch in epoch][:steps]
 
 
-def losses_and_weights(args, data, dtype, prepare=False):
+def losses_and_weights(args, data, prepare=False):
     """Train with train.py's step; return the loss of each step and the trained parameters."""
     images, labels = data
     torch.manual_seed(0)
-    model = train.Net().to(images.device, dtype)
+    model = train.Net().to(images.device)
     if prepare:
         train.prepare_cpu(model, args.batch_size)
     update = train.make_optimizer(args, model)
@@ -52,11 +52,11 @@ def losses_and_weights(args, data, dtype, prepare=False):
     return losses, list(model.parameters())
 
 
-def reference(args, data, dtype):
+def reference(args, data):
     """Train with torch.optim's class and the tutorial's loop; return as above."""
     images, labels = data
     torch.manual_seed(0)
-    model = train.Net().to(dtype)
+    model = train.Net()
     momentum = {"SGD": {"momentum": args.momentum}}
     betas = {"betas": (args.momentum, 0.999)}
     optimizer = getattr(torch.optim, args.optimizer)(
@@ -65,7 +65,7 @@ def reference(args, data, dtype):
     losses = []
     for index in batches(images, args.batch_size, 200):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model((images[index].to(dtype) / 255 - 0.5) / 0.5), labels[index])
+        loss = F.cross_entropy(model((images[index] / 255 - 0.5) / 0.5), labels[index])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -79,14 +79,15 @@ def assert_agree(one, other, tolerance=1e-6):
 
 
 @pytest.fixture
-def double(monkeypatch):
-    """The type of 64 bits, which train.py's step computes with in this test.
+def double():
+    """Compute with 64 bits.
 
-    In 32 bits torch's own loop ends elsewhere after 200 steps of Adam with every other choice of
-    its kernels; in 64 bits only what is computed makes a difference.
+    With 32, torch's own loop ends elsewhere after 200 steps of Adam with every other choice of its
+    kernels; with 64, only what is computed makes a difference.
     """
-    monkeypatch.setattr("train.normalize", lambda images: (images.double() / 255 - 0.5) / 0.5)
-    return torch.float64
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +99,18 @@ def data():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_is_that_of_torchs_class_in_the_tutorials_loop(data, double, optimizer, batch_size):
     args = settings(optimizer=optimizer, batch_size=batch_size)
-    ours = losses_and_weights(args, data, double, prepare=True)
-    assert_agree(ours, reference(args, data, double))
+    assert_agree(losses_and_weights(args, data, prepare=True), reference(args, data))
 
 
 def test_a_step_of_32_bits_is_that_of_the_tutorials_loop(data):
     args = settings(batch_size=48)  # with oneDNN, which knows only 32 bits
-    ours = losses_and_weights(args, data, torch.float32, prepare=True)
-    assert_agree(ours, reference(args, data, torch.float32), tolerance=0.01)
+    ours = losses_and_weights(args, data, prepare=True)
+    assert_agree(ours, reference(args, data), tolerance=0.01)
 
 
 def test_a_step_without_momentum(data, double):
     args = settings(momentum=0.0)
-    assert_agree(losses_and_weights(args, data, double), reference(args, data, double))
+    assert_agree(losses_and_weights(args, data), reference(args, data))
 
 
 def test_the_optimizer_does_not_import_torch_compile(run):
@@ -191,10 +191,10 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
 def test_the_graph_of_a_step_computes_what_the_step_does(monkeypatch, data, double, optimizer):
     on_gpu = [tensor.cuda() for tensor in data]
     args = settings(optimizer=optimizer)
-    replayed = losses_and_weights(args, on_gpu, double)
+    replayed = losses_and_weights(args, on_gpu)
     monkeypatch.setattr("train.replay", lambda step, *_: step)
-    assert_agree(replayed, losses_and_weights(args, on_gpu, double))
-    assert_agree(replayed, losses_and_weights(args, data, double))
+    assert_agree(replayed, losses_and_weights(args, on_gpu))
+    assert_agree(replayed, losses_and_weights(args, data))
 
 
 @needs_cuda
