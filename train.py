@@ -468,7 +468,7 @@ def main(argv=None):
                 save(model.cpu().state_dict(), args.save)
             except OSError as error:
                 sys.exit(f"train.py: error: {error}")
-    if count > 1:
+    if torch.distributed.is_initialized():
         # Without DistributedDataParallel, which refers to itself, destroying the group ends its
         # threads. One that outlives Python's own end now and then aborts the process.
         gc.collect()
