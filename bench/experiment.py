@@ -66,9 +66,13 @@ class Experiment:
 
     def wait(self, seconds):
         """Wait until all trials have ended and return them."""
+        return self.wait_for(lambda _: self.get("check-status")["status"] == "DONE", seconds)
+
+    def wait_for(self, condition, seconds):
+        """Wait until the condition holds for the list of trials and return them."""
         end = time.monotonic() + seconds
-        while self.get("check-status")["status"] != "DONE":
-            assert time.monotonic() < end, (self.get("check-status"), self.get("trial-jobs"))
+        while not condition(trials := self.get("trial-jobs")):
+            assert time.monotonic() < end, (self.get("check-status"), trials)
             time.sleep(1)
         return self.get("trial-jobs")
 

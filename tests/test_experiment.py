@@ -1,7 +1,6 @@
 """Real experiments: nnictl, NNI's manager and scheduler, trials in processes of their own."""
 
 import json
-import time
 
 import psutil
 import yaml
@@ -107,11 +106,7 @@ def test_nothing_is_left_of_a_trial_of_two_processes_that_nni_kills(experiment):
         trialConcurrency=1,
         maxTrialNumber=1,
     )
-    end = time.monotonic() + 120
-    while not demo.get("metric-data"):
-        assert time.monotonic() < end, demo.get("trial-jobs")
-        time.sleep(1)
-    (trial,) = demo.get("trial-jobs")
+    (trial,) = demo.wait_for(lambda _: demo.get("metric-data"), 120)
     running = [p for p in processes_at(demo.home) if "train.py" in " ".join(p.cmdline())]
     assert len(running) >= 3  # torchrun and its two, and the shell that NNI starts
     demo.nnictl("trial", "kill", demo.id, "-T", trial["trialJobId"])

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -147,7 +146,8 @@ def test_when_a_machine_dies_the_other_goes_on(search, machines):
     """NNI never notices: what ran on the dead machine stays RUNNING, as the README says."""
     demo = search(trials=3)
     dead, alive = (machine.settings["host"] for machine in machines)
-    wait(demo, lambda trials: {machine_of(t) for t in trials if reported(demo, t)} == {dead, alive})
+    both = {dead, alive}
+    demo.wait_for(lambda trials: {machine_of(t) for t in trials if reported(demo, t)} == both, 180)
     machines[0].die()
     lost = [trial for trial in demo.get("trial-jobs") if machine_of(trial) == dead]
     lost = [trial["trialJobId"] for trial in lost if trial["status"] == "RUNNING"]
@@ -156,7 +156,7 @@ def test_when_a_machine_dies_the_other_goes_on(search, machines):
         others = [t["status"] for t in trials if t["trialJobId"] not in lost]
         return len(trials) == 3 and set(others) == {"SUCCEEDED"}
 
-    trials = wait(demo, others_ended)
+    trials = demo.wait_for(others_ended, 180)
     assert demo.get("check-status")["status"] == ("NO_MORE_TRIAL" if lost else "DONE")
     assert {t["status"] for t in trials if t["trialJobId"] in lost} <= {"RUNNING"}
     demo.nnictl("experiment", "export", demo.id, "-t", "json", "-f", demo.home / "out.json")
@@ -166,12 +166,3 @@ def test_when_a_machine_dies_the_other_goes_on(search, machines):
 
 def reported(search, trial):
     return search.get(f"metric-data/{trial['trialJobId']}")
-
-
-def wait(search, condition):
-    """Wait until the condition holds for the trials of the search, and return them."""
-    end = time.monotonic() + 180
-    while not condition(trials := search.get("trial-jobs")):
-        assert time.monotonic() < end, trials
-        time.sleep(1)
-    return trials

@@ -168,7 +168,6 @@ class StandInStream:
 
 @pytest.mark.parametrize("batch_size", [3, 10])
 def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     monkeypatch.setattr("torch.cuda.Stream", StandInStream)
     monkeypatch.setattr("torch.cuda.current_stream", StandInStream)
     monkeypatch.setattr("torch.cuda.stream", contextlib.nullcontext)
@@ -217,7 +216,7 @@ def test_nothing_waits_for_the_gpu_between_two_reports(data):
 @needs_cuda
 def test_a_trial_leaves_room_for_others_on_its_gpu(run):
     code = "import torch, train; train.main(['--dataset', 'synthetic', '--epochs', '1'])"
-    result = run(code=f"{code}; print(torch.cuda.mem_get_info(), torch.cuda.max_memory_reserved())")
+    result = run(code=f"{code}; print(torch.cuda.max_memory_reserved())")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) < 2**29  # bytes; CUDA itself takes about as much again
 
