@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -28,16 +29,23 @@ from nni.utils import merge_parameter
 from torch import nn
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.optim.sgd import sgd
 from tqdm import tqdm
 
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "Muon")
+LR_SCHEDULES = ("constant", "cosine", "one_cycle")
 # The keys that a search space may use. Each is a flag, too: batch_size is --batch-size.
 HYPERPARAMETERS = {  # key: (default, what it is, what is allowed, the check of that)
     "batch_size": (4, "images per step", "an integer >= 1", lambda v: v >= 1),
     "lr": (0.001, "learning rate", "a finite number > 0", lambda v: 0 < v < math.inf),
     "epochs": (2, "passes over the training set", "an integer >= 1", lambda v: v >= 1),
-    "optimizer": ("SGD", "algorithm", "SGD, Adam, AdamW", lambda v: v in ("SGD", "Adam", "AdamW")),
+    "optimizer": ("SGD", "algorithm", ", ".join(OPTIMIZERS), lambda v: v in OPTIMIZERS),
     "momentum": (0.9, "of SGD; Adam's beta1", "a number in [0, 1)", lambda v: 0 <= v < 1),
+    "weight_decay": (0.0, "pull to 0", "a finite number >= 0", lambda v: 0 <= v < math.inf),
+    "label_smoothing": (0.0, "of the loss", "a number in [0, 1)", lambda v: 0 <= v < 1),
+    "lr_schedule": ("constant", "of lr", ", ".join(LR_SCHEDULES), lambda v: v in LR_SCHEDULES),
+    "augment": (0, "pixels of shift", "an integer from 0 to 16", lambda v: 0 <= v <= 16),
 }
 
 
@@ -62,33 +70,88 @@ class Net(nn.Module):
         return self.fc3(x)
 
 
-def make_optimizer(args, model):
-    """Return a function that updates model by its gradients, as step() of a torch.optim class does.
+def orthogonalize(matrix):
+    """Return the matrix (n, m) with its singular values all made about 1, from 0.7 to 1.2.
 
-    args.momentum is Adam's and AdamW's beta1; all else is as torch.optim has it by default.
+    The Newton-Schulz iteration and its coefficients are those of Muon,
+    https://kellerjordan.github.io/posts/muon/
     """
-    # The functions behind torch.optim's classes, because the classes import torch.compile, a
-    # second and 140 MiB, and spend a tenth of a step of 4 images on bookkeeping.
-    function = {"SGD": sgd, "Adam": adam, "AdamW": adamw}[args.optimizer]
-    parameters = list(model.parameters())
-    averages = [torch.zeros_like(parameter) for parameter in parameters]
-    settings = {"lr": args.lr, "weight_decay": 0, "maximize": False, "fused": True}
-    if args.optimizer == "SGD":
-        state = [averages]
-        settings |= {"momentum": args.momentum, "dampening": 0, "nesterov": False}
-    else:
-        squares = [torch.zeros_like(parameter) for parameter in parameters]
-        steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
-        state = [averages, squares, [], steps]
-        settings |= {"beta1": args.momentum, "beta2": 0.999, "eps": 1e-8, "amsgrad": False}
-        if args.optimizer == "AdamW":
-            settings["weight_decay"] = 0.01
+    matrix = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (2.0315 * square @ square - 4.775 * square) @ matrix
+    return matrix
+
+
+class Optimizer:
+    """The optimizer that args names, for all of model's parameters.
+
+    SGD, Adam and AdamW are those of torch.optim, by default in all but the hyperparameters in
+    args; args.momentum is Adam's and AdamW's beta1. Muon is SGD with Nesterov momentum whose step
+    is made orthogonal for each layer's weights: https://kellerjordan.github.io/posts/muon/
+
+    lr is a float tensor () on the device, to be filled before a step: a CUDA graph would not see
+    a Python number change.
+    """
+
+    def __init__(self, args, model):
+        self.name = args.optimizer
+        self.momentum = args.momentum
+        self.parameters = list(model.parameters())
+        device = self.parameters[0].device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32  # as the kernels have it
+        self.lr = torch.tensor(args.lr, dtype=dtype, device=device)
+        self.averages = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.settings = {"weight_decay": args.weight_decay, "maximize": False, "fused": True}
+        # The functions behind torch.optim's classes, because the classes import torch.compile, a
+        # second and 140 MiB, and spend a tenth of a step of 4 images on bookkeeping.
+        if args.optimizer in ("Adam", "AdamW"):
+            self.function = adam if args.optimizer == "Adam" else adamw
+            squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+            steps = [torch.zeros((), device=device) for _ in self.parameters]
+            self.state = [self.averages, squares, [], steps]
+            self.settings |= {"beta1": args.momentum, "beta2": 0.999}
+            self.settings |= {"eps": 1e-8, "amsgrad": False}
+        else:
+            self.function = sgd
+            self.state = [self.averages]
+            momentum = args.momentum if args.optimizer == "SGD" else 0  # Muon has its own
+            self.settings |= {"momentum": momentum, "dampening": 0, "nesterov": False}
 
     @torch.no_grad()
-    def update():
-        function(parameters, [parameter.grad for parameter in parameters], *state, **settings)
+    def step(self):
+        """Update the parameters by their gradients, which Muon overwrites."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if self.name == "Muon":
+            for gradient, average in zip(gradients, self.averages, strict=True):
+                average.mul_(self.momentum).add_(gradient)
+                gradient.add_(average, alpha=self.momentum)
+                if gradient.ndim > 1:  # not a bias
+                    matrix = orthogonalize(gradient.flatten(1))
+                    gradient.copy_(matrix.view(gradient.shape))
+        self.function(self.parameters, gradients, *self.state, lr=self.lr, **self.settings)
 
-    return update
+
+def learning_rates(args, steps):
+    """Return the learning rate of each step, an iterable, by torch's scheduler for the schedule.
+
+    cosine falls from args.lr to 0. one_cycle rises to args.lr and falls, as OneCycleLR does by
+    default, but leaves the momentum alone: it is a hyperparameter of its own.
+    """
+    if args.lr_schedule == "constant":
+        return itertools.repeat(args.lr, steps)
+    # The schedulers work on one of torch.optim's classes, which is not the one that trains.
+    optimizer = torch.optim.SGD([torch.zeros(1)], args.lr)
+    if args.lr_schedule == "cosine":
+        scheduler = CosineAnnealingLR(optimizer, steps)
+    else:
+        scheduler = OneCycleLR(optimizer, args.lr, total_steps=steps, cycle_momentum=False)
+    rates = scheduler.get_last_lr()
+    for _ in range(steps - 1):
+        optimizer.step()
+        scheduler.step()
+        rates += scheduler.get_last_lr()
+    return rates
 
 
 def processes():
@@ -114,6 +177,22 @@ def total(value):
 def normalize(images):
     """Return uint8 images as floats, mean 0.5 and standard deviation 0.5 taken out: -1 to 1."""
     return (images / 127.5).sub_(1)
+
+
+def augment(images, pixels, batch_size):
+    """Return images, float (n, 3, 32, 32), each by itself shifted and mirrored, or not, at random.
+
+    A shift is of up to pixels in each direction; what it uncovers is filled by reflection, as
+    airbench (https://github.com/KellerJordan/cifar10-airbench) does it. batch_size is that of
+    all processes together, all of which draw the same numbers.
+    """
+    device = images.device
+    top, left = part(torch.randint(2 * pixels + 1, (batch_size, 2), device=device)).T
+    mirrored = part(torch.rand(batch_size, 1, 1, 1, device=device)) < 0.5
+    padded = F.pad(images, (pixels,) * 4, mode="reflect")
+    windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (image, channel, top, left, 32, 32)
+    images = windows[torch.arange(len(images), device=device), :, top, left]
+    return torch.where(mirrored, images.flip(3), images)
 
 
 def prepare_cpu(model, batch_size):
@@ -163,7 +242,7 @@ def replay(step, batch_size, device):
     return replay_step
 
 
-def make_step(model, update, images, labels, batch_size):
+def make_step(model, optimizer, images, labels, args):
     """Return a function that trains on images[index], and the sum of its losses so far.
 
     index is int64 (n,), of which each process takes its part. The sum, a float (), stays on the
@@ -179,19 +258,23 @@ def make_step(model, update, images, labels, batch_size):
         model.zero_grad()
         mine = part(index)
         inputs = normalize(images.index_select(0, mine))  # the same as images[mine], but faster
+        if args.augment:
+            inputs = augment(inputs, args.augment, len(index))
         targets = labels.index_select(0, mine)
-        loss = F.cross_entropy(network(inputs), targets, reduction="sum")
+        loss = F.cross_entropy(
+            network(inputs), targets, reduction="sum", label_smoothing=args.label_smoothing
+        )
         loss = loss * (count / len(index))  # so that its average over the processes is the batch's
         loss.backward()
-        update()
+        optimizer.step()
         running_loss.add_(loss.detach())
 
     if images.is_cuda and count == 1:
-        step = replay(step, batch_size, images.device)
+        step = replay(step, min(args.batch_size, len(images)), images.device)
     return step, running_loss
 
 
-def train(model, update, images, labels, args):
+def train(model, optimizer, images, labels, args):
     """Train for args.epochs, printing and reporting to NNI the mean loss of each window of batches.
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), on the model's device. A window is
@@ -200,15 +283,16 @@ def train(model, update, images, labels, args):
     the window in which the loss stopped being finite.
     """
     model.train()
-    batch_size = min(args.batch_size, len(images))
-    step, running_loss = make_step(model, update, images, labels, batch_size)
+    step, running_loss = make_step(model, optimizer, images, labels, args)
+    rates = iter(learning_rates(args, args.epochs * math.ceil(len(images) / args.batch_size)))
     rank, count = processes()
     for epoch in range(1, args.epochs + 1):
-        batches = torch.randperm(len(images)).to(images.device).split(batch_size)
+        batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
         window = min(args.report_every, len(batches))
         # disable=None shows the progress bar on a terminal only, so never in a trial.
         progress = tqdm(batches, f"epoch {epoch}", leave=False, disable=rank > 0 or None)
         for number, index in enumerate(progress, start=1):
+            optimizer.lr.fill_(next(rates))
             step(index)
             if number % window == 0 or number == len(batches):
                 mean_loss = total(running_loss) / count / window
@@ -222,11 +306,17 @@ def train(model, update, images, labels, args):
 
 
 @torch.inference_mode()
-def test(model, images, labels):
-    """Return how many of the images (uint8, (N, 3, 32, 32)) get their label (int64, (N,))."""
+def test(model, images, labels, tta=False):
+    """Return how many of the images (uint8, (N, 3, 32, 32)) get their label (int64, (N,)).
+
+    With tta, test-time augmentation, an image's logits are those of it and its mirror image added.
+    """
     model.eval()
-    batches = zip(part(images).split(250), part(labels).split(250), strict=True)
-    correct = sum((model(normalize(x)).argmax(1) == y).sum() for x, y in batches)
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for x, y in zip(part(images).split(250), part(labels).split(250), strict=True):
+        inputs = normalize(x)
+        logits = model(inputs) + model(inputs.flip(3)) if tta else model(inputs)
+        correct += (logits.argmax(1) == y).sum()
     return total(correct)
 
 
@@ -337,6 +427,18 @@ def make_synthetic():
     return [images[:10_000], labels[:10_000], images[10_000:], labels[10_000:]]
 
 
+def hold_out(images, labels):
+    """Return training images, their labels, validation images, their labels, from training data.
+
+    The last tenth of each class is held out to validate on: of CIFAR-10 500 images of each class.
+    """
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        places = (labels == label).nonzero()
+        held[places[len(places) * 9 // 10 :]] = True
+    return [images[~held], labels[~held], images[held], labels[held]]
+
+
 def merge(args, values, source):
     """Merge values, a dict of hyperparameters, over args in place.
 
@@ -391,6 +493,8 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of the initial weights and the order of the images")
     add("--device", default=device, help="where to train, as torch names it")
     add("--report-every", type=int, default=2000, help="batches in a reported mean loss")
+    add("--validate", action="store_true", help="hold out training images and test on those")
+    add("--tta", action="store_true", help="test each image together with its mirror image")
     add("--save", type=Path, metavar="FILE", help="write the trained weights there, a state dict")
     args, unknown = parser.parse_known_args(argv)
 
@@ -440,6 +544,8 @@ def main(argv=None):
             raise ValueError(f"batch_size is {args.batch_size}; allowed: {allowed}")
         torch.manual_seed(args.seed)
         data = make_synthetic() if args.dataset == "synthetic" else load_cifar10(args.data_dir)
+        if args.validate:
+            data = hold_out(*data[:2])
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
     if rank == 0:
@@ -453,15 +559,16 @@ def main(argv=None):
     if train_images.is_cpu:
         prepare_cpu(model, args.batch_size // count)
     try:
-        train(model, make_optimizer(args, model), train_images, train_labels, args)
+        train(model, Optimizer(args, model), train_images, train_labels, args)
     except FloatingPointError as error:
         # The trial goes on to its final result, so that the tuner learns how bad these values are.
         if rank == 0:
             print(f"Warning: training ends early: {error}", file=sys.stderr)
-    correct = test(model, test_images, test_labels)
+    correct = test(model, test_images, test_labels, args.tta)
     accuracy = 100 * correct / len(test_images)
     if rank == 0:
-        print(f"Acc: {accuracy:.3f}% ({correct}/{len(test_images)})")
+        name = "Validation acc" if args.validate else "Acc"
+        print(f"{name}: {accuracy:.3f}% ({correct}/{len(test_images)})")
         nni.report_final_result(accuracy)
         if args.save:
             try:

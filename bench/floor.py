@@ -13,20 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 
 
-def make_fixed_step(model, update, images, labels, batch_size):
+def make_fixed_step(model, optimizer, images, labels, args):
     """Return what train.make_step does, for a step that looks at no index."""
     running_loss = torch.zeros((), device=images.device)
-    inputs, targets = train.normalize(images[:batch_size]), labels[:batch_size]
+    inputs, targets = train.normalize(images[: args.batch_size]), labels[: args.batch_size]
 
     def step(_):
         model.zero_grad()
         loss = F.cross_entropy(model(inputs), targets)
         loss.backward()
-        update()
+        optimizer.step()
         running_loss.add_(loss.detach())
 
     if images.is_cuda:
-        step = train.replay(step, batch_size, images.device)
+        step = train.replay(step, args.batch_size, images.device)
     return step, running_loss
 
 

@@ -11,7 +11,17 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINE = {"batch_size": 4, "lr": 0.001, "epochs": 2, "optimizer": "SGD", "momentum": 0.9}
+BASELINE = {
+    "batch_size": 4,
+    "lr": 0.001,
+    "epochs": 2,
+    "optimizer": "SGD",
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "lr_schedule": "constant",
+    "augment": 0,
+}
 # What a search in a test covers: trials of a few seconds.
 SPACE = {
     "batch_size": {"_type": "choice", "_value": [32, 64, 128]},
@@ -23,6 +33,15 @@ SPACE = {
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from experiment import Experiment, processes_at  # noqa: E402
+
+
+def settings(**values):
+    """Return train.py's settings for the baseline with other values."""
+    import train
+
+    args = train.parse_args([])
+    vars(args).update(values)
+    return args
 
 
 @pytest.fixture

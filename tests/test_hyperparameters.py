@@ -7,6 +7,7 @@ from conftest import BASELINE
 
 import train
 
+KEYS = ", ".join(BASELINE)
 REFUSED = [
     ("batch_size", 0, "an integer >= 1"),
     ("batch_size", -4, "an integer >= 1"),
@@ -19,11 +20,18 @@ REFUSED = [
     ("lr", "fast", "a finite number > 0"),
     ("epochs", 0, "an integer >= 1"),
     ("epochs", 2.0, "an integer >= 1"),
-    ("optimizer", "RMSprop", "SGD, Adam, AdamW"),
-    ("optimizer", "sgd", "SGD, Adam, AdamW"),
+    ("optimizer", "RMSprop", "SGD, Adam, AdamW, Muon"),
+    ("optimizer", "sgd", "SGD, Adam, AdamW, Muon"),
     ("momentum", 1, "a number in [0, 1)"),
     ("momentum", -0.1, "a number in [0, 1)"),
     ("momentum", "high", "a number in [0, 1)"),
+    ("weight_decay", -0.1, "a finite number >= 0"),
+    ("weight_decay", float("inf"), "a finite number >= 0"),
+    ("label_smoothing", 1, "a number in [0, 1)"),
+    ("lr_schedule", "step", "constant, cosine, one_cycle"),
+    ("augment", -1, "an integer from 0 to 16"),
+    ("augment", 17, "an integer from 0 to 16"),
+    ("augment", 2.5, "an integer from 0 to 16"),
 ]
 REFUSED_JSON = [
     ("batch_size", True, "an integer >= 1"),
@@ -32,11 +40,11 @@ REFUSED_JSON = [
     ("lr", "0.1", "a finite number > 0"),
     ("lr", 10**400, "a finite number > 0"),
     ("momentum", False, "a number in [0, 1)"),
-    ("optimizer", {"_name": "SGD"}, "SGD, Adam, AdamW"),
-    ("optimizer", 3, "SGD, Adam, AdamW"),
-    ("batchsize", 4, "batch_size, lr, epochs, optimizer, momentum"),
-    ("seed", 4, "batch_size, lr, epochs, optimizer, momentum"),
-    ("", None, "batch_size, lr, epochs, optimizer, momentum"),
+    ("optimizer", {"_name": "SGD"}, "SGD, Adam, AdamW, Muon"),
+    ("optimizer", 3, "SGD, Adam, AdamW, Muon"),
+    ("batchsize", 4, KEYS),
+    ("seed", 4, KEYS),
+    ("", None, KEYS),
 ]
 
 
@@ -60,8 +68,18 @@ def test_every_hyperparameter_is_a_flag():
         "AdamW",
         "--momentum",
         ".5",
+        "--weight-decay",
+        "1e-4",
+        "--label-smoothing",
+        "0.1",
+        "--lr-schedule",
+        "cosine",
+        "--augment",
+        "2",
     ]
     expected = {"batch_size": 64, "lr": 0.01, "epochs": 10, "optimizer": "AdamW", "momentum": 0.5}
+    expected |= {"weight_decay": 1e-4, "label_smoothing": 0.1}
+    expected |= {"lr_schedule": "cosine", "augment": 2}
     assert hyperparameters(train.parse_args(flags)) == expected
 
 

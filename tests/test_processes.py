@@ -69,7 +69,7 @@ import os, sys, train
 def fail(*_):
     raise RuntimeError("the second process has no memory left")
 if os.environ["RANK"] == "1":
-    train.make_optimizer = fail
+    train.Optimizer = fail
 train.main(sys.argv[1:])
 """
     result = run(*QUICK, code=code, processes=2)

@@ -1,10 +1,9 @@
 """What is reported while it trains: windows, short epochs, losses that are no number."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import settings
 from torch import nn
 
 import train
@@ -20,14 +19,13 @@ def reported(monkeypatch):
 def linear_model():
     """A model whose step takes a tenth of a millisecond."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    return model, torch.optim.SGD(model.parameters(), lr=1e-4)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 
 
 def train_linear_model(images, labels, batch_size, report_every, epochs=1):
-    model, optimizer = linear_model()
-    args = Namespace(batch_size=batch_size, report_every=report_every, epochs=epochs)
-    train.train(model, optimizer.step, images, labels, args)
+    model = linear_model()
+    args = settings(batch_size=batch_size, report_every=report_every, epochs=epochs, lr=1e-4)
+    train.train(model, train.Optimizer(args, model), images, labels, args)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,8 @@ def test_losses_are_those_of_the_tutorials_loop(reported, batch_size, report_eve
     labels = torch.randint(10, (200,), generator=random)
     train_linear_model(images, labels, batch_size, report_every, epochs=2)
 
-    model, optimizer = linear_model()
+    model = linear_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     expected = []
     for _ in (1, 2):
         losses = []
@@ -77,12 +76,12 @@ def test_losses_are_those_of_the_tutorials_loop(reported, batch_size, report_eve
 def test_a_loss_that_is_no_number_ends_the_training(reported, report_every):
     images = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(100, dtype=torch.int64)
-    model, optimizer = linear_model()
+    model = linear_model()
     with torch.no_grad():
         model[1].weight.fill_(torch.inf)
-    args = Namespace(batch_size=4, report_every=report_every, epochs=1)
+    args = settings(batch_size=4, report_every=report_every, epochs=1)
     with pytest.raises(FloatingPointError, match="epoch 1, batch"):
-        train.train(model, optimizer.step, images, labels, args)
+        train.train(model, train.Optimizer(args, model), images, labels, args)
     assert reported == []
 
 
@@ -98,10 +97,9 @@ def test_a_loss_that_ends_being_a_number_after_the_last_window_is_noticed(report
             return super().forward(x.flatten(1)) * (1 if self.calls < 25 else torch.nan)
 
     model = BreaksAtTheEnd(3072, 10)
-    args = Namespace(batch_size=4, report_every=10, epochs=1)
-    optimizer = torch.optim.SGD(model.parameters())
+    args = settings(batch_size=4, report_every=10, epochs=1)
     with pytest.raises(FloatingPointError, match="nan at epoch 1, batch 25"):
-        train.train(model, optimizer.step, images, labels, args)
+        train.train(model, train.Optimizer(args, model), images, labels, args)
     assert len(reported) == 2
 
 

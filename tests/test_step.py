@@ -1,15 +1,23 @@
 """The training step: what it computes is what the plain loop of torch computes, only faster."""
 
 import contextlib
-from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import settings
 
 import train
 
-OPTIMIZERS = ["SGD", "Adam", "AdamW"]
+OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has, too
+SCHEDULERS = {
+    "cosine": lambda optimizer, lr, steps: torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, steps
+    ),
+    "one_cycle": lambda optimizer, lr, steps: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, cycle_momentum=False
+    ),
+}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
 
@@ -22,9 +30,8 @@ def restored():
     torch.backends.mkldnn.enabled = onednn
 
 
-def settings(**values):
-    args = {"batch_size": 8, "lr": 0.01, "optimizer": "SGD", "momentum": 0.75}
-    return Namespace(**(args | values))
+def quick(**values):
+    return settings(**({"batch_size": 8, "lr": 0.01, "momentum": 0.75} | values))
 
 
 def batches(images, batch_size, steps):
@@ -42,10 +49,12 @@ def losses_and_weights(args, data, prepare=False):
     model = train.Net().to(images.device)
     if prepare:
         train.prepare_cpu(model, args.batch_size)
-    update = train.make_optimizer(args, model)
-    step, running_loss = train.make_step(model, update, images, labels, args.batch_size)
+    optimizer = train.Optimizer(args, model)
+    step, running_loss = train.make_step(model, optimizer, images, labels, args)
     losses = []
-    for index in batches(images, args.batch_size, 200):
+    rates = train.learning_rates(args, 200)
+    for index, rate in zip(batches(images, args.batch_size, 200), rates, strict=True):
+        optimizer.lr.fill_(rate)
         step(index.to(images.device))
         losses.append(running_loss.item())
         running_loss.zero_()
@@ -60,14 +69,23 @@ def reference(args, data):
     momentum = {"SGD": {"momentum": args.momentum}}
     betas = {"betas": (args.momentum, 0.999)}
     optimizer = getattr(torch.optim, args.optimizer)(
-        model.parameters(), lr=args.lr, **momentum.get(args.optimizer, betas)
+        model.parameters(),
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        **momentum.get(args.optimizer, betas),
     )
+    scheduler = None
+    if args.lr_schedule in SCHEDULERS:
+        scheduler = SCHEDULERS[args.lr_schedule](optimizer, args.lr, 200)
     losses = []
     for index in batches(images, args.batch_size, 200):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model((images[index] / 255 - 0.5) / 0.5), labels[index])
+        inputs = (images[index] / 255 - 0.5) / 0.5
+        loss = F.cross_entropy(model(inputs), labels[index], label_smoothing=args.label_smoothing)
         loss.backward()
         optimizer.step()
+        if scheduler and len(losses) < 199:
+            scheduler.step()
         losses.append(loss.item())
     return losses, list(model.parameters())
 
@@ -95,21 +113,85 @@ def data():
     return [tensor[:1000] for tensor in train.make_synthetic()[:2]]
 
 
+@pytest.mark.parametrize("lr_schedule", SCHEDULERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weight_decay_label_smoothing_and_schedule_are_torchs(data, double, optimizer, lr_schedule):
+    args = quick(optimizer=optimizer, weight_decay=0.05, label_smoothing=0.1)
+    args.lr_schedule = lr_schedule
+    assert_agree(losses_and_weights(args, data), reference(args, data))
+
+
+@pytest.mark.parametrize("lr_schedule", ["constant", *SCHEDULERS])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_a_schedule_has_a_positive_rate_for_each_of_a_few_steps(lr_schedule, steps):
+    rates = list(train.learning_rates(settings(lr=0.5, lr_schedule=lr_schedule), steps))
+    assert len(rates) == steps
+    assert all(0 < rate <= 0.5 for rate in rates)
+
+
+def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_about_1():
+    matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = left.T @ train.orthogonalize(matrix) @ right.T
+    assert torch.all((values.diag() > 0.65) & (values.diag() < 1.25))
+    torch.testing.assert_close(values, values.diag().diag(), rtol=0, atol=1e-9)
+
+
+def test_muon_does_two_steps_by_its_definition(double):
+    args = quick(optimizer="Muon", weight_decay=0.1)
+    torch.manual_seed(0)
+    model = train.Net().to(memory_format=torch.channels_last)
+    optimizer = train.Optimizer(args, model)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    for _ in range(2):
+        for place, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.randn_like(parameter)
+            momenta[place] = args.momentum * momenta[place] + parameter.grad
+            step = parameter.grad + args.momentum * momenta[place]
+            if parameter.ndim > 1:
+                step = train.orthogonalize(step.reshape(len(step), -1)).reshape(step.shape)
+            weights[place] -= args.lr * (step + args.weight_decay * weights[place])
+        optimizer.step()
+    for ours, expected in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_augmented_images_are_shifted_and_mirrored_each_by_itself():
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 32, 32)
+    padded = F.pad(image, (2, 2, 2, 2), mode="reflect")[0]
+    windows = [padded[:, top : top + 32, left : left + 32] for top in range(5) for left in range(5)]
+    allowed = torch.stack([*windows, *(window.flip(2) for window in windows)])
+    augmented = train.augment(image.expand(2000, -1, -1, -1), 2, 2000)
+    which = (augmented[:, None, 0, ::5, ::5] == allowed[None, :, 0, ::5, ::5]).flatten(2).all(2)
+    assert which.sum(1).tolist() == [1] * 2000
+    counts = which.sum(0)
+    assert counts.min() >= 15  # 40 are expected of each of the 50
+    assert counts.max() <= 75
+    assert torch.equal(augmented, allowed[which.int().argmax(1)])
+
+
+def test_a_step_augments_when_asked_to(data):
+    plain, augmented = (losses_and_weights(quick(augment=pixels), data)[0] for pixels in (0, 2))
+    assert plain[0] != augmented[0]
+
+
 @pytest.mark.parametrize("batch_size", [4, 48])  # with and without the layout of oneDNN
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_is_that_of_torchs_class_in_the_tutorials_loop(data, double, optimizer, batch_size):
-    args = settings(optimizer=optimizer, batch_size=batch_size)
+    args = quick(optimizer=optimizer, batch_size=batch_size)
     assert_agree(losses_and_weights(args, data, prepare=True), reference(args, data))
 
 
 def test_a_step_of_32_bits_is_that_of_the_tutorials_loop(data):
-    args = settings(batch_size=48)  # with oneDNN, which knows only 32 bits
+    args = quick(batch_size=48)  # with oneDNN, which knows only 32 bits
     ours = losses_and_weights(args, data, prepare=True)
     assert_agree(ours, reference(args, data), tolerance=0.01)
 
 
 def test_a_step_without_momentum(data, double):
-    args = settings(momentum=0.0)
+    args = quick(momentum=0.0)
     assert_agree(losses_and_weights(args, data), reference(args, data))
 
 
@@ -186,10 +268,11 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
 
 
 @needs_cuda
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_the_graph_of_a_step_computes_what_the_step_does(monkeypatch, data, double, optimizer):
     on_gpu = [tensor.cuda() for tensor in data]
-    args = settings(optimizer=optimizer)
+    args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1)
+    args.lr_schedule = "one_cycle"
     replayed = losses_and_weights(args, on_gpu)
     monkeypatch.setattr("train.replay", lambda step, *_: step)
     assert_agree(replayed, losses_and_weights(args, on_gpu))
@@ -200,8 +283,8 @@ def test_the_graph_of_a_step_computes_what_the_step_does(monkeypatch, data, doub
 def test_nothing_waits_for_the_gpu_between_two_reports(data):
     images, labels = (tensor.cuda() for tensor in data)
     model = train.Net().cuda()
-    update = train.make_optimizer(settings(), model)
-    step, _ = train.make_step(model, update, images, labels, 8)
+    args = quick(augment=2)
+    step, _ = train.make_step(model, train.Optimizer(args, model), images, labels, args)
     index = [batch.cuda() for batch in batches(images, 8, 50)]
     for batch in index[:5]:  # until the graph is recorded
         step(batch)
