@@ -507,7 +507,10 @@ def parse_args(argv):
         if unknown:
             raise ValueError(f"unknown: {' '.join(unknown)}; allowed: the flags in --help")
         if args.params:
-            merge(args, json.loads(args.params.read_text(encoding="utf-8")), args.params)
+            values = json.loads(args.params.read_text(encoding="utf-8"))
+            if isinstance(values, dict):  # choose.py puts them into an object with their origin
+                values = values.get("hyperparameters", values)
+            merge(args, values, args.params)
         merge(args, flags, "command line")
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; allowed: an integer from 0 to 2**63 - 1")
