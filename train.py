@@ -17,6 +17,8 @@ import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -320,10 +322,11 @@ def test(model, images, labels, tta=False):
     return total(correct)
 
 
-def save(content, path):
+def save(content, path, tensors):
     """Write content with torch.save, whole or not at all: readers see the old file or the new.
 
-    Raises OSError, naming the file, if it cannot be written.
+    tensors are those in content, which its size is that of. Raises OSError, naming the file and
+    what it needs, if it cannot be written.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -333,7 +336,11 @@ def save(content, path):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk
-        raise OSError(f"cannot write {path} (is there room?): {error}") from error
+        unfinished.unlink(missing_ok=True)  # it takes of what is free
+        needed = sum(tensor.nbytes for tensor in tensors) / 1e6
+        free = shutil.disk_usage(path.absolute().parent).free / 1e6
+        room = f"it takes {needed:.1f} MB, and {free:.1f} MB are free"
+        raise OSError(f"cannot write {path}: {room}: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -372,9 +379,11 @@ def decode_cifar10(data_dir):
         files = [*CIFAR10.train_list, *CIFAR10.test_list]
         files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
         missing = [name for name, md5 in files if not check_integrity(folder / name, md5)]
+        free = shutil.disk_usage(data_dir).free / 1e6
         raise FileNotFoundError(
             f"CIFAR-10 cannot be loaded. Missing or damaged in {folder}: {', '.join(missing)}\n"
             f"What failed: {type(error).__name__}: {error}\n"
+            f"It takes 550 MB there, archive and cache included; {free:.0f} MB are free.\n"
             "Three ways on:\n"
             f"  - put {CIFAR10.filename} from {CIFAR10.url} into {data_dir.absolute()}\n"
             f"  - point --data-dir or CIFAR10_DIR at a folder that holds {CIFAR10.base_folder}\n"
@@ -403,8 +412,10 @@ def load_cifar10(data_dir):
     with FileLock(f"{cache}.lock"):
         if tensors := read_cache(cache):  # made by another trial while this one waited for the lock
             return tensors
+        for unfinished in data_dir.glob(f"{cache.name}.*.tmp"):  # a trial was killed at save()
+            unfinished.unlink()
         tensors = decode_cifar10(data_dir)
-        save({"tensors": tensors, "checksums": checksums(tensors)}, cache)
+        save({"tensors": tensors, "checksums": checksums(tensors)}, cache, tensors)
     return read_cache(cache) or tensors
 
 
@@ -529,6 +540,27 @@ def parse_args(argv):
     return args
 
 
+def train_and_test(args, data):
+    """Train on data, as load_cifar10 returns it, and return the model and how much it gets right.
+
+    Raises MemoryError or RuntimeError if the device has too little memory.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
+    data = [tensor.to(args.device) for tensor in data]
+    train_images, train_labels, test_images, test_labels = data
+    model = Net().to(args.device)
+    rank, count = processes()
+    if train_images.is_cpu:
+        prepare_cpu(model, args.batch_size // count)
+    try:
+        train(model, Optimizer(args, model), train_images, train_labels, args)
+    except FloatingPointError as error:
+        # The trial goes on to its final result, so that the tuner learns how bad these values are.
+        if rank == 0:
+            print(f"Warning: training ends early: {error}", file=sys.stderr)
+    return model, test(model, test_images, test_labels, args.tta)
+
+
 def main(argv=None):
     """Run one trial with argv, by default the command line, and return its accuracy in percent."""
     nni.silence_stdout()  # by itself the script would print each result twice, once in NNI's words
@@ -555,27 +587,24 @@ def main(argv=None):
         print("Hyperparameters:", json.dumps({key: getattr(args, key) for key in HYPERPARAMETERS}))
         print(f"Training on {args.device}" + (f", one of {count} processes" if count > 1 else ""))
 
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
-    data = [tensor.to(args.device) for tensor in data]
-    train_images, train_labels, test_images, test_labels = data
-    model = Net().to(args.device)
-    if train_images.is_cpu:
-        prepare_cpu(model, args.batch_size // count)
     try:
-        train(model, Optimizer(args, model), train_images, train_labels, args)
-    except FloatingPointError as error:
-        # The trial goes on to its final result, so that the tuner learns how bad these values are.
-        if rank == 0:
-            print(f"Warning: training ends early: {error}", file=sys.stderr)
-    correct = test(model, test_images, test_labels, args.tta)
-    accuracy = 100 * correct / len(test_images)
+        model, correct = train_and_test(args, data)
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: also torch's, for CPUs and GPUs
+        text = str(error).lower()
+        if not any(part in text for part in ("out of memory", "allocate memory", "alloc_failed")):
+            raise
+        problem = str(error).splitlines()[0]
+        allowed = f"as many images as {args.device} has memory for; {problem}"
+        sys.exit(f"train.py: error: batch_size is {args.batch_size}; allowed: {allowed}")
+    accuracy = 100 * correct / len(data[3])
     if rank == 0:
         name = "Validation acc" if args.validate else "Acc"
-        print(f"{name}: {accuracy:.3f}% ({correct}/{len(test_images)})")
+        print(f"{name}: {accuracy:.3f}% ({correct}/{len(data[3])})")
         nni.report_final_result(accuracy)
         if args.save:
             try:
-                save(model.cpu().state_dict(), args.save)
+                state = model.cpu().state_dict()
+                save(state, args.save, state.values())
             except OSError as error:
                 sys.exit(f"train.py: error: {error}")
     if torch.distributed.is_initialized():
@@ -587,4 +616,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    # Python's own answer to SIGTERM, by which NNI kills a trial, would leave half a file behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     main()

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import BASELINE, ROOT
 
 import train
 
@@ -57,13 +57,8 @@ def test_a_run_by_hand(run, tmp_path):
     result = run(*QUICK, "--save", model)
     assert result.returncode == 0, result.stderr
     parameters, device, loss, accuracy = result.stdout.splitlines()
-    assert json.loads(parameters.removeprefix("Hyperparameters: ")) == {
-        "batch_size": 128,
-        "lr": 0.05,
-        "epochs": 1,
-        "optimizer": "SGD",
-        "momentum": 0.9,
-    }
+    expected = BASELINE | {"batch_size": 128, "lr": 0.05, "epochs": 1}
+    assert json.loads(parameters.removeprefix("Hyperparameters: ")) == expected
     assert device == f"Training on {train.parse_args([]).device}"
     assert loss.startswith("[1,    79] loss: 2.")
     assert "%|" not in result.stderr  # no progress bar without a terminal
@@ -123,16 +118,16 @@ def test_the_params_file_of_a_run(run, tmp_path):
     file = tmp_path / "best.json"
     file.write_text('{"batch_size": 500, "lr": 0.02, "epochs": 1, "optimizer": "Adam"}')
     result = run("--dataset", "synthetic", "--params", file)
-    expected = {"batch_size": 500, "lr": 0.02, "epochs": 1, "optimizer": "Adam", "momentum": 0.9}
+    expected = BASELINE | {"batch_size": 500, "lr": 0.02, "epochs": 1, "optimizer": "Adam"}
     assert f"Hyperparameters: {json.dumps(expected)}\n" in result.stdout
 
 
 def test_save_replaces_a_file_whole_or_not_at_all(tmp_path):
     path = tmp_path / "model.pt"
-    train.save({"weight": torch.ones(3)}, path)
+    train.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
     before = path.read_bytes()
     with pytest.raises(AttributeError):  # a function of a function cannot be pickled
-        train.save({"weight": torch.zeros(3), "bad": lambda: None}, path)
+        train.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -221,3 +216,37 @@ def test_a_real_trial(run, cifar10_dir):
     outputs = [run(*flags, "--data-dir", cifar10_dir).stdout for _ in range(2)]
     assert outputs[0] == outputs[1]
     assert accuracy(outputs[0]) > 40
+
+
+def test_validation_holds_out_a_tenth_of_each_class():
+    images, labels = train.make_synthetic()[:2]
+    kept, kept_labels, held, held_labels = train.hold_out(images, labels)
+    assert kept_labels.bincount().tolist() == [900] * 10
+    assert held_labels.bincount().tolist() == [100] * 10
+    assert held_labels[(held == images[-1]).flatten(1).all(1)].tolist() == [labels[-1]]
+    assert torch.equal(torch.cat([kept, held]).sum(0), images.sum(0))  # each once
+
+
+def test_a_validated_run_does_not_look_at_the_test_images(run):
+    code = """
+import sys, train
+real = train.make_synthetic
+train.make_synthetic = lambda: real()[:2] + [None, None]
+train.main(sys.argv[1:])
+"""
+    result = run(*QUICK, "--validate", code=code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("Validation acc: ")
+    assert result.stdout.splitlines()[-1].endswith("/1000)")
+
+
+def test_tta_adds_the_logits_of_the_mirror_image():
+    torch.manual_seed(0)
+    net = train.Net().eval()
+    images, labels = train.make_synthetic()[2:]
+    x = train.normalize(images)
+    with torch.no_grad():
+        plain, averaged = net(x), (net(x) + net(x.flip(3))) / 2
+    assert train.test(net, images, labels) == (plain.argmax(1) == labels).sum()
+    assert train.test(net, images, labels, tta=True) == (averaged.argmax(1) == labels).sum()
+    assert train.test(net, images.flip(3), labels, tta=True) == (averaged.argmax(1) == labels).sum()
