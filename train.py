@@ -516,7 +516,8 @@ def parse_args(argv):
             flags[key] = type(default)(flags[key])
     try:
         if unknown:
-            raise ValueError(f"unknown: {' '.join(unknown)}; allowed: the flags in --help")
+            words = " ".join(unknown).split()  # one line, whatever they hold
+            raise ValueError(f"unknown: {' '.join(words)}; allowed: the flags in --help")
         if args.params:
             values = json.loads(args.params.read_text(encoding="utf-8"))
             if isinstance(values, dict):  # choose.py puts them into an object with their origin

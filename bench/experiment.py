@@ -59,10 +59,13 @@ class Experiment:
 
     def get(self, what):
         """Return the answer of NNI's REST server."""
+        return json.loads(self.request("GET", what))
+
+    def request(self, method, what):
         url = f"http://127.0.0.1:{self.port}/api/v1/nni/{what}"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=30) as answer:
-            return json.load(answer)
+        with opener.open(urllib.request.Request(url, method=method), timeout=30) as answer:
+            return answer.read()
 
     def wait(self, seconds):
         """Wait until all trials have ended and return them."""

@@ -55,9 +55,15 @@ def write_archive(folder):
 
 
 @contextlib.contextmanager
-def server(archive, cut=False):
-    """Serve the archive, or half of it, on a free port; yield the port and the paths asked for."""
+def server(archive, cut=False, stalls=False, wrong=False):
+    """Serve the archive on a free port; yield the port and the paths asked for.
+
+    It may be cut in the middle, stall there until the server ends, or be something else.
+    """
     content = archive.read_bytes()
+    if wrong:
+        content = b"<html>Please log in to the hotel's network</html>" * 100
+    end = threading.Event()
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -66,7 +72,10 @@ def server(archive, cut=False):
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if cut else content)
+            self.wfile.write(content[: len(content) // 2] if cut or stalls else content)
+            if stalls:
+                self.wfile.flush()
+                end.wait()
 
         def log_message(self, *args):
             pass
@@ -74,4 +83,5 @@ def server(archive, cut=False):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield httpd.server_port, requests
+        end.set()
         httpd.shutdown()
