@@ -1,0 +1,71 @@
+"""Train with several seeds and print the test accuracy's mean and deviation, plain and with --tta.
+
+    python bench/seeds.py                                         # the baseline, seeds 0 to 4
+    python bench/seeds.py --params docs/best.json --epochs 60     # flags of train.py
+
+Without a GPU as many seeds run at a time as there are cores, a thread each; on a GPU one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from compare import hardware
+from experiment import ROOT
+
+sys.path.insert(0, str(ROOT))
+import train
+
+
+def run(seed, flags, folder):
+    """Train with seed; return the trained model and the seconds that the whole command took."""
+    path = folder / f"{seed}.pt"
+    environment = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, ROOT / "train.py", *flags, "--seed", str(seed), "--save", path]
+    start = time.perf_counter()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    model = train.Net()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model, seconds
+
+
+def spread(values):
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="seeds 0 to RUNS - 1")
+    args, flags = parser.parse_known_args()
+    settings = train.parse_args(flags)
+    images, labels = train.load_cifar10(settings.data_dir)[2:]
+    at_a_time = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    print(f"{hardware()}, {at_a_time} at a time")
+    print(json.dumps({key: getattr(settings, key) for key in train.HYPERPARAMETERS}))
+    print(
+        "| seed | test accuracy % | with --tta % | seconds |\n| --- | --- | --- | --- |", flush=True
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_a_time) as pool:
+        runs = pool.map(lambda seed: run(seed, flags, Path(folder)), range(args.runs))
+        for seed, (model, seconds) in enumerate(runs):
+            correct = [train.test(model, images, labels, tta) for tta in (False, True)]
+            rows.append([*(100 * number / len(labels) for number in correct), seconds])
+            plain, tta, seconds = rows[-1]
+            print(f"| {seed} | {plain:.2f} | {tta:.2f} | {seconds:.0f} |", flush=True)
+    plain, tta, seconds = zip(*rows, strict=True)
+    print(f"| all | {spread(plain)} | {spread(tta)} | median {statistics.median(seconds):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
