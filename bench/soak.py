@@ -66,14 +66,10 @@ def main():
             print(f"trials with other parameters than NNI lists: {mixed_up}")
             different = {text for trial in trials for text in trial["hyperParameters"]}
             print(f"{len(trials)} trials, {len(different)} different sets of parameters")
-            seconds = (
-                max(t["endTime"] for t in trials) - min(t["startTime"] for t in trials)
-            ) / 1e3
+            seconds = (max(t["endTime"] for t in trials) - trials[0]["startTime"]) / 1000
             print(f"{seconds:.0f} s, {3600 * len(trials) / seconds:.0f} trials per hour")
             for name, size in before.items():
-                print(
-                    f"{name}: {before[name]:.0f} MiB after 4 trials, {after[name]:.0f} at the end"
-                )
+                print(f"{name}: {size:.0f} MiB after 4 trials, {after[name]:.0f} at the end")
         finally:
             left = search.stop()
             for process in processes_at(home):
