@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -25,6 +26,19 @@ def processes_at(home):
     return found
 
 
+def free_port():
+    """Return an even port that is free, as is the next, which a remote search takes as well.
+
+    Those that Linux gives to outgoing connections are above: none takes it before NNI does.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000, 2)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("", port))
+            other.bind(("", port + 1))
+            return port
+
+
 class Experiment:
     """An experiment of a configuration with changes, in a HOME of its own."""
 
@@ -37,9 +51,7 @@ class Experiment:
         config = yaml.safe_load(path.read_text()) | {"trialCodeDirectory": str(ROOT)} | changes
         config.pop("searchSpaceFile", None)  # every test brings its own space
         (home / "config.yml").write_text(yaml.safe_dump(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.nnictl("create", "-c", home / "config.yml", "-p", self.port)
         self.id = self.get("experiment")["id"]
 

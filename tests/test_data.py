@@ -79,11 +79,11 @@ def test_an_archive_brought_by_hand_is_enough(archive, folder):
     assert len(train.load_cifar10(folder)[0]) == 50
 
 
-def test_eight_at_once_on_an_empty_folder_download_once(start, archive, folder):
+def test_twenty_at_once_on_an_empty_folder_download_once(start, archive, folder):
     with tiny_cifar10.server(archive) as (port, requests):
-        processes = [start(folder, archive, port, code=LOAD) for _ in range(8)]
+        processes = [start(folder, archive, port, code=LOAD) for _ in range(20)]
         outputs = [process.communicate(timeout=300) for process in processes]
-    assert [stdout for stdout, _ in outputs] == [LENGTHS] * 8, outputs
+    assert [stdout for stdout, _ in outputs] == [LENGTHS] * 20, outputs
     assert sum("100%" in stderr for _, stderr in outputs) == 1  # one progress bar of one download
     assert len(requests) == 2  # torchvision asks once for where it is redirected to, once for all
     assert names(folder) == [
