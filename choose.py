@@ -61,7 +61,8 @@ def find_database(experiment):
 def read_database(experiment, path):
     """Return the search in NNI's database, in the form that --json prints.
 
-    Raises sqlite3.Error if the file is no database of NNI 2.10, or stays locked for 5 seconds.
+    Raises sqlite3.Error, KeyError or TypeError if the file is no database of NNI 2.10, and
+    sqlite3.Error if it stays locked for 5 seconds.
     """
     # Read-only, so that nothing is written beside NNI and a file that is missing is not created.
     database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
@@ -155,7 +156,7 @@ def has_result(trial):
 def choose(trials, within):
     """Return the trial to keep of trials with a result, by the rule at the top of this file."""
     best = max(trial["accuracy"] for trial in trials)
-    good = [trial for trial in trials if trial["accuracy"] >= best - within]
+    good = [trial for trial in trials if best - trial["accuracy"] <= within + 1e-9]
 
     def cost(trial):
         seconds = math.inf if trial["seconds"] is None else round(trial["seconds"])
@@ -230,7 +231,7 @@ def plot(trials, choice, top):
         drawn.append(choice)
     for trial in reversed(drawn):  # the best on top
         losses = trial["losses"]
-        epochs = trial["hyperparameters"].get("epochs", 1)
+        epochs = finite(trial["hyperparameters"].get("epochs")) or 1
         places = [epochs * (index + 1) / len(losses) for index in range(len(losses))]
         style = {"color": others, "alpha": 0.45, "linewidth": 1}
         if trial is choice:
@@ -285,9 +286,8 @@ def main(argv=None):
             experiment, database = find_database(args.experiment)
             try:
                 search = read_database(experiment, database)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, KeyError, TypeError) as error:
                 raise OSError(f"cannot read {database}: {error}") from error
-        everything = search["trials"]
         trials = [trial for trial in search["trials"] if has_result(trial)]
         trials.sort(key=lambda trial: (-trial["accuracy"], trial["trial"]))
         if not trials:
@@ -307,8 +307,7 @@ def main(argv=None):
         sys.exit(f"choose.py: error: {error}")
 
     if args.json:
-        everything = sorted(search["trials"], key=lambda trial: trial["trial"])
-        print(json.dumps(search | {"choice": choice["trial"], "trials": everything}))
+        print(json.dumps(search | {"choice": choice["id"]}))
     elif args.csv:
         rows = [{key: trial[key] for key in COLUMNS} | trial["hyperparameters"] for trial in trials]
         keys = dict.fromkeys(key for row in rows for key in row)
@@ -323,10 +322,10 @@ def main(argv=None):
             for trial in search["trials"]
             if not has_result(trial)
         )
-        left_out = ", ".join(f"{count} {status}" for status, count in others.items())
-        print(
-            f"{len(trials)} trials have a result" + (f"; left out: {left_out}" if left_out else "")
+        left_out = "; left out: " * bool(others) + ", ".join(
+            f"{n} {why}" for why, n in others.items()
         )
+        print(f"{len(trials)} of {len(search['trials'])} trials have a result{left_out}")
         print(
             f"* the choice, trial {choice['trial']} ({choice['id']}): within {args.within:g} points"
             " of the best accuracy the shortest, then the one whose loss fell fastest"

@@ -114,6 +114,8 @@ def refusal(result):
         ([trial(0, 65, 9, []), trial(1, 65, 9, [2])], 0.5, 1),
         ([trial(0, 65, None), trial(1, 65, 100)], 0.5, 1),
         ([trial(0, 64.9), trial(1, 65)], 0.5, 1),
+        ([trial(0, 62.54, 1), trial(1, 63.04)], 0.5, 0),
+        ([trial(0, 62.53, 1), trial(1, 63.04)], 0.5, 1),
     ],
 )
 def test_the_choice(trials, within, expected):
@@ -149,8 +151,8 @@ def test_the_table_ranks_what_has_a_result_and_names_the_rest(run, tmp_path):
         ["0", "60.00", "30", "1.250", "1.583", "0.01", "-"],
     ]
     assert counts == (
-        "3 trials have a result; left out: 1 FAILED, 1 USER_CANCELED, 1 EARLY_STOPPED, 1 RUNNING,"
-        " 1 WAITING, 2 without a result"
+        "3 of 10 trials have a result; left out: 1 FAILED, 1 USER_CANCELED, 1 EARLY_STOPPED,"
+        " 1 RUNNING, 1 WAITING, 2 without a result"
     )
     assert rule.startswith("* the choice, trial 4 (id4): within 0.5 points of the best accuracy")
     assert json.loads(hyperparameters) == {"lr": 0.05}
@@ -175,7 +177,7 @@ def test_top_shortens_the_table_only(run, tmp_path):
 def test_json_is_read_again(run, tmp_path):
     database(tmp_path, MIXED)
     printed = run("--json").stdout
-    assert json.loads(printed)["choice"] == 4
+    assert json.loads(printed)["choice"] == "id4"
     (tmp_path / "results.json").write_text(printed)
     assert run("--file", "results.json").stdout == run().stdout
     assert run("--file", "results.json", "--json").stdout == printed
