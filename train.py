@@ -43,11 +43,11 @@ HYPERPARAMETERS = {  # key: (default, what it is, what is allowed, the check of 
     "lr": (0.001, "learning rate", "a finite number > 0", lambda v: 0 < v < math.inf),
     "epochs": (2, "passes over the training set", "an integer >= 1", lambda v: v >= 1),
     "optimizer": ("SGD", "algorithm", ", ".join(OPTIMIZERS), lambda v: v in OPTIMIZERS),
-    "momentum": (0.9, "of SGD; Adam's beta1", "a number in [0, 1)", lambda v: 0 <= v < 1),
+    "momentum": (0.9, "or Adam's beta1", "a number in [0, 1)", lambda v: 0 <= v < 1),
     "weight_decay": (0.0, "pull to 0", "a finite number >= 0", lambda v: 0 <= v < math.inf),
     "label_smoothing": (0.0, "of the loss", "a number in [0, 1)", lambda v: 0 <= v < 1),
     "lr_schedule": ("constant", "of lr", ", ".join(LR_SCHEDULES), lambda v: v in LR_SCHEDULES),
-    "augment": (0, "pixels of shift", "an integer from 0 to 16", lambda v: 0 <= v <= 16),
+    "augment": (0, "mirror, and shift by pixels", "an integer in [0, 16]", lambda v: 0 <= v <= 16),
 }
 
 
@@ -485,7 +485,7 @@ def parse_args(argv):
     )
     for key, (default, meaning, allowed, _) in HYPERPARAMETERS.items():
         flag = "--" + key.replace("_", "-")
-        text = f"{meaning}, {allowed} (default: {default})"
+        text = f"{meaning}: {allowed} (default: {default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text)
     data = os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent / "data"
     device = "cpu"
