@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SPACE
+from conftest import ROOT
 
 import choose
 import train
@@ -286,32 +286,6 @@ def test_a_database_in_use_is_read_and_one_that_stays_locked_is_not(run, tmp_pat
         assert f"cannot read {path}: database is locked" in refusal(run())
     finally:
         connection.close()
-
-
-def test_a_real_search_is_read_while_it_runs_and_when_it_is_stopped(experiment, run, tmp_path):
-    demo = experiment("configs/demo.yml", maxTrialNumber=3, searchSpace=SPACE, trialConcurrency=1)
-    demo.wait_for(lambda trials: sum(t["status"] == "SUCCEEDED" for t in trials) >= 1, 120)
-    home = {"HOME": str(demo.home)}
-    running = run("--json", **home)
-    assert running.returncode == 0, running.stderr
-    trials = demo.wait(120)
-    exported = demo.home / "export.json"
-    demo.nnictl("experiment", "export", demo.id, "-t", "json", "-i", "-f", exported)
-    assert demo.stop() == []
-
-    results = json.loads(run(demo.id, "--json", **home).stdout)["trials"]
-    assert [t["id"] for t in results] == [t["trialJobId"] for t in trials]
-    for ours, nnis in zip(results, trials, strict=True):
-        assert ours["trial"] == nnis["sequenceId"]
-        assert ours["accuracy"] == float(json.loads(nnis["finalMetricData"][0]["data"]))
-        assert ours["hyperparameters"] == json.loads(nnis["hyperParameters"][0])["parameters"]
-        duration = (nnis["endTime"] - nnis["startTime"]) / 1000
-        assert ours["seconds"] == pytest.approx(duration, abs=0.01)
-
-    from_export = json.loads(run("--file", exported, "--json").stdout)["trials"]
-    keys = ("id", "accuracy", "losses", "hyperparameters")
-    by_id = {t["id"]: {key: t[key] for key in keys} for t in from_export}
-    assert by_id == {t["id"]: {key: t[key] for key in keys} for t in results}
 
 
 def test_the_exported_searches_in_docs_are_read(run):

@@ -1,22 +1,34 @@
 """Real experiments: nnictl, NNI's manager and scheduler, trials in processes of their own."""
 
 import json
+import subprocess
+import sys
 
 import psutil
+import pytest
 import yaml
-from conftest import ROOT, SPACE
+from conftest import BASELINE, ROOT, SPACE
 from experiment import processes_at
+
+
+def chosen(search, *args):
+    """Return what `choose.py --json` prints with the experiment's HOME."""
+    command = [sys.executable, ROOT / "choose.py", "--json", *args]
+    printed = subprocess.run(command, env=search.environment, check=True, capture_output=True)
+    return json.loads(printed.stdout)
 
 
 def test_a_search_from_create_to_export(experiment):
     demo = experiment("configs/demo.yml", maxTrialNumber=4, searchSpace=SPACE)
+    demo.wait_for(lambda trials: "SUCCEEDED" in {trial["status"] for trial in trials}, 120)
+    assert chosen(demo)["trials"]  # while it runs
     trials = demo.wait(240)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 4
 
     for trial in trials:
         log = demo.trial_file(trial, "trial.log")
         (given,) = (json.loads(text)["parameters"] for text in trial["hyperParameters"])
-        assert json.loads(log.split("Hyperparameters: ")[1].splitlines()[0]) == given
+        assert json.loads(log.split("Hyperparameters: ")[1].splitlines()[0]) == BASELINE | given
 
         metrics = demo.get(f"metric-data/{trial['trialJobId']}")
         intermediate = [m for m in metrics if m["type"] == "PERIODICAL"]
@@ -31,10 +43,21 @@ def test_a_search_from_create_to_export(experiment):
         assert len(losses) == given["epochs"] * (-(-10_000 // given["batch_size"]) // window)
         assert demo.trial_file(trial, "stderr") == ""
 
-    demo.nnictl("experiment", "export", demo.id, "-t", "json", "-f", demo.home / "out.json")
-    exported = json.loads((demo.home / "out.json").read_text())
-    assert len(exported) == 4
+    demo.nnictl("experiment", "export", demo.id, "-t", "json", "-i", "-f", demo.home / "out.json")
     assert demo.stop() == []
+
+    results = chosen(demo, demo.id)["trials"]
+    assert [trial["id"] for trial in results] == [trial["trialJobId"] for trial in trials]
+    for ours, nnis in zip(results, trials, strict=True):
+        assert ours["trial"] == nnis["sequenceId"]
+        assert ours["accuracy"] == float(json.loads(nnis["finalMetricData"][0]["data"]))
+        assert ours["hyperparameters"] == json.loads(nnis["hyperParameters"][0])["parameters"]
+        duration = (nnis["endTime"] - nnis["startTime"]) / 1000
+        assert ours["seconds"] == pytest.approx(duration, abs=0.01)
+    exported = chosen(demo, "--file", demo.home / "out.json")["trials"]
+    keys = ("id", "accuracy", "losses", "hyperparameters")
+    by_id = {trial["id"]: {key: trial[key] for key in keys} for trial in exported}
+    assert by_id == {trial["id"]: {key: trial[key] for key in keys} for trial in results}
 
 
 def test_a_refused_value_fails_the_trial_and_stands_in_its_stderr(experiment):
