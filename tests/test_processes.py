@@ -20,16 +20,20 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_train_as_one_does(run, tmp_path, processes):
-    # The epoch's last batch has 16 images: 8 + 8, or 6 + 5 + 5.
-    flags = [*QUICK, "--batch-size", "192", "--report-every", "10", "--save"]
+EVERYTHING = "--augment 2 --optimizer Muon --lr 0.01 --weight-decay 0.1 --label-smoothing 0.1"
+EVERYTHING += " --lr-schedule one_cycle --validate --tta"
+
+
+@pytest.mark.parametrize(("processes", "more"), [(2, EVERYTHING), (3, "")])
+def test_several_processes_train_as_one_does(run, tmp_path, processes, more):
+    # The epoch's last batch has 16 images, or of 9,000 168: 8 + 8, or 6 + 5 + 5.
+    flags = [*QUICK, *more.split(), "--batch-size", "192", "--report-every", "10", "--save"]
     one = run(*flags, tmp_path / "one.pt", code=DOUBLE)
     several = run(*flags, tmp_path / "several.pt", code=DOUBLE, processes=processes)
     assert several.returncode == 0, several.stderr
     device = f"Training on cpu, one of {processes} processes"
     assert several.stdout == one.stdout.replace("Training on cpu", device)
-    assert several.stdout.count(" loss: ") == 5
+    assert several.stdout.count(" loss: ") >= 4
     weights = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "several.pt"))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
 
