@@ -224,7 +224,7 @@ def plot(trials, choice, top):
             star = {"marker": "*", "s": 140, "color": colour, "zorder": 3}
             label = f"the choice, trial {choice['trial']}"
             axes.scatter([choice[key]], [choice["accuracy"]], label=label, **star)
-    progress.legend(loc="lower right", frameon=False)
+    progress.legend(loc="best", frameon=False)
 
     drawn = list(trials[:top])
     if choice not in drawn:
@@ -239,12 +239,12 @@ def plot(trials, choice, top):
             style = {"color": colour, "zorder": 3, "linewidth": 2, "label": label}
         curves.plot(places, losses, marker="." if len(losses) == 1 else None, **style)
     curves.set(xlabel="epoch", ylabel="training loss", title=f"Losses of the top {len(drawn)}")
-    curves.legend(loc="upper right", frameon=False)
+    curves.legend(loc="best", frameon=False)
     for axes in (progress, cost, curves):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
+    figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
 
 

@@ -147,7 +147,7 @@ def test_screenshots(page):
     page.wait(lambda: page.all("svg text"))
     page.click(".ms-Dropdown", "100%")
     page.click(".ms-Dropdown-item", "Top 20%")
-    save("hyper-parameter.png", 520)
+    save("hyper-parameter.png", 640)
     page.click("[role=tab]", "Intermediate result")
     page.wait(lambda: page.browser.execute_script(SERIES))
     save("intermediate-result.png", 520)
