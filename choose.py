@@ -256,7 +256,7 @@ def parse_args(argv):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    latest = "the latest on this machine if left out"
+    latest = "if left out the one last started, resumed or viewed by this user"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", default=argparse.SUPPRESS, help=latest)
     add("--file", type=Path, help="read results from there instead: of --json or nnictl's export")
     add("--within", type=float, default=0.5, help="points of accuracy that count as equally good")
