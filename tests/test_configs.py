@@ -72,7 +72,7 @@ def test_what_each_is_for():
     assert (demo.trial_gpu_number, demo.trial_concurrency, demo.max_trial_number) == (0, 2, 9)
     assert "--dataset synthetic" in demo.trial_command
     wide = settings["wide"]
-    assert (wide.trial_gpu_number, wide.trial_concurrency, wide.max_trial_number) == (0, 2, 10)
+    assert (wide.trial_gpu_number, wide.trial_concurrency, wide.max_trial_number) == (0, 2, 12)
     assert "--validate" in wide.trial_command
     for config in (cpu, demo, wide):
         assert config.trial_command.startswith("OMP_NUM_THREADS=1 ")
