@@ -289,7 +289,11 @@ def test_a_database_in_use_is_read_and_one_that_stays_locked_is_not(run, tmp_pat
 
 
 def test_the_exported_searches_in_docs_are_read(run):
-    for path in sorted(ROOT.glob("docs/*.json")):
+    for path in (ROOT / "docs" / "default.json", ROOT / "docs" / "wide.json"):
         result = run("--file", path)
         assert result.returncode == 0, result.stderr
         assert "* the choice" in result.stdout
+    best = json.loads((ROOT / "docs" / "best.json").read_text())
+    assert best["id"] in result.stdout
+    args = train.parse_args(["--params", str(ROOT / "docs" / "best.json")])
+    assert args.epochs == best["hyperparameters"]["epochs"]
