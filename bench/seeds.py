@@ -28,7 +28,10 @@ import train
 def run(seed, flags, folder):
     """Train with seed; return the trained model, and the command's seconds and CPU seconds."""
     path = folder / f"{seed}.pt"
-    environment = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})
+    # NNI's warning that no experiment is running is no news here.
+    environment = os.environ | {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    if not torch.cuda.is_available():
+        environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, ROOT / "train.py", *flags, "--seed", str(seed), "--save", path]
     start = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
