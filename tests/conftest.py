@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Three files run at a time, and torch's threads would wait for each other. Before torch is imported.
+# Several files run at a time, and threads of torch would wait for each other. Before its import.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
