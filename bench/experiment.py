@@ -1,5 +1,6 @@
 """Experiments of NNI with a HOME and a port of their own, for bench/ and tests/."""
 
+import collections
 import contextlib
 import json
 import random
@@ -87,7 +88,9 @@ class Experiment:
         """Wait until the condition holds for the list of trials and return them."""
         end = time.monotonic() + seconds
         while not condition(trials := self.get("trial-jobs")):
-            assert time.monotonic() < end, (self.get("check-status"), trials)
+            if time.monotonic() > end:
+                states = collections.Counter(trial["status"] for trial in trials)
+                raise TimeoutError(f"{self.get('check-status')}, {states} after {seconds} s")
             time.sleep(1)
         return self.get("trial-jobs")
 

@@ -52,7 +52,7 @@ def main():
         try:
             search.wait_for(lambda trials: sum("endTime" in t for t in trials) >= 4, 300)
             before = memory(home)
-            trials = search.wait(10 * args.trials)
+            trials = search.wait(60 * args.trials)
             after = memory(home)
             faults = [t["trialJobId"] for t in trials if t["status"] != "SUCCEEDED"]
             print(f"trials that did not succeed: {faults}")
