@@ -344,9 +344,9 @@ def test_a_search_goes_on_when_its_trials_are_killed(experiment):
 
 
 def test_after_the_manager_is_killed_resume_goes_on_to_the_last_trial(experiment):
-    search = experiment("configs/demo.yml", maxTrialNumber=5, trialConcurrency=1, searchSpace=SPACE)
+    search = experiment("configs/demo.yml", maxTrialNumber=3, trialConcurrency=1, searchSpace=SPACE)
     done = search.wait_for(
-        lambda trials: sum(trial["status"] == "SUCCEEDED" for trial in trials) >= 2, 120
+        lambda trials: sum(trial["status"] == "SUCCEEDED" for trial in trials) >= 1, 120
     )
     finished = {t["trialJobId"]: t["finalMetricData"] for t in done if t["status"] == "SUCCEEDED"}
     for process in processes_at(search.home):
@@ -358,5 +358,5 @@ def test_after_the_manager_is_killed_resume_goes_on_to_the_last_trial(experiment
     assert {
         t["trialJobId"]: t["finalMetricData"] for t in trials if t["trialJobId"] in finished
     } == finished
-    assert sum(trial["status"] == "SUCCEEDED" for trial in trials) >= 4
+    assert sum(trial["status"] == "SUCCEEDED" for trial in trials) >= 2
     assert search.stop() == []
