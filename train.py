@@ -592,7 +592,7 @@ def main(argv=None):
         model, correct = train_and_test(args, data)
     except (MemoryError, RuntimeError) as error:  # RuntimeError: also torch's, for CPUs and GPUs
         text = str(error).lower()
-        if not any(part in text for part in ("out of memory", "allocate memory", "alloc_failed")):
+        if not any(sign in text for sign in ("out of memory", "allocate memory", "alloc_failed")):
             raise
         problem = str(error).splitlines()[0]
         allowed = f"as many images as {args.device} has memory for; {problem}"

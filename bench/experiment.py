@@ -40,6 +40,22 @@ def free_port():
             return port
 
 
+def parameters(trial):
+    """Return the hyperparameters of a trial as NNI lists them."""
+    (given,) = trial["hyperParameters"]
+    return json.loads(given)["parameters"]
+
+
+def printed_parameters(log):
+    """Return the hyperparameters that a trial has printed in its log."""
+    return json.loads(log.split("Hyperparameters: ")[1].splitlines()[0])
+
+
+def accuracy(trial):
+    """Return the final result of a trial as NNI lists it."""
+    return float(json.loads(trial["finalMetricData"][0]["data"]))
+
+
 class Experiment:
     """An experiment of a configuration with changes, in a HOME of its own."""
 

@@ -6,13 +6,12 @@ Every trial's parameters, as NNI lists them, are compared with those that the tr
 """
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
 
 from compare import hardware
-from experiment import ROOT, Experiment, processes_at
+from experiment import ROOT, Experiment, parameters, printed_parameters, processes_at
 
 SPACE = {
     "batch_size": {"_type": "randint", "_value": [2000, 10_000]},
@@ -58,10 +57,8 @@ def main():
             print(f"trials that did not succeed: {faults}")
             mixed_up = []
             for trial in trials:
-                (given,) = (json.loads(text)["parameters"] for text in trial["hyperParameters"])
-                printed = search.trial_file(trial, "trial.log").split("Hyperparameters: ")[1]
-                used = json.loads(printed.splitlines()[0])
-                if used != used | given:
+                used = printed_parameters(search.trial_file(trial, "trial.log"))
+                if used != used | parameters(trial):
                     mixed_up.append(trial["trialJobId"])
             print(f"trials with other parameters than NNI lists: {mixed_up}")
             different = {text for trial in trials for text in trial["hyperParameters"]}

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from compare import hardware
-from experiment import ROOT, Experiment, processes_at
+from experiment import ROOT, Experiment, accuracy, processes_at
 
 BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
 
@@ -37,7 +37,7 @@ def measure(config, home, trials, changes):
     if failed:
         raise RuntimeError(f"{len(failed)} trials of {trials} ended {', '.join(failed)}")
     starts, ends = ([trial[key] for trial in ended] for key in ("startTime", "endTime"))  # ms
-    accuracies = [float(json.loads(trial["finalMetricData"][0]["data"])) for trial in ended]
+    accuracies = [accuracy(trial) for trial in ended]
     durations = sorted(end - start for start, end in zip(starts, ends, strict=True))
     per_hour = trials / (max(ends) - min(starts)) * 3.6e6
     return per_hour, durations[trials // 2] / 1000, sum(accuracies) / trials
@@ -67,8 +67,8 @@ def main():
     for name, changes in rows:
         with tempfile.TemporaryDirectory() as home:
             config = "config.yml" if gpu else "configs/cpu.yml"
-            per_hour, seconds, accuracy = measure(config, Path(home), args.trials, changes)
-        print(f"| {name} | {per_hour:.0f} | {seconds:.0f} | {accuracy:.2f} |", flush=True)
+            per_hour, seconds, percent = measure(config, Path(home), args.trials, changes)
+        print(f"| {name} | {per_hour:.0f} | {seconds:.0f} | {percent:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def test_the_search_space_holds_what_train_py_accepts(config):
 def test_the_search_space_reaches(point):
     space = json.loads((ROOT / "search_space.json").read_text())
     for key, value in point.items():
-        values = space.get(key, {"_type": "choice", "_value": [BASELINE[key]]})["_value"]
-        if key not in space or space[key]["_type"] == "choice":
+        entry = space.get(key, {"_type": "choice", "_value": [BASELINE[key]]})
+        values = entry["_value"]
+        if entry["_type"] == "choice":
             assert value in values
         else:
             assert values[0] <= value <= values[1]

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import yaml
 from conftest import BASELINE, ROOT, SPACE
-from experiment import processes_at
+from experiment import accuracy, parameters, printed_parameters, processes_at
 
 
 def chosen(search, *args):
@@ -27,14 +27,13 @@ def test_a_search_from_create_to_export(experiment):
 
     for trial in trials:
         log = demo.trial_file(trial, "trial.log")
-        (given,) = (json.loads(text)["parameters"] for text in trial["hyperParameters"])
-        assert json.loads(log.split("Hyperparameters: ")[1].splitlines()[0]) == BASELINE | given
+        given = parameters(trial)
+        assert printed_parameters(log) == BASELINE | given
 
         metrics = demo.get(f"metric-data/{trial['trialJobId']}")
         intermediate = [m for m in metrics if m["type"] == "PERIODICAL"]
         (final,) = (m for m in metrics if m["type"] == "FINAL")
-        accuracy = json.loads(json.loads(final["data"]))
-        assert f"Acc: {accuracy:.3f}% (" in log
+        assert f"Acc: {json.loads(json.loads(final['data'])):.3f}% (" in log
         losses = [json.loads(json.loads(m["data"])) for m in intermediate]
         assert [line.split("loss: ")[1] for line in log.splitlines() if "loss: " in line] == [
             f"{loss:.3f}" for loss in losses
@@ -50,8 +49,8 @@ def test_a_search_from_create_to_export(experiment):
     assert [trial["id"] for trial in results] == [trial["trialJobId"] for trial in trials]
     for ours, nnis in zip(results, trials, strict=True):
         assert ours["trial"] == nnis["sequenceId"]
-        assert ours["accuracy"] == float(json.loads(nnis["finalMetricData"][0]["data"]))
-        assert ours["hyperparameters"] == json.loads(nnis["hyperParameters"][0])["parameters"]
+        assert ours["accuracy"] == accuracy(nnis)
+        assert ours["hyperparameters"] == parameters(nnis)
         duration = (nnis["endTime"] - nnis["startTime"]) / 1000
         assert ours["seconds"] == pytest.approx(duration, abs=0.01)
     exported = chosen(demo, "--file", demo.home / "out.json")["trials"]

@@ -17,7 +17,7 @@ from conftest import ROOT, SPACE
 from experiment import processes_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import LENGTHS, LOAD
+from test_data import LENGTHS, LOAD, names
 
 import train
 
@@ -44,10 +44,6 @@ def archive(tmp_path):
     """The archive of the tiny data set, in a folder of its own."""
     (tmp_path / "home").mkdir(exist_ok=True)
     return tiny_cifar10.write_archive(tmp_path / "home")
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def killed_while_writing(start, number, *args):

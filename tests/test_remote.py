@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, SPACE
+from experiment import parameters
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
@@ -128,7 +129,7 @@ def test_a_search_on_two_machines(search, machines):
     printed = "".join(output.read_text() for output in outputs)
     assert printed.count("Acc: ") == 4
     for trial in trials:
-        (given,) = (json.loads(text)["parameters"] for text in trial["hyperParameters"])
+        given = parameters(trial)
         assert all(repr(value) in printed for value in (given["lr"], given["momentum"]))
         metrics = demo.get(f"metric-data/{trial['trialJobId']}")
         values = [(m["type"], json.loads(json.loads(m["data"]))) for m in metrics]

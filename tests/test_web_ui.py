@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SPACE
+from experiment import accuracy, parameters, printed_parameters
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -82,7 +83,7 @@ def page():
 def test_what_a_user_looks_for_after_a_search(experiment, page):
     demo = experiment("configs/demo.yml", maxTrialNumber=3, searchSpace=SPACE)
     trials = demo.wait(240)
-    best = max(float(json.loads(trial["finalMetricData"][0]["data"])) for trial in trials)
+    best = max(accuracy(trial) for trial in trials)
     page = page(demo.port)
 
     page.open("oview", shows="Best metric")
@@ -95,10 +96,9 @@ def test_what_a_user_looks_for_after_a_search(experiment, page):
     rows = page.wait(lambda: page.all("[data-automationid=DetailsRow]"))
     assert len(rows) == len(trials)
     for row, trial in zip(rows, trials, strict=True):
-        accuracy = float(json.loads(trial["finalMetricData"][0]["data"]))
         expected = [str(trial["sequenceId"]), trial["trialJobId"], "SUCCEEDED"]
         assert [line for line in row.text.splitlines() if line in expected] == expected
-        assert f"{accuracy:g} (FINAL)" in row.text
+        assert f"{accuracy(trial):g} (FINAL)" in row.text
 
     page.click("[role=tab]", "Hyper-parameter")
     axes = page.wait(lambda: {text.text for text in page.all("svg text")})
@@ -112,7 +112,7 @@ def test_what_a_user_looks_for_after_a_search(experiment, page):
         assert losses == [json.loads(json.loads(metric["data"])) for metric in metrics]
 
     page.click("[data-automationid=DetailsRow] i[data-icon-name=ChevronRight]")
-    (given,) = (json.loads(text)["parameters"] for text in trials[0]["hyperParameters"])
+    given = parameters(trials[0])
     page.wait(lambda: page.all("[role=tab]", "Log"))
     assert all(f"{key}:{json.dumps(value)}" in page.text() for key, value in given.items())
     page.click("[role=tab]", "Log")
@@ -121,8 +121,8 @@ def test_what_a_user_looks_for_after_a_search(experiment, page):
     page.browser.switch_to.window(page.browser.window_handles[1])
     page.wait(lambda: "Acc: " in page.text())
     logged = page.text()
-    parameters = json.loads(logged.split("Hyperparameters: ")[1].splitlines()[0])
-    assert parameters == parameters | given
+    used = printed_parameters(logged)
+    assert used == used | given
     assert logged.split() == demo.trial_file(trials[0], "trial.log").split()
     assert demo.stop() == []
 
