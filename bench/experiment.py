@@ -115,7 +115,11 @@ class Experiment:
         return path.read_text()
 
     def stop(self):
-        """Stop the experiment and return the processes that are still there half a minute later."""
-        self.nnictl("stop", self.id)
-        _, alive = psutil.wait_procs(processes_at(self.home), timeout=30)
+        """Stop the experiment, kill what is still there half a minute later, and return that."""
+        try:
+            self.nnictl("stop", self.id)
+        finally:
+            _, alive = psutil.wait_procs(processes_at(self.home), timeout=30)
+            for process in alive:
+                process.kill()
         return alive

@@ -69,8 +69,6 @@ def main():
                 print(f"{name}: {size:.0f} MiB after 4 trials, {after[name]:.0f} at the end")
         finally:
             left = search.stop()
-            for process in processes_at(home):
-                process.kill()
         print(f"processes left: {left}")
         print(f"files left in the project: {sorted(map(str, set(ROOT.rglob('*')) - here))}")
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from compare import hardware
-from experiment import ROOT, Experiment, accuracy, processes_at
+from experiment import ROOT, Experiment, accuracy
 
 BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
 
@@ -31,8 +31,6 @@ def measure(config, home, trials, changes):
         ended = experiment.wait(3600)
     finally:
         experiment.stop()
-        for process in processes_at(home):
-            process.kill()
     failed = [trial["status"] for trial in ended if trial["status"] != "SUCCEEDED"]
     if failed:
         raise RuntimeError(f"{len(failed)} trials of {trials} ended {', '.join(failed)}")
