@@ -1,6 +1,6 @@
 """Run a search of many very short trials and check that nothing is lost, mixed up or left behind.
 
-    python bench/soak.py            # 300 trials, four at a time, some 15 minutes on 2 cores
+    python bench/soak.py            # 300 trials, four at a time, some 26 minutes on 2 cores
 
 Every trial's parameters, as NNI lists them, are compared with those that the trial has printed.
 """
