@@ -51,9 +51,14 @@ def printed_parameters(log):
     return json.loads(log.split("Hyperparameters: ")[1].splitlines()[0])
 
 
+def metric_value(metric):
+    """Return the number in a metric as NNI lists it, JSON in JSON."""
+    return json.loads(json.loads(metric["data"]))
+
+
 def accuracy(trial):
     """Return the final result of a trial as NNI lists it."""
-    return float(json.loads(trial["finalMetricData"][0]["data"]))
+    return metric_value(trial["finalMetricData"][0])
 
 
 class Experiment:

@@ -289,11 +289,14 @@ def test_a_database_in_use_is_read_and_one_that_stays_locked_is_not(run, tmp_pat
 
 
 def test_the_exported_searches_in_docs_are_read(run):
-    for path in (ROOT / "docs" / "default.json", ROOT / "docs" / "wide.json"):
-        result = run("--file", path)
+    docs = ROOT / "docs"
+    printed = {}
+    for name in ("default", "early_stop", "validate", "wide"):
+        result = run("--file", docs / f"{name}.json")
         assert result.returncode == 0, result.stderr
         assert "* the choice" in result.stdout
-    best = json.loads((ROOT / "docs" / "best.json").read_text())
-    assert best["id"] in result.stdout
-    args = train.parse_args(["--params", str(ROOT / "docs" / "best.json")])
+        printed[name] = result.stdout
+    best = json.loads((docs / "best.json").read_text())
+    assert best["id"] in printed["wide"]
+    args = train.parse_args(["--params", str(docs / "best.json")])
     assert args.epochs == best["hyperparameters"]["epochs"]

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import yaml
 from conftest import BASELINE, ROOT, SPACE
-from experiment import accuracy, parameters, printed_parameters, processes_at
+from experiment import accuracy, metric_value, parameters, printed_parameters, processes_at
 
 
 def chosen(search, *args):
@@ -33,8 +33,8 @@ def test_a_search_from_create_to_export(experiment):
         metrics = demo.get(f"metric-data/{trial['trialJobId']}")
         intermediate = [m for m in metrics if m["type"] == "PERIODICAL"]
         (final,) = (m for m in metrics if m["type"] == "FINAL")
-        assert f"Acc: {json.loads(json.loads(final['data'])):.3f}% (" in log
-        losses = [json.loads(json.loads(m["data"])) for m in intermediate]
+        assert f"Acc: {metric_value(final):.3f}% (" in log
+        losses = [metric_value(m) for m in intermediate]
         assert [line.split("loss: ")[1] for line in log.splitlines() if "loss: " in line] == [
             f"{loss:.3f}" for loss in losses
         ]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, SPACE
-from experiment import parameters
+from experiment import metric_value, parameters
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
@@ -132,7 +132,7 @@ def test_a_search_on_two_machines(search, machines):
         given = parameters(trial)
         assert all(repr(value) in printed for value in (given["lr"], given["momentum"]))
         metrics = demo.get(f"metric-data/{trial['trialJobId']}")
-        values = [(m["type"], json.loads(json.loads(m["data"]))) for m in metrics]
+        values = [(m["type"], metric_value(m)) for m in metrics]
         steps = -(-10_000 // given["batch_size"])
         windows = given["epochs"] * (steps // min(50, steps))
         assert [kind for kind, _ in values] == ["PERIODICAL"] * windows + ["FINAL"]

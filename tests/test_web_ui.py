@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SPACE
-from experiment import accuracy, parameters, printed_parameters
+from experiment import accuracy, metric_value, parameters, printed_parameters
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -109,7 +109,7 @@ def test_what_a_user_looks_for_after_a_search(experiment, page):
     assert curves.keys() == {trial["trialJobId"] for trial in trials}
     for name, losses in curves.items():
         metrics = [m for m in demo.get(f"metric-data/{name}") if m["type"] == "PERIODICAL"]
-        assert losses == [json.loads(json.loads(metric["data"])) for metric in metrics]
+        assert losses == [metric_value(metric) for metric in metrics]
 
     page.click("[data-automationid=DetailsRow] i[data-icon-name=ChevronRight]")
     given = parameters(trials[0])
