@@ -1,10 +1,12 @@
 """What several test files use: the script as a user starts it, and CIFAR-10 where it is found."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Several files run at a time, and threads of torch would wait for each other. Before its import.
@@ -42,6 +44,47 @@ def settings(**values):
     args = train.parse_args([])
     vars(args).update(values)
     return args
+
+
+def ask(
+    port,
+    *headers,
+    path="/api/v1/nni/check-status",
+    method="GET",
+    body="",
+    address="127.0.0.1",
+    user=None,
+):
+    """Return the status of the port's answer to a request, None if it hangs up or does not listen.
+
+    Bash asks, because that can be another user's process.
+    """
+    given = "".join(f"{header}\r\n" for header in headers)
+    if "Host: " not in given:
+        given += f"Host: localhost:{port}\r\n"
+    request = f"{method} {path} HTTP/1.1\r\n{given}Content-Length: {len(body)}\r\n"
+    request += f"Content-Type: application/json\r\n\r\n{body}"
+    bash = f"exec 3<>/dev/tcp/{address}/{port} && cat >&3 && timeout 20 head -1 <&3"
+    answer = subprocess.run(
+        ["bash", "-c", bash], input=request, capture_output=True, text=True, user=user, cwd="/"
+    ).stdout
+    return int(answer.split()[1]) if answer else None
+
+
+def outside_address():
+    """Return an address of this machine that is not the loopback's."""
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family == socket.AF_INET and not entry.address.startswith("127."):
+                return entry.address
+    pytest.skip("this machine has no address but the loopback's")
+
+
+def nobody():
+    """Return the number of a user that is not this one."""
+    if os.getuid() != 0:
+        pytest.skip("only root can be another user")
+    return 65534
 
 
 @pytest.fixture
@@ -109,6 +152,27 @@ def experiment(tmp_path, environment):
     """Start an experiment, of which nothing is left when the test ends, however it ends."""
     home = tmp_path / "home"
     home.mkdir()
-    yield lambda config, **changes: Experiment(ROOT / config, home, environment, **changes)
+    yield lambda config, *how, **changes: Experiment(
+        ROOT / config, home, environment, *how, **changes
+    )
     for process in processes_at(home):
         process.kill()
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """Mount a disk of so many kB and return its folder, which is unmounted at the end."""
+    mounted = []
+
+    def tmpfs(kilobytes, name="small disk"):
+        folder = tmp_path / name
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", folder]
+        if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("needs the right to mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield tmpfs
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)

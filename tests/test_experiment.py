@@ -8,7 +8,14 @@ import psutil
 import pytest
 import yaml
 from conftest import BASELINE, ROOT, SPACE
-from experiment import accuracy, metric_value, parameters, printed_parameters, processes_at
+from experiment import (
+    UNCHECKED,
+    accuracy,
+    metric_value,
+    parameters,
+    printed_parameters,
+    processes_at,
+)
 
 
 def chosen(search, *args):
@@ -61,7 +68,7 @@ def test_a_search_from_create_to_export(experiment):
 
 def test_a_refused_value_fails_the_trial_and_stands_in_its_stderr(experiment):
     space = {"batch_size": {"_type": "choice", "_value": [0]}}
-    demo = experiment("configs/demo.yml", maxTrialNumber=1, searchSpace=space)
+    demo = experiment("configs/demo.yml", UNCHECKED, maxTrialNumber=1, searchSpace=space)
     (trial,) = demo.wait(120)
     assert trial["status"] == "FAILED"
     line = "train.py: error: tuner: batch_size is 0; allowed: an integer >= 1\n"

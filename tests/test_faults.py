@@ -90,25 +90,6 @@ def test_a_model_saved_before_outlives_a_trial_killed_while_it_saves(
     assert run(*QUICK, "--save", model).returncode == 0
 
 
-@pytest.fixture
-def tmpfs(tmp_path):
-    """Mount a disk of so many kB and return its folder."""
-    mounted = []
-
-    def tmpfs(kilobytes):
-        folder = tmp_path / "small disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", folder]
-        if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-            pytest.skip("needs the right to mount a tmpfs")
-        mounted.append(folder)
-        return folder
-
-    yield tmpfs
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_a_data_folder_without_room_for_the_cache(run, archive, tmpfs):
     tiny_cifar10.write(folder := tmpfs(300))
     (folder / "fill").write_bytes(b"0" * (os.statvfs(folder).f_bavail * 4096 - 8192))
@@ -349,7 +330,7 @@ def test_after_the_manager_is_killed_resume_goes_on_to_the_last_trial(experiment
         if process.name() == "node":
             process.kill()
     time.sleep(2)
-    search.nnictl("resume", search.id, "-p", search.port)
+    search.resume()
     trials = search.wait(240)
     assert {
         t["trialJobId"]: t["finalMetricData"] for t in trials if t["trialJobId"] in finished

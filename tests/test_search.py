@@ -1,0 +1,427 @@
+"""search.py: a start that waits, a door that is locked, mistakes that it refuses, what it shows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, SPACE, ask, nobody, outside_address
+from experiment import UNCHECKED, Experiment, free_port, processes_at
+from test_experiment import stand_in_nvidia_smi
+from test_remote import SSHD, Machine, make_key
+
+import checks
+import search
+
+ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
+DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A HOME of the test's own, of which no process is left when the test ends."""
+    home = tmp_path / "home"
+    home.mkdir()
+    yield home
+    for process in processes_at(home):
+        process.kill()
+
+
+@pytest.fixture
+def start_search(home, environment):
+    """Start `python search.py ...` without waiting, in its HOME, with a configuration if given."""
+
+    def start_search(*args, config=None, how=("search.py",), **variables):
+        if config:
+            (home / "config.yml").write_text(yaml.safe_dump(config))
+            args = (home / "config.yml", *args)
+        how = [ROOT / how[0]] if how == ("search.py",) else how
+        return subprocess.Popen(
+            [str(part) for part in (sys.executable, *how, *args)],
+            env=environment | {"HOME": str(home), "TMPDIR": str(home)} | variables,
+            cwd=home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start_search
+
+
+@pytest.fixture
+def run_search(start_search):
+    """Start as above and wait; return what was printed, with the exit status in returncode."""
+
+    def run_search(*args, **how):
+        with start_search(*args, **how) as process:
+            stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return run_search
+
+
+def demo(**changes):
+    """Return configs/demo.yml with changes, for trials of a few seconds."""
+    return DEMO | {"trialCodeDirectory": str(ROOT), "searchSpace": SPACE} | changes
+
+
+def nnictl(home, *args):
+    """Run nnictl with a HOME and return what it printed."""
+    command = [Path(sys.executable).parent / "nnictl", *map(str, args)]
+    environment = os.environ | {"HOME": str(home)}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def refusal(result):
+    """Return the one line with which search.py refused, having started and left nothing."""
+    assert result.returncode != 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("search.py: error: ")
+    return line
+
+
+def assert_nothing_is_left(home):
+    assert processes_at(home) == []
+    left = {path.name for path in (home / "nni-experiments").iterdir()}
+    assert left <= {".experiment", ".experiment.lock"}, left
+    assert json.loads((home / "nni-experiments" / ".experiment").read_text() or "{}") == {}
+
+
+# The start
+
+
+def test_a_search_in_the_foreground(run_search, home):
+    port = free_port()
+    result = run_search("-p", port, config=demo(maxTrialNumber=3))
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.splitlines()
+    id = printed[1].split()[1].rstrip(":")
+    assert printed[2] == f"Web UI: http://127.0.0.1:{port}, until: nnictl stop {id}"
+    assert sum(line.startswith("trial ") and "; best " in line for line in printed) == 3
+    assert "3 of 3 trials have a result" in printed
+    assert printed[-1] == f"To keep the choice: python choose.py {id} --out best.json"
+    assert "%|" not in result.stderr  # no progress bar without a terminal
+    assert id in nnictl(home, "experiment", "list")
+    again = run_search("--resume", id)  # which watches what still runs
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-8:] == printed[-8:]  # the table and what is below it
+    nnictl(home, "stop", id)
+
+
+def test_the_same_failure_is_told_once_and_a_search_without_result_fails(run_search):
+    command = "python3 -c \"import nni; nni.get_next_parameter(); raise ValueError('no luck')\""
+    result = run_search(
+        "-p", free_port(), config=demo(trialCommand=command, maxTrialNumber=3, trialConcurrency=1)
+    )
+    assert result.returncode == 1
+    assert result.stdout.count("has FAILED: ValueError: no luck") == 1
+    assert result.stdout.count("FAILED; no result yet") == 3
+
+
+# What Node loads before NNI's manager, as a user may have asked for in NODE_OPTIONS.
+PRELOADS = {
+    "slow": "Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 20000)",
+    "dead": "console.error('the library is broken'); process.exit(3)",
+}
+
+
+def preload(home, name):
+    """Write a file that acts in NNI's manager only; return NODE_OPTIONS for it."""
+    path = home / "a preload.js"
+    path.write_text(f"if (process.argv[1]?.endsWith('main.js')) {{ {PRELOADS[name]} }}")
+    return f'--require "{path}"'
+
+
+def test_a_web_server_that_needs_twenty_seconds_is_waited_for(run_search, home):
+    options = preload(home, "slow")
+    command = f"printenv NODE_OPTIONS; {DEMO['trialCommand']}"
+    config = demo(trialCommand=command, maxTrialNumber=1, trialConcurrency=1)
+    result = run_search("-p", free_port(), config=config, NODE_OPTIONS=options)
+    assert result.returncode == 0, result.stderr
+    (stdout,) = home.glob("nni-experiments/_latest/trials/*/stdout")
+    assert stdout.read_text() == f"{options}\n"  # the user's own, and nothing of search.py's
+    nnictl(home, "stop", "--all")
+
+
+def test_a_web_server_that_dies_is_not_waited_for_and_leaves_nothing(run_search, home):
+    result = run_search("-p", free_port(), config=demo(), NODE_OPTIONS=preload(home, "dead"))
+    assert result.returncode == 1
+    assert (
+        "search.py: error: the search does not start: NNI's web server has ended" in result.stderr
+    )
+    assert "the library is broken" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert_nothing_is_left(home)
+
+
+def test_a_start_that_fails_keeps_the_latest_search_the_latest(run_search, home):
+    (home / "nni-experiments").mkdir()
+    (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
+    run_search("-p", free_port(), config=demo(), NODE_OPTIONS=preload(home, "dead"))
+    assert os.readlink(home / "nni-experiments" / "_latest") == "an-older-search"
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(start_search, home):
+    with start_search(config=demo(), NODE_OPTIONS=preload(home, "slow")) as process:
+        while not any(p.name() == "node" for p in processes_at(home)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr == "search.py: interrupted; no search has started\n"
+    assert_nothing_is_left(home)
+
+
+def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_search, home, tmpfs):
+    folder = tmpfs(400, "disk")
+    config = demo(experimentWorkingDirectory=str(folder))
+    line = refusal(run_search(config=config))
+    assert f"experimentWorkingDirectory is '{folder}'; allowed: a folder with 52 MB free; " in line
+    (folder / "fill").write_bytes(b"0" * (os.statvfs(folder).f_bavail * 4096 - 8192))
+    result = run_search("-p", free_port(), config=config, how=UNCHECKED)
+    assert result.returncode == 1
+    assert "search.py: error: the search does not start: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert processes_at(home) == []
+    assert [path.name for path in folder.iterdir()] == ["fill"]
+
+
+def test_two_that_start_at_the_same_moment_get_two_ports(start_search, home):
+    config = demo(maxTrialNumber=1, searchSpace=ENDLESS)
+    searches = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(2)]
+    printed = [process.communicate(timeout=120) for process in searches]
+    assert [process.returncode for process in searches] == [0, 0], printed
+    ports = {stdout.split("http://127.0.0.1:")[1].split(",")[0] for stdout, _ in printed}
+    assert len(ports) == 2
+    nnictl(home, "stop", "--all")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_search_goes_on_when_its_command_ends(start_search, run_search, home, number):
+    config = demo(maxTrialNumber=1, searchSpace=ENDLESS)
+    port = free_port()
+    with start_search("-p", port, config=config, how=UNCHECKED) as process:
+        while not (line := process.stdout.readline()).startswith("Web UI"):
+            assert process.poll() is None
+        process.send_signal(number)
+        rest, stderr = process.communicate(timeout=30)
+    assert "Traceback" not in stderr
+    id = line.split()[-1]
+    if number == signal.SIGINT:
+        assert process.returncode == 1
+        assert f"The search goes on. To watch it again: python search.py --resume {id}" in rest
+    assert ask(port) == 200
+    line = refusal(run_search("-p", port, config=config, how=UNCHECKED))
+    assert f"--port is {port}; allowed: a free one; experiment {id} " in line
+    assert f"nnictl stop {id}" in line
+    nnictl(home, "stop", id)
+
+
+# The door
+
+SOCKET = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+SOCKET.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A search whose one trial does not end, for all that only asks."""
+    home = tmp_path_factory.mktemp("guarded")
+    environment = {key: value for key, value in os.environ.items() if "CIFAR10" not in key}
+    changes = {"maxTrialNumber": 1, "searchSpace": ENDLESS}
+    search = Experiment(ROOT / "configs" / "demo.yml", home, environment, UNCHECKED, **changes)
+    yield search
+    search.stop()
+
+
+STRANGERS = {
+    "outside": lambda port: {"address": outside_address()},
+    "another user": lambda port: {"user": nobody()},
+    "a page": lambda port: {"headers": ["Origin: http://example.com"]},
+    "a page of another port": lambda port: {"headers": ["Origin: http://localhost:3000"]},
+    "a file": lambda port: {"headers": ["Origin: null"]},
+    "a rebound name": lambda port: {"headers": [f"Host: example.com:{port}"]},
+    "a rebound name and its page": lambda port: {
+        "headers": [f"Host: example.com:{port}", f"Origin: http://example.com:{port}"]
+    },
+}
+
+
+@pytest.mark.parametrize("what", ["status", "socket", "command"])
+@pytest.mark.parametrize("who", STRANGERS)
+def test_a_stranger_is_refused(guarded, tmp_path, who, what):
+    file = tmp_path / "stranger"
+    request = {
+        "status": {},
+        "socket": {"path": "/tuner", "headers": SOCKET},
+        "command": command(guarded, file),
+    }[what]
+    stranger = STRANGERS[who](guarded.port)
+    headers = [*request.pop("headers", []), *stranger.pop("headers", [])]
+    assert ask(guarded.port, *headers, **request, **stranger) in (None, 403)
+    time.sleep(0.5)
+    assert not file.exists()
+    assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
+
+
+def command(search, file):
+    """Return a request that makes NNI's tuner run a command."""
+    call = {"__symbol__": "path:os.system", "__args__": [f"touch {file}"]}
+    profile = search.get("experiment")
+    profile["params"]["searchSpace"] = call
+    path = "/api/v1/nni/experiment?update_type=SEARCH_SPACE"
+    return {"path": path, "method": "PUT", "body": json.dumps(profile)}
+
+
+def test_the_user_gets_in(guarded):
+    port = guarded.port
+    assert ask(port) == 200
+    assert ask(port, f"Origin: http://localhost:{port}") == 200
+    assert ask(port, f"Host: 127.0.0.1:{port}", f"Origin: http://127.0.0.1:{port}") == 200
+    assert ask(port, path="/oview") == 200
+    assert "RUNNING" in guarded.nnictl("trial", "ls", guarded.id)
+    assert ask(port, user=os.getuid()) == 200
+
+
+@pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
+def test_a_tunnel_gets_in(guarded, tmp_path):
+    key = tmp_path / "key"
+    make_key(key)
+    server = Machine("127.0.0.2", tmp_path / "server", key, {"HOME": tmp_path})
+    port = free_port()
+    command = ["ssh", "-N", "-L", f"{port}:localhost:{guarded.port}", "-p", server.port]
+    command += ["-i", key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+    tunnel = subprocess.Popen([*map(str, command), server.settings["host"]])
+    try:
+        end = time.monotonic() + 60
+        while (status := ask(port)) is None and time.monotonic() < end:
+            time.sleep(0.5)
+        assert status == 200
+        assert ask(port, f"Origin: http://localhost:{port}") == 200
+        assert ask(port, "Origin: http://example.com") == 403
+    finally:
+        tunnel.kill()
+        tunnel.wait()
+        server.die()
+
+
+def test_the_request_of_the_strangers_is_one_that_runs_a_command(guarded, tmp_path):
+    file = tmp_path / "own"
+    assert ask(guarded.port, **command(guarded, file)) == 200
+    end = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_the_door_is_opened_only_by_listen(home, start_search):
+    address = outside_address()
+    config = demo(maxTrialNumber=1, searchSpace=ENDLESS)
+    port = free_port()
+    with start_search("-p", port, "--listen", address, "--detach", config=config) as process:
+        printed, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert f"Web UI: http://{address}:{port}" in printed
+    assert f"Warning: whoever reaches {address}:{port} can run any command as you" in printed
+    host = f"Host: {address}:{port}"
+    assert ask(port, host, address=address) == 200
+    assert ask(port, host, f"Origin: http://{address}:{port}", address=address) == 200
+    assert ask(port, host, "Origin: http://example.com", address=address) == 403
+    assert ask(port, user=nobody()) is None  # by the loopback address, which was not opened
+    nnictl(home, "stop", "--all")
+
+
+# What it chooses, whom it tells, and trials of other projects
+
+
+def test_the_default_is_config_yml_with_gpus_and_says_who_holds_them(
+    start_search, home, cifar10_dir
+):
+    stand_in_nvidia_smi(home, busy=[True, True])
+    found = {"PATH": f"{home}:{os.environ['PATH']}", "CIFAR10_DIR": str(cifar10_dir)}
+    with start_search("-p", free_port(), **found) as process:
+        lines = ["nothing yet"]
+        while lines[-1] and not lines[-1].startswith("trials wait for a GPU"):
+            lines.append(process.stdout.readline().rstrip())
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert lines[1] == "Configuration: config.yml, since nvidia-smi lists 2 GPUs"
+    holder = f"{psutil.Process(1).name()} (1, root)"
+    assert lines[-1] == f"trials wait for a GPU: GPU 0: {holder}; GPU 1: {holder}"
+    nnictl(home, "stop", "--all")
+
+
+def test_the_default_without_gpus_is_cpu_yml(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert search.default_config() == (
+        ROOT / "configs" / "cpu.yml",
+        "configs/cpu.yml, since nvidia-smi lists no GPUs",
+    )
+
+
+def test_a_trial_of_another_project_that_minimizes(run_search, home, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "trial.py").write_text(
+        "import nni\n"
+        "x = nni.get_next_parameter()['x']\n"
+        "nni.report_final_result({'default': x * x})\n"
+    )
+    config = {
+        "searchSpace": {"x": {"_type": "uniform", "_value": [-1, 1]}},
+        "trialCommand": "python3 trial.py",
+        "trialCodeDirectory": str(project),
+        "trialConcurrency": 2,
+        "maxTrialNumber": 4,
+        "tuner": {"name": "Random", "classArgs": {"optimize_mode": "minimize"}},
+        "trainingService": {"platform": "local"},
+    }
+    result = run_search("-p", free_port(), config=config)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("trial ")]
+    results = [float(line.split("): ")[1].split(";")[0]) for line in lines]
+    assert float(lines[-1].split("best ")[1]) == min(results)
+    assert "the choice" not in result.stdout  # choose.py's rule is that of an accuracy
+    nnictl(home, "stop", "--all")
+
+
+def remote_trial(number, status, start):
+    return {
+        "trialJobId": f"id{number}",
+        "sequenceId": number,
+        "status": status,
+        "startTime": start,
+        "logPath": f"file://192.0.2.{number}:/tmp/nni-experiments",
+    }
+
+
+def test_a_remote_trial_that_is_silent_for_longer_than_any_before_is_named_once(monkeypatch):
+    config = checks.load(ROOT / "config.yml")
+    config.training_service.platform = "remote"
+    notices = search.Notices(config, Path("experiment"))
+    now, latest = [1_000_000.0], {}
+    monkeypatch.setattr("time.time", lambda: now[0] / 1000)
+    trials = [remote_trial(1, "RUNNING", now[0]), remote_trial(2, "RUNNING", now[0])]
+
+    def after(seconds, *reporting):
+        now[0] += 1000 * seconds
+        latest.update(dict.fromkeys(reporting, now[0]))
+        return notices(trials, [{"trialJobId": id, "timestamp": t} for id, t in latest.items()])
+
+    assert after(0) == []
+    assert after(100) == []  # nothing is known yet of how long a trial may be silent
+    assert after(20, "id1", "id2") == []  # 120 s after their start
+    assert after(110, "id1") == []
+    (line,) = after(20, "id1")
+    assert line.startswith("trial 2 (id2) on 192.0.2.2 has reported nothing for 1")
+    assert line.endswith("nnictl trial kill experiment -T id2")
+    assert after(20, "id1") == []
