@@ -260,7 +260,7 @@ def check_train(space, sample):
             values = [] if "normal" in kind else values[:2]
         samples += [{key: value} for value in values]
     for values in [*samples, sample]:
-        train.merge(train.parse_args([]), values, "searchSpace")
+        train.set_hyperparameters(train.parse_args([]), values, "searchSpace")
 
 
 def reason(text):

@@ -11,10 +11,7 @@ is read is the database that NNI keeps of it.
 """
 
 import argparse
-import collections
-import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -22,8 +19,15 @@ import sqlite3
 import sys
 from pathlib import Path
 
+import pandas
+
 EXPERIMENTS = Path("~/nni-experiments/.experiment")  # NNI's list of them: {ID: {...}}
-COLUMNS = ("trial", "id", "accuracy", "seconds", "final_loss", "area")
+EVENTS = (
+    "SELECT trialJobId AS id, sequenceId, event, timestamp, data FROM TrialJobEvent WHERE event"
+    " NOT IN ('ADD_CUSTOMIZED', 'ADD_HYPERPARAMETER', 'IMPORT_DATA') ORDER BY rowid"
+)
+METRICS = "SELECT trialJobId AS id, type, data FROM MetricData ORDER BY sequence"
+PROFILE = "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
 
 
 def read_json(path):
@@ -61,49 +65,40 @@ def find_database(experiment):
 def read_database(experiment, path):
     """Return the search in NNI's database, in the form that --json prints.
 
-    Raises sqlite3.Error, KeyError or TypeError if the file is no database of NNI 2.10, and
-    sqlite3.Error if it stays locked for 5 seconds.
+    Raises OSError, naming it, if it is no database of NNI 2.10 or stays locked for 5 seconds.
     """
-    # Read-only, so that nothing is written beside NNI and a file that is missing is not created.
-    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        profiles = "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
-        events = (
-            "SELECT timestamp, trialJobId, event, data, sequenceId FROM TrialJobEvent"
-            " WHERE event NOT IN ('ADD_CUSTOMIZED', 'ADD_HYPERPARAMETER', 'IMPORT_DATA')"
-            " ORDER BY rowid"
-        )
-        metrics = "SELECT trialJobId, type, data FROM MetricData ORDER BY sequence"
-        profile = json.loads(database.execute(profiles).fetchone()[0])
-        trials = {}
-        for timestamp, id, event, data, number in database.execute(events):
-            trial = trials.setdefault(id, {"trial": number, "id": id})
-            trial["status"] = event
-            if event == "WAITING":
-                trial |= {"accuracy": None, "losses": []}
-                trial["hyperparameters"] = json.loads(data)["parameters"]
-            if event in ("WAITING", "RUNNING"):  # NNI may miss that a short trial was running
-                trial["start"] = timestamp
-            else:
-                trial["end"] = timestamp
-        for id, kind, data in database.execute(metrics):
-            value = finite(json.loads(json.loads(data)))
-            if kind == "FINAL":
-                trials[id]["accuracy"] = value
-            else:
-                trials[id]["losses"].append(value)
-    finally:
-        database.close()
-    for trial in trials.values():
-        start, end = trial.pop("start"), trial.pop("end", None)
-        trial["seconds"] = None if end is None else (end - start) / 1000
-        measure(trial)
-    return {
-        "experiment": experiment,
-        "name": profile["experimentName"],
-        "command": profile["trialCommand"],
-        "trials": list(trials.values()),
-    }
+        # Read-only, so that nothing is written beside NNI and a missing file is not created.
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            profile = json.loads(database.execute(PROFILE).fetchone()[0])
+            events, metrics = (pandas.read_sql(query, database) for query in (EVENTS, METRICS))
+        finally:
+            database.close()
+        metrics["value"] = [finite(json.loads(json.loads(data))) for data in metrics["data"]]
+        trials = []
+        for id, rows in events.groupby("id", sort=False):
+            is_start = rows["event"].isin(["WAITING", "RUNNING"])  # RUNNING may be missed by NNI
+            start, end = rows[is_start]["timestamp"].max(), rows[~is_start]["timestamp"].max()
+            given = json.loads(rows[rows["event"] == "WAITING"]["data"].iloc[-1])
+            reported = metrics[metrics["id"] == id].astype(object).where(lambda x: x.notna(), None)
+            finals = reported[reported["type"] == "FINAL"]["value"].tolist()
+            trials.append(
+                {
+                    "trial": int(rows["sequenceId"].iloc[0]),
+                    "id": id,
+                    "status": rows["event"].iloc[-1],
+                    "accuracy": finals[-1] if finals else None,
+                    "losses": reported[reported["type"] != "FINAL"]["value"].tolist(),
+                    "hyperparameters": given["parameters"],
+                    "seconds": finite((end - start) / 1000),
+                }
+            )
+            measure(trials[-1])
+    except (sqlite3.Error, pandas.errors.DatabaseError, KeyError, TypeError) as error:
+        raise OSError(f"cannot read {path}: {error.__cause__ or error}") from error
+    name, command = profile["experimentName"], profile["trialCommand"]
+    return {"experiment": experiment, "name": name, "command": command, "trials": trials}
 
 
 def read_file(path):
@@ -112,11 +107,9 @@ def read_file(path):
     nnictl exports only the trials with a result, without durations, and the losses only with -i.
     Raises OSError or ValueError, naming the file, if it is neither.
     """
-    content = read_json(path)
+    search = read_json(path)
     try:
-        if isinstance(content, dict):
-            search = {key: content[key] for key in ("experiment", "name", "command", "trials")}
-        else:
+        if not isinstance(search, dict):
             trials = [
                 {
                     "trial": number,
@@ -127,15 +120,16 @@ def read_file(path):
                     "hyperparameters": trial["parameter"],
                     "seconds": None,
                 }
-                for number, trial in enumerate(content)
+                for number, trial in enumerate(search)
             ]
             search = {"experiment": None, "name": path.name, "command": None, "trials": trials}
+        search = {key: search[key] for key in ("experiment", "name", "command", "trials")}
         for trial in search["trials"]:
             measure(trial)
+        return search
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} holds no results of --json or nnictl: {reason}") from error
-    return search
 
 
 def measure(trial):
@@ -167,19 +161,15 @@ def choose(trials, within):
 
 
 def table(trials, choice):
-    """Return the lines of a table of trials, the choice marked by an asterisk."""
-    keys = list(dict.fromkeys(key for trial in trials for key in trial["hyperparameters"]))
-    rows = [["", "trial", "accuracy", "seconds", "final loss", "area", *keys]]
-    for trial in trials:
-        row = ["*" if trial is choice else "", str(trial["trial"]), f"{trial['accuracy']:.2f}"]
-        for key, digits in (("seconds", 0), ("final_loss", 3), ("area", 3)):
-            row.append("-" if trial[key] is None else f"{trial[key]:.{digits}f}")
-        for key in keys:
-            value = trial["hyperparameters"].get(key, "-")
-            row.append(f"{value:.4g}" if isinstance(value, float) else str(value))
-        rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
+    """Return a table of trials as text, the choice marked by an asterisk."""
+    rows = pandas.DataFrame([trial["hyperparameters"] for trial in trials], dtype=object)
+    rows = rows.fillna("-").map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+    for key, digits in (("area", 3), ("final_loss", 3), ("seconds", 0), ("accuracy", 2)):
+        column = ["-" if trial[key] is None else f"{trial[key]:.{digits}f}" for trial in trials]
+        rows.insert(0, key.replace("_", " "), column)
+    rows.insert(0, "trial", [trial["trial"] for trial in trials])
+    rows.insert(0, "", ["*" if trial is choice else "" for trial in trials])
+    return rows.to_string(index=False)
 
 
 def write(path, content):
@@ -202,46 +192,32 @@ def plot(trials, choice, top):
     """
     from matplotlib.figure import Figure
 
-    colour, others = "#c1272d", "#4c6a92"
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     progress, cost, curves = figure.subplots(1, 3)
-
-    by_number = sorted(trials, key=lambda trial: trial["trial"])
-    numbers = [trial["trial"] for trial in by_number]
-    accuracies = [trial["accuracy"] for trial in by_number]
-    progress.scatter(numbers, accuracies, s=14, color=others, alpha=0.6, label="a trial")
-    best = list(itertools.accumulate(accuracies, max))
-    progress.step(numbers, best, where="post", color="black", label="best so far")
-    progress.xaxis.get_major_locator().set_params(integer=True)
-    progress.set(xlabel="trial", ylabel="accuracy in %", title="Best so far")
-
-    timed = [trial for trial in trials if trial["seconds"] is not None]
-    seconds = [trial["seconds"] for trial in timed]
-    cost.scatter(seconds, [trial["accuracy"] for trial in timed], s=14, color=others, alpha=0.6)
-    cost.set(xlabel="duration in s", ylabel="accuracy in %", title="Accuracy by duration")
+    rows = pandas.DataFrame(trials).sort_values("trial")
+    label = f"the choice, trial {choice['trial']}: {choice['accuracy']:.2f} %"
+    progress.step(rows["trial"], rows["accuracy"].cummax(), "k", where="post", label="best so far")
     for axes, key in ((progress, "trial"), (cost, "seconds")):
+        axes.scatter(rows[key].astype(float), rows["accuracy"], s=14, c="#4c6a92", alpha=0.6)
         if choice[key] is not None:
-            star = {"marker": "*", "s": 140, "color": colour, "zorder": 3}
-            label = f"the choice, trial {choice['trial']}"
-            axes.scatter([choice[key]], [choice["accuracy"]], label=label, **star)
-    progress.legend(loc="best", frameon=False)
+            axes.scatter(
+                choice[key], choice["accuracy"], 140, "#c1272d", "*", zorder=3, label=label
+            )
+    progress.set(xlabel="trial", ylabel="accuracy in %", title="Best so far")
+    cost.set(xlabel="duration in s", ylabel="accuracy in %", title="Accuracy by duration")
 
-    drawn = list(trials[:top])
-    if choice not in drawn:
-        drawn.append(choice)
-    for trial in reversed(drawn):  # the best on top
+    drawn = [trial for trial in trials[:top] if trial is not choice]
+    for trial in [*reversed(drawn), choice]:  # the best on top
         losses = trial["losses"]
         epochs = finite(trial["hyperparameters"].get("epochs")) or 1
-        places = [epochs * (index + 1) / len(losses) for index in range(len(losses))]
-        style = {"color": others, "alpha": 0.45, "linewidth": 1}
-        if trial is choice:
-            label = f"trial {trial['trial']}: {trial['accuracy']:.2f} %"
-            style = {"color": colour, "zorder": 3, "linewidth": 2, "label": label}
+        places = [epochs * (number + 1) / len(losses) for number in range(len(losses))]
+        chosen = {"color": "#c1272d", "linewidth": 2, "label": label}
+        style = chosen if trial is choice else {"color": "#4c6a92", "alpha": 0.45, "linewidth": 1}
         curves.plot(places, losses, marker="." if len(losses) == 1 else None, **style)
-    curves.set(xlabel="epoch", ylabel="training loss", title=f"Losses of the top {len(drawn)}")
-    curves.legend(loc="best", frameon=False)
+    title = f"Losses of the top {len(drawn) + 1}"
+    curves.set(xlabel="epoch", ylabel="training loss", title=title)
     for axes in (progress, cost, curves):
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
         axes.grid(alpha=0.25)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
@@ -253,21 +229,19 @@ def parse_args(argv):
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # an error is one line, without the usage above it
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    latest = "if left out the one last started, resumed or viewed by this user"
-    add("experiment", nargs="?", metavar="EXPERIMENT_ID", default=argparse.SUPPRESS, help=latest)
+    latest = "default: the one last started, resumed or viewed by this user"
+    add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
     add("--file", type=Path, help="read results from there instead: of --json or nnictl's export")
-    add("--within", type=float, default=0.5, help="points of accuracy that count as equally good")
-    add("--top", type=int, default=10, help="how many trials are shown")
+    add("--within", type=float, default=0.5, help="points that count as equally good (%(default)s)")
+    add("--top", type=int, default=10, help="how many trials are shown (%(default)s)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print all trials as JSON")
     output.add_argument("--csv", action="store_true", help="print the trials with a result as CSV")
     add("--out", type=Path, metavar="FILE", help="write the choice there, for train.py --params")
     add("--plot", type=Path, metavar="FILE.png", help="draw the search there, by matplotlib")
     args = parser.parse_args(argv)
-    args.experiment = getattr(args, "experiment", None)
     if not 0 <= args.within < math.inf:
         parser.error(f"--within is {args.within}; allowed: a finite number >= 0")
     if args.top < 1:
@@ -283,17 +257,12 @@ def main(argv=None):
         if args.file:
             search = read_file(args.file)
         else:
-            experiment, database = find_database(args.experiment)
-            try:
-                search = read_database(experiment, database)
-            except (sqlite3.Error, KeyError, TypeError) as error:
-                raise OSError(f"cannot read {database}: {error}") from error
-        trials = [trial for trial in search["trials"] if has_result(trial)]
+            search = read_database(*find_database(args.experiment))
+        everything = search["trials"]
+        trials = [trial for trial in everything if has_result(trial)]
         trials.sort(key=lambda trial: (-trial["accuracy"], trial["trial"]))
         if not trials:
-            raise ValueError(
-                f"{search['name']}: none of {len(search['trials'])} trials has a result"
-            )
+            raise ValueError(f"{search['name']}: none of {len(everything)} trials has a result")
         choice = choose(trials, args.within)
         if args.out:
             kept = {"experiment": search["experiment"]}
@@ -309,23 +278,18 @@ def main(argv=None):
     if args.json:
         print(json.dumps(search | {"choice": choice["id"]}))
     elif args.csv:
-        rows = [{key: trial[key] for key in COLUMNS} | trial["hyperparameters"] for trial in trials]
-        keys = dict.fromkeys(key for row in rows for key in row)
-        writer = csv.DictWriter(sys.stdout, keys, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        columns = ["trial", "id", "accuracy", "seconds", "final_loss", "area"]
+        rows = [{key: trial[key] for key in columns} | trial["hyperparameters"] for trial in trials]
+        print(pandas.DataFrame(rows, dtype=object).to_csv(index=False), end="")
     else:
         print(f"{search['experiment'] or args.file}: {search['name']}")
-        print(*table(trials[: args.top], choice), sep="\n")
-        others = collections.Counter(
-            "without a result" if trial["status"] == "SUCCEEDED" else trial["status"]
-            for trial in search["trials"]
-            if not has_result(trial)
-        )
-        left_out = "; left out: " * bool(others) + ", ".join(
-            f"{n} {why}" for why, n in others.items()
-        )
-        print(f"{len(trials)} of {len(search['trials'])} trials have a result{left_out}")
+        print(table(trials[: args.top], choice))
+        others = [trial for trial in everything if not has_result(trial)]
+        states = pandas.Series([trial["status"] for trial in others], dtype=str)
+        counts = states.replace("SUCCEEDED", "without a result").value_counts(sort=False)
+        left_out = ", ".join(f"{count} {state}" for state, count in counts.items())
+        left_out = f"; left out: {left_out}" if left_out else ""
+        print(f"{len(trials)} of {len(everything)} trials have a result{left_out}")
         print(
             f"* the choice, trial {choice['trial']} ({choice['id']}): within {args.within:g} points"
             " of the best accuracy the shortest, then the one whose loss fell fastest"

@@ -285,15 +285,6 @@ def watch(id, port, config):
             time.sleep(1)
 
 
-def prepare_data(settings):
-    """Download and decode CIFAR-10 now, with its progress, so that no trial has to."""
-    if settings and settings.dataset == "cifar10":
-        import train
-
-        print(f"CIFAR-10 is in {settings.data_dir}, or comes there now", flush=True)
-        train.load_cifar10(settings.data_dir)
-
-
 def begin(args):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
     update_experiment()  # NNI's list: which experiments still run
@@ -313,7 +304,11 @@ def begin(args):
         config = checks.load(path)
     checks.check(config)
     if config.training_service.platform == "local":
-        prepare_data(checks.train_settings(config))
+        if settings := checks.train_settings(config):
+            import train  # not at the top: torch takes two seconds, which no other trial needs
+
+            print("Loading the trials' data, which the first search downloads", flush=True)
+            train.load_data(settings)
         if config.trial_gpu_number and (holders := checks.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
     prepare_environment(config, args.listen)

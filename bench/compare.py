@@ -39,46 +39,49 @@ COLUMNS = {  # key: (heading, format)
 }
 
 
-def measure(command, batch_size, epochs, seed):
-    """Run command and return its figures, a dict with the keys of COLUMNS.
+def run_timed(command, **environment):
+    """Run a command; return what it printed, [(seconds since its start, line), ...], and its costs.
 
-    CPU seconds are those of all its processes, the peak is that of the largest one. A step's time
-    is that from the first printed loss to the last, and the start-up what came before the first
-    step; both are not a number where only one loss is printed. Raises RuntimeError if it fails.
+    The costs are seconds, CPU seconds of all its processes and the MiB of the largest at its peak.
+    Raises RuntimeError, with its stderr, if it fails.
     """
-    flags = [f"--batch-size={batch_size}", f"--epochs={epochs}", f"--seed={seed}"]
-    batches = -(-50_000 // batch_size)
-    losses, accuracy = [], None  # of each loss when it was printed, and after how many steps
     with tempfile.TemporaryFile("w+") as errors:
         start = time.monotonic()
         process = subprocess.Popen(
-            [str(part) for part in (*command, *flags)],
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            [str(part) for part in command],
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
         )
-        for line in process.stdout:
-            if found := re.match(r"\[(\d+), +(\d+)\] loss", line):
-                epoch, number = map(int, found.groups())
-                losses.append((time.monotonic() - start, (epoch - 1) * batches + number))
-            elif line.startswith("Acc: "):
-                accuracy = float(line.split("%")[0].removeprefix("Acc: "))
+        lines = [(time.monotonic() - start, line) for line in process.stdout]
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - start
-        if status or accuracy is None:
+        if status:
             errors.seek(0)
             raise RuntimeError(f"{process.args} ended with status {status}:\n{errors.read()}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return lines, {"seconds": seconds, "cpu": cpu, "memory": usage.ru_maxrss / 1024}
+
+
+def measure(command, batch_size, epochs, seed):
+    """Run command and return its figures, a dict with the keys of COLUMNS.
+
+    A step's time is that from the first printed loss to the last, and the start-up what came before
+    the first step; both are not a number where only one loss is printed.
+    """
+    flags = [f"--batch-size={batch_size}", f"--epochs={epochs}", f"--seed={seed}"]
+    lines, costs = run_timed([*command, *flags])
+    losses = []  # of each loss when it was printed, and after how many steps
+    for seconds, line in lines:
+        if found := re.match(r"\[(\d+), +(\d+)\] loss", line):
+            epoch, number = map(int, found.groups())
+            losses.append((seconds, (epoch - 1) * -(-50_000 // batch_size) + number))
     (first_time, first), (last_time, last) = losses[0], losses[-1]
     step = (last_time - first_time) / (last - first) if last > first else float("nan")
-    return {
-        "seconds": seconds,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "memory": usage.ru_maxrss / 1024,
-        "step": step * 1e6,
-        "start": first_time - first * step,
-        "accuracy": accuracy,
-    }
+    accuracy = float(lines[-1][1].removeprefix("Acc: ").split("%")[0])
+    start = first_time - first * step
+    return costs | {"step": step * 1e6, "start": start, "accuracy": accuracy}
 
 
 def hardware():

@@ -15,11 +15,16 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-# search.py as it is, and as it would be if it did not look before it leaps.
+# Three ways to start an experiment: search.py, search.py without its checks, and nnictl.
 SEARCH = [ROOT / "search.py"]
 UNCHECKED = [
     "-c",
     "import sys, checks, search; checks.check = lambda _: None; sys.exit(search.main())",
+]
+NNICTL = [
+    "-c",
+    "import sys; from nni.tools.nnictl.nnictl import parse_args;"
+    "sys.argv[:] = ['nnictl', 'create', '-c', *sys.argv[1:4]]; parse_args()",
 ]
 
 

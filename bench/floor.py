@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import step
 import train
 
 
 def make_fixed_step(model, optimizer, images, labels, args):
-    """Return what train.make_step does, for a step that looks at no index."""
+    """Return what step.make_step does, for a step that looks at no index."""
     running_loss = torch.zeros((), device=images.device)
-    inputs, targets = train.normalize(images[: args.batch_size]), labels[: args.batch_size]
+    inputs, targets = step.normalize(images[: args.batch_size]), labels[: args.batch_size]
 
-    def step(_):
+    def fixed_step(_):
         model.zero_grad()
         loss = F.cross_entropy(model(inputs), targets)
         loss.backward()
@@ -26,10 +27,10 @@ def make_fixed_step(model, optimizer, images, labels, args):
         running_loss.add_(loss.detach())
 
     if images.is_cuda:
-        step = train.replay(step, args.batch_size, images.device)
-    return step, running_loss
+        fixed_step = step.as_cuda_graph(fixed_step, args.batch_size, images.device)
+    return fixed_step, running_loss
 
 
 if __name__ == "__main__":
-    train.make_step = make_fixed_step
+    step.make_step = make_fixed_step
     train.main()

@@ -10,18 +10,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from compare import hardware
+from compare import hardware, run_timed
 from experiment import ROOT
 
 sys.path.insert(0, str(ROOT))
+import cifar10
 import train
 
 
@@ -29,19 +28,14 @@ def run(seed, flags, folder):
     """Train with seed; return the trained model, and the command's seconds and CPU seconds."""
     path = folder / f"{seed}.pt"
     # NNI's warning that no experiment is running is no news here.
-    environment = os.environ | {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    environment = {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
     if not torch.cuda.is_available():
         environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, ROOT / "train.py", *flags, "--seed", str(seed), "--save", path]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise RuntimeError(f"{command} ended with status {status}")
+    command = [sys.executable, ROOT / "train.py", *flags, "--seed", seed, "--save", path]
+    _, costs = run_timed(command, **environment)
     model = train.Net()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model, seconds, usage.ru_utime + usage.ru_stime
+    return model, costs["seconds"], costs["cpu"]
 
 
 def spread(values):
@@ -54,7 +48,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5, help="seeds 0 to RUNS - 1")
     args, flags = parser.parse_known_args()
     settings = train.parse_args(flags)
-    images, labels = train.load_cifar10(settings.data_dir)[2:]
+    images, labels = cifar10.load_cifar10(settings.data_dir)[2:]
     at_a_time = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     print(f"{hardware()}, {at_a_time} at a time")
     print(json.dumps({key: getattr(settings, key) for key in train.HYPERPARAMETERS}))

@@ -1,72 +1,152 @@
-"""Measure how many trials an hour a search makes, by how many run at a time.
+"""Measure how many trials an hour a search makes: by who starts it, and by how many run at a time.
 
-    python bench/trials_per_hour.py     # 4 trials a row, some 6 minutes on 2 cores
+    python bench/trials_per_hour.py     # some 12 minutes on 2 cores; needs: pip install optuna
 
-Every trial is the write-up's best but for the last digits of lr (NNI ends a search whose space is
-used up), so that the rows differ in nothing else. On a GPU, which the trials of a row share, the
-search is config.yml's; without one it is that of configs/cpu.yml.
+First the same trials of the demo by nnictl, by search.py and by Optuna with as many workers; then
+the write-up's best trial on CIFAR-10 by search.py, more of it at a time. The trials of a table
+differ in nothing but the last digits of lr: NNI ends a search whose space is used up.
 """
 
 import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
+from statistics import mean, median
 
 from compare import hardware
-from experiment import ROOT, Experiment, accuracy
+from experiment import NNICTL, ROOT, SEARCH, Experiment, accuracy
 
+DEMO = {"batch_size": 32, "lr": 0.01, "epochs": 5, "optimizer": "SGD", "momentum": 0.9}
 BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
+DEMO_COMMAND = "OMP_NUM_THREADS=1 python3 train.py --dataset synthetic --report-every 50"
+# An nvidia-smi with as many GPUs as there are workers, each busy while as many trials run.
+NVIDIA_SMI = """#!/bin/sh
+busy=$(pgrep -cf "^python3 train.py --dataset synthetic")
+echo "<nvidia_smi_log>"
+for gpu in $(seq {}); do
+    [ $gpu -le $busy ] && process="<process_info><pid>1</pid></process_info>" || process=""
+    echo "<gpu><processes>$process</processes><utilization><gpu_util>0 %</gpu_util>"
+    echo "<memory_util>0 %</memory_util></utilization></gpu>"
+done
+echo "</nvidia_smi_log>"
+"""
 
 
-def measure(config, home, trials, changes):
-    """Return trials per hour, seconds of the median trial and the mean accuracy of a search."""
-    space = {key: {"_type": "choice", "_value": [value]} for key, value in BEST.items()}
-    space["lr"] = {"_type": "uniform", "_value": [BEST["lr"], BEST["lr"] + 1e-6]}
+def run_nni(config, parameters, trials, start=SEARCH, gpus=0, **changes):
+    """Run a search by NNI; return [(start, end, accuracy), ...] of its trials, in s and %."""
+    space = {key: {"_type": "choice", "_value": [value]} for key, value in parameters.items()}
+    space["lr"] = {"_type": "uniform", "_value": [parameters["lr"], parameters["lr"] + 1e-6]}
     environment = dict(os.environ) | {"CIFAR10_DIR": os.environ.get("CIFAR10_DIR", f"{ROOT}/data")}
     changes = changes | {"searchSpace": space, "maxTrialNumber": trials}
-    experiment = Experiment(ROOT / config, home, environment, **changes)
-    try:
-        ended = experiment.wait(3600)
-    finally:
-        experiment.stop()
+    with tempfile.TemporaryDirectory() as home:
+        if gpus:
+            stand_in = Path(home, "nvidia-smi")
+            stand_in.write_text(NVIDIA_SMI.format(gpus))
+            stand_in.chmod(0o755)
+            service = {"platform": "local", "useActiveGpu": False}
+            changes |= {"trialGpuNumber": 1, "trainingService": service}
+        experiment = Experiment(ROOT / config, Path(home), environment, start, **changes)
+        try:
+            ended = experiment.wait(3600)
+        finally:
+            experiment.stop()
     failed = [trial["status"] for trial in ended if trial["status"] != "SUCCEEDED"]
     if failed:
         raise RuntimeError(f"{len(failed)} trials of {trials} ended {', '.join(failed)}")
-    starts, ends = ([trial[key] for trial in ended] for key in ("startTime", "endTime"))  # ms
-    accuracies = [accuracy(trial) for trial in ended]
-    durations = sorted(end - start for start, end in zip(starts, ends, strict=True))
-    per_hour = trials / (max(ends) - min(starts)) * 3.6e6
-    return per_hour, durations[trials // 2] / 1000, sum(accuracies) / trials
+    return [(t["startTime"] / 1000, t["endTime"] / 1000, accuracy(t)) for t in ended]
+
+
+def run_optuna(command, parameters, trials, workers):
+    """Run the trial command by Optuna; return what run_nni() does."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows = []
+
+    def objective(trial):
+        lr = trial.suggest_float("lr", parameters["lr"], parameters["lr"] + 1e-6)
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in parameters.items()]
+        start = time.time()
+        printed = subprocess.run(
+            f"{command} {' '.join(flags)} --lr={lr}",
+            shell=True,
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ).stdout
+        percent = float(printed.split("Acc: ")[1].split("%")[0])
+        rows.append((start, time.time(), percent))
+        return percent
+
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler())
+    study.optimize(objective, n_trials=trials, n_jobs=workers)
+    return rows
+
+
+def row(name, rows, workers):
+    """Print a row of the table for trials of which workers ran at a time."""
+    starts, ends, accuracies = (sorted(column) for column in zip(*rows, strict=True))
+    gaps = [start - end for start, end in zip(starts[workers:], ends[:-workers], strict=True)]
+    seconds = [end - start for start, end, _ in rows]
+    span = ends[-1] - starts[0]
+    cells = [
+        f"{len(rows) / span * 3600:.0f}",
+        f"{median(seconds):.1f}",
+        f"{mean(gaps):.2f}",
+        f"{100 * sum(seconds) / span / workers:.0f}",
+        f"{mean(accuracies):.2f}",
+    ]
+    print(f"| {name} |", " | ".join(cells), "|", flush=True)
+
+
+def head(parameters, trials):
+    print(f"\n{trials} trials a row: {json.dumps(parameters)}\n")
+    print("| | trials per hour | median trial, s | end to next start, s | busy % | accuracy % |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=4, help="in each row")
+    parser.add_argument(
+        "--demo-trials", type=int, default=12, help="in each row of the first table"
+    )
+    parser.add_argument("--trials", type=int, default=4, help="in each row of the second")
     args = parser.parse_args()
-    gpu = shutil.which("nvidia-smi") is not None
-    rows = []
-    if gpu:
-        service = {"platform": "local", "useActiveGpu": False}
-        for n in (1, 2, 4):
+    cores = len(os.sched_getaffinity(0))
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    print(hardware())
+
+    if args.demo_trials:
+        head(DEMO, args.demo_trials)
+        demo = ("configs/demo.yml", DEMO, args.demo_trials)
+        at_once = {"trialConcurrency": cores, "trialCommand": DEMO_COMMAND}
+        row("nnictl", run_nni(*demo, start=NNICTL, **at_once), cores)
+        row("search.py", run_nni(*demo, **at_once), cores)
+        row("Optuna", run_optuna(DEMO_COMMAND, DEMO, args.demo_trials, cores), cores)
+        on_cpu = at_once | {"trialCommand": f"{DEMO_COMMAND} --device cpu"}
+        for name, start in (("nnictl", NNICTL), ("search.py", SEARCH)):
+            rows = run_nni(*demo, start=start, gpus=cores, **on_cpu)
+            row(f"{name}, scheduling {cores} GPUs of a stand-in nvidia-smi", rows, cores)
+
+    if args.trials:
+        head(BEST, args.trials)
+        for n in (1, 2, 4) if shutil.which("nvidia-smi") else (1, cores):
             changes = {"trialConcurrency": n}
-            changes["trainingService"] = service | {"maxTrialNumberPerGpu": n, "gpuIndices": [0]}
-            rows.append((f"{n} at a time on one GPU", changes))
-    else:
-        cores = len(os.sched_getaffinity(0))
-        command = "OMP_NUM_THREADS={} python3 train.py"
-        for n in (1, cores):
-            changes = {"trialConcurrency": n, "trialCommand": command.format(cores // n)}
-            rows.append((f"{n} at a time, {cores // n} threads each", changes))
-    print(f"{hardware()}\n{args.trials} trials a row: {json.dumps(BEST)}\n")
-    print("| | trials per hour | seconds of the median trial | mean accuracy % |")
-    print("| --- | --- | --- | --- |")
-    for name, changes in rows:
-        with tempfile.TemporaryDirectory() as home:
-            config = "config.yml" if gpu else "configs/cpu.yml"
-            per_hour, seconds, percent = measure(config, Path(home), args.trials, changes)
-        print(f"| {name} | {per_hour:.0f} | {seconds:.0f} | {percent:.2f} |", flush=True)
+            if shutil.which("nvidia-smi"):
+                service = {"platform": "local", "useActiveGpu": False, "gpuIndices": [0]}
+                changes["trainingService"] = service | {"maxTrialNumberPerGpu": n}
+                name, config = f"{n} at a time on one GPU", "config.yml"
+            else:
+                changes["trialCommand"] = f"OMP_NUM_THREADS={cores // n} python3 train.py"
+                name, config = f"{n} at a time, {cores // n} threads each", "configs/cpu.yml"
+            row(name, run_nni(config, BEST, args.trials, **changes), n)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from experiment import Experiment, processes_at  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what starts an experiment as slow."""
+    for item in items:
+        if {"experiment", "start_search", "guarded"} & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 def settings(**values):
     """Return train.py's settings for the baseline with other values."""
     import train

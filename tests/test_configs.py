@@ -44,7 +44,7 @@ def test_the_flags_of_the_trial_command_exist(config):
 def test_the_search_space_holds_what_train_py_accepts(config):
     for key, values in config.search_space.items():
         for value in edges(values):
-            train.merge(train.parse_args([]), {key: value}, "search space")
+            train.set_hyperparameters(train.parse_args([]), {key: value}, "search space")
 
 
 @pytest.mark.parametrize("point", [BASELINE, WRITE_UPS_BEST], ids=["baseline", "write-up"])

@@ -10,19 +10,19 @@ import tiny_cifar10
 import torch
 from torchvision.datasets import CIFAR10
 
-import train
+import cifar10
 
 # What a child process runs to load the tiny data set in place of CIFAR-10.
 LOAD = """
 import os, sys
 from pathlib import Path
-import tiny_cifar10, train
+import cifar10, tiny_cifar10
 folder, archive, port = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 tiny_cifar10.expect(archive, port)
 if len(sys.argv) > 4:
     os.setuid(int(sys.argv[4]))
 try:
-    print([len(tensor) for tensor in train.load_cifar10(folder)])
+    print([len(tensor) for tensor in cifar10.load_cifar10(folder)])
 except FileNotFoundError as error:
     sys.exit(str(error))
 """
@@ -60,15 +60,15 @@ def names(folder):
 
 def test_the_cache_holds_what_torchvision_decodes(archive, folder):
     tiny_cifar10.write(folder)
-    assert_equals_torchvisions(train.load_cifar10(folder), folder)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
     shutil.copytree(folder / CIFAR10.base_folder, folder.parent / "copy" / CIFAR10.base_folder)
     shutil.rmtree(folder / CIFAR10.base_folder)
-    assert_equals_torchvisions(train.load_cifar10(folder), folder.parent / "copy")
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder.parent / "copy")
 
 
 def test_the_real_cache_holds_what_torchvision_decodes(cifar10_dir):
-    train.load_cifar10(cifar10_dir)
-    tensors = train.load_cifar10(cifar10_dir)
+    cifar10.load_cifar10(cifar10_dir)
+    tensors = cifar10.load_cifar10(cifar10_dir)
     assert [len(tensor) for tensor in tensors] == [50_000, 50_000, 10_000, 10_000]
     assert_equals_torchvisions(tensors, cifar10_dir)
 
@@ -76,7 +76,7 @@ def test_the_real_cache_holds_what_torchvision_decodes(cifar10_dir):
 def test_an_archive_brought_by_hand_is_enough(archive, folder):
     folder.mkdir()
     shutil.copy(archive, folder)
-    assert len(train.load_cifar10(folder)[0]) == 50
+    assert len(cifar10.load_cifar10(folder)[0]) == 50
 
 
 def test_twenty_at_once_on_an_empty_folder_download_once(start, archive, folder):
@@ -105,30 +105,30 @@ def test_twenty_at_once_on_an_empty_folder_download_once(start, archive, folder)
 )
 def test_a_damaged_cache_is_made_anew(archive, folder, capsys, damage):
     tiny_cifar10.write(folder)
-    train.load_cifar10(folder)
+    cifar10.load_cifar10(folder)
     cache = folder / "cifar10.pt"
     good = cache.read_bytes()
     cache.write_bytes(damage(good))
-    assert_equals_torchvisions(train.load_cifar10(folder), folder)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
     assert f"{cache} is damaged" in capsys.readouterr().err
     assert cache.read_bytes() == good
 
 
 def test_a_flipped_bit_in_the_cache_is_noticed(archive, folder, capsys):
     tiny_cifar10.write(folder)
-    first_image = train.load_cifar10(folder)[0][0].numpy().tobytes()
+    first_image = cifar10.load_cifar10(folder)[0][0].numpy().tobytes()
     cache = folder / "cifar10.pt"
     content = bytearray(cache.read_bytes())
     content[content.index(first_image) + 1000] ^= 1
     cache.write_bytes(content)
-    assert_equals_torchvisions(train.load_cifar10(folder), folder)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
     assert f"{cache} is damaged" in capsys.readouterr().err
 
 
 def test_a_cache_of_something_else_is_not_used(archive, folder):
     tiny_cifar10.write(folder)
     torch.save({"weights": torch.zeros(3)}, folder / "cifar10.pt")
-    assert_equals_torchvisions(train.load_cifar10(folder), folder)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("torch's")])
@@ -141,16 +141,16 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(archive, folder, error):
     with pytest.MonkeyPatch.context() as full_disk:
         full_disk.setattr("torch.save", half_written)
         with pytest.raises(OSError, match=f"cannot write {folder}/cifar10.pt"):
-            train.load_cifar10(folder)
+            cifar10.load_cifar10(folder)
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt.lock"]
-    assert_equals_torchvisions(train.load_cifar10(folder), folder)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
 
 
 def test_a_truncated_batch_file_is_restored_from_the_archive(archive, folder):
     batches = tiny_cifar10.write(folder)
     shutil.copy(archive, folder)
     (batches / "data_batch_3").write_bytes(b"half")
-    assert_equals_torchvisions(train.load_cifar10(folder), folder)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
@@ -158,13 +158,13 @@ def test_a_truncated_file_is_named(archive, folder, name):
     batches = tiny_cifar10.write(folder)
     (batches / name).write_bytes(tiny_cifar10.FILES[name][:20])
     with pytest.raises(FileNotFoundError, match=f"damaged in {batches}: {name}\n"):
-        train.load_cifar10(folder)
+        cifar10.load_cifar10(folder)
     assert not (folder / "cifar10.pt").exists()
 
 
 def test_what_to_do_without_data_and_network(archive, folder):
     with pytest.raises(FileNotFoundError) as error:
-        train.load_cifar10(folder)
+        cifar10.load_cifar10(folder)
     message = str(error.value)
     assert str(folder) in message
     assert "Connection refused" in message
@@ -204,12 +204,12 @@ def test_a_read_only_folder(run, archive):
 
 
 def test_synthetic_images_are_the_same_for_everyone():
-    images, labels, test_images, test_labels = tensors = train.make_synthetic()
+    images, labels, test_images, test_labels = tensors = cifar10.make_synthetic()
     assert images.shape == (10_000, 3, 32, 32)
     assert test_images.shape == (2_000, 3, 32, 32)
     assert images.dtype == test_images.dtype == torch.uint8
     assert labels.bincount().tolist() == [1000] * 10
     assert test_labels.bincount().tolist() == [200] * 10
     assert 100 < images.float().mean() < 156
-    again = train.make_synthetic()
+    again = cifar10.make_synthetic()
     assert all(torch.equal(a, b) for a, b in zip(tensors, again, strict=True))

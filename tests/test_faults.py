@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import LENGTHS, LOAD, names
 
+import step
 import train
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "1000", "--epochs", "1"]
@@ -161,7 +162,7 @@ def test_data_and_output_folders_with_all_kinds_of_names(run, archive, tmp_path)
         if os.access(shared_memory, os.W_OK):
             folders.append(shared_memory / f"train.py test {os.getpid()}")
             stack.callback(shutil.rmtree, folders[-1], ignore_errors=True)
-        again = "print(len(train.load_cifar10(folder)[0]))\n"
+        again = "print(len(cifar10.load_cifar10(folder)[0]))\n"
         again += "train.main(['--dataset', 'synthetic', '--batch-size', '5000', '--epochs', '1',"
         again += " '--save', str(folder / '模型 1.pt')])"
         for folder in folders:
@@ -233,7 +234,7 @@ SCALARS = st.one_of(
     st.floats(),
     st.floats(0, 1),
     st.text(max_size=8),
-    st.sampled_from([*train.OPTIMIZERS, *train.LR_SCHEDULES, "1e-3", "0x10", "1_000", "nan", "٣"]),
+    st.sampled_from([*step.OPTIMIZERS, *step.LR_SCHEDULES, "1e-3", "0x10", "1_000", "nan", "٣"]),
 )
 VALUES = st.recursive(
     SCALARS,
@@ -262,7 +263,7 @@ def test_hyperparameters_are_accepted_or_refused_in_one_line(tmp_path, capfd, fl
     capfd.readouterr()
     try:
         args = train.parse_args(argv)
-        train.merge(args, tuned, "tuner")
+        train.set_hyperparameters(args, tuned, "tuner")
     except SystemExit as refusal:
         printed = capfd.readouterr().err
         assert refusal.code == 2

@@ -87,14 +87,14 @@ def test_flags_override_the_file_and_the_tuner_both(tmp_path):
     file = tmp_path / "best.json"
     file.write_text(json.dumps({"lr": 0.5, "epochs": 7, "momentum": 0}))
     args = train.parse_args(["--params", str(file), "--lr", "0.25", "--batch-size", "16"])
-    train.merge(args, {"batch_size": 32}, "tuner")
+    train.set_hyperparameters(args, {"batch_size": 32}, "tuner")
     expected = BASELINE | {"batch_size": 32, "lr": 0.25, "epochs": 7, "momentum": 0.0}
     assert hyperparameters(args) == expected
 
 
 def test_an_integer_will_do_for_a_float():
     args = train.parse_args([])
-    train.merge(args, {"lr": 1}, "tuner")
+    train.set_hyperparameters(args, {"lr": 1}, "tuner")
     assert args.lr == 1.0
     assert isinstance(args.lr, float)
 
@@ -102,7 +102,7 @@ def test_an_integer_will_do_for_a_float():
 @pytest.mark.parametrize(("key", "value", "allowed"), REFUSED + REFUSED_JSON)
 def test_the_tuners_value_is_refused(key, value, allowed):
     with pytest.raises(ValueError) as error:
-        train.merge(train.parse_args([]), {key: value}, "tuner")
+        train.set_hyperparameters(train.parse_args([]), {key: value}, "tuner")
     message = str(error.value)
     assert message.startswith(f"tuner: {key} is {value!r}; allowed")
     assert message.endswith(allowed)

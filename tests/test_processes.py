@@ -69,11 +69,11 @@ if os.environ["RANK"] != "0":
 
 def test_all_end_when_one_fails(run):
     code = """
-import os, sys, train
+import os, sys, step, train
 def fail(*_):
     raise RuntimeError("the second process has no memory left")
 if os.environ["RANK"] == "1":
-    train.Optimizer = fail
+    step.Optimizer = fail
 train.main(sys.argv[1:])
 """
     result = run(*QUICK, code=code, processes=2)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import BASELINE, ROOT
 
+import cifar10
+import step
 import train
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "128", "--lr", "0.05", "--epochs", "1"]
@@ -66,7 +68,7 @@ def test_a_run_by_hand(run, tmp_path):
 
     net = train.Net()
     net.load_state_dict(torch.load(model, weights_only=True))
-    correct = train.test(net, *train.make_synthetic()[2:])
+    correct = train.test(net, *cifar10.make_synthetic()[2:])
     assert accuracy == f"Acc: {correct / 20:.3f}% ({correct}/2000)"
 
 
@@ -219,8 +221,8 @@ def test_a_real_trial(run, cifar10_dir):
 
 
 def test_validation_holds_out_a_tenth_of_each_class():
-    images, labels = train.make_synthetic()[:2]
-    kept, kept_labels, held, held_labels = train.hold_out(images, labels)
+    images, labels = cifar10.make_synthetic()[:2]
+    kept, kept_labels, held, held_labels = cifar10.hold_out(images, labels)
     assert kept_labels.bincount().tolist() == [900] * 10
     assert held_labels.bincount().tolist() == [100] * 10
     assert held_labels[(held == images[-1]).flatten(1).all(1)].tolist() == [labels[-1]]
@@ -229,9 +231,9 @@ def test_validation_holds_out_a_tenth_of_each_class():
 
 def test_a_validated_run_does_not_look_at_the_test_images(run):
     code = """
-import sys, train
-real = train.make_synthetic
-train.make_synthetic = lambda: real()[:2] + [None, None]
+import sys, cifar10, train
+real = cifar10.make_synthetic
+cifar10.make_synthetic = lambda: real()[:2] + [None, None]
 train.main(sys.argv[1:])
 """
     result = run(*QUICK, "--validate", code=code)
@@ -243,8 +245,8 @@ train.main(sys.argv[1:])
 def test_tta_adds_the_logits_of_the_mirror_image():
     torch.manual_seed(0)
     net = train.Net().eval()
-    images, labels = train.make_synthetic()[2:]
-    x = train.normalize(images)
+    images, labels = cifar10.make_synthetic()[2:]
+    x = step.normalize(images)
     with torch.no_grad():
         plain, averaged = net(x), (net(x) + net(x.flip(3))) / 2
     assert train.test(net, images, labels) == (plain.argmax(1) == labels).sum()

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import settings
 
+import cifar10
+import step
 import train
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has, too
@@ -48,14 +50,14 @@ def losses_and_weights(args, data, prepare=False):
     torch.manual_seed(0)
     model = train.Net().to(images.device)
     if prepare:
-        train.prepare_cpu(model, args.batch_size)
-    optimizer = train.Optimizer(args, model)
-    step, running_loss = train.make_step(model, optimizer, images, labels, args)
+        step.prepare_cpu(model, args.batch_size)
+    optimizer = step.Optimizer(args, model)
+    train_step, running_loss = step.make_step(model, optimizer, images, labels, args)
     losses = []
-    rates = train.learning_rates(args, 200)
+    rates = step.learning_rates(args, 200)
     for index, rate in zip(batches(images, args.batch_size, 200), rates, strict=True):
         optimizer.lr.fill_(rate)
-        step(index.to(images.device))
+        train_step(index.to(images.device))
         losses.append(running_loss.item())
         running_loss.zero_()
     return losses, list(model.parameters())
@@ -110,7 +112,7 @@ def double():
 
 @pytest.fixture(scope="module")
 def data():
-    return [tensor[:1000] for tensor in train.make_synthetic()[:2]]
+    return [tensor[:1000] for tensor in cifar10.make_synthetic()[:2]]
 
 
 @pytest.mark.parametrize("lr_schedule", SCHEDULERS)
@@ -124,7 +126,7 @@ def test_weight_decay_label_smoothing_and_schedule_are_torchs(data, double, opti
 @pytest.mark.parametrize("lr_schedule", ["constant", *SCHEDULERS])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_a_schedule_has_a_positive_rate_for_each_of_a_few_steps(lr_schedule, steps):
-    rates = list(train.learning_rates(settings(lr=0.5, lr_schedule=lr_schedule), steps))
+    rates = list(step.learning_rates(settings(lr=0.5, lr_schedule=lr_schedule), steps))
     assert len(rates) == steps
     assert all(0 < rate <= 0.5 for rate in rates)
 
@@ -132,7 +134,7 @@ def test_a_schedule_has_a_positive_rate_for_each_of_a_few_steps(lr_schedule, ste
 def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_about_1():
     matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    values = left.T @ train.orthogonalize(matrix) @ right.T
+    values = left.T @ step.orthogonalize(matrix) @ right.T
     assert torch.all((values.diag() > 0.65) & (values.diag() < 1.25))
     torch.testing.assert_close(values, values.diag().diag(), rtol=0, atol=1e-9)
 
@@ -141,17 +143,18 @@ def test_muon_does_two_steps_by_its_definition(double):
     args = quick(optimizer="Muon", weight_decay=0.1)
     torch.manual_seed(0)
     model = train.Net().to(memory_format=torch.channels_last)
-    optimizer = train.Optimizer(args, model)
+    optimizer = step.Optimizer(args, model)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     momenta = [torch.zeros_like(weight) for weight in weights]
     for _ in range(2):
         for place, parameter in enumerate(model.parameters()):
             parameter.grad = torch.randn_like(parameter)
             momenta[place] = args.momentum * momenta[place] + parameter.grad
-            step = parameter.grad + args.momentum * momenta[place]
+            change = parameter.grad + args.momentum * momenta[place]
             if parameter.ndim > 1:
-                step = train.orthogonalize(step.reshape(len(step), -1)).reshape(step.shape)
-            weights[place] -= args.lr * (step + args.weight_decay * weights[place])
+                matrix = step.orthogonalize(change.reshape(len(change), -1))
+                change = matrix.reshape(change.shape)
+            weights[place] -= args.lr * (change + args.weight_decay * weights[place])
         optimizer.step()
     for ours, expected in zip(model.parameters(), weights, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
@@ -163,7 +166,7 @@ def test_augmented_images_are_shifted_and_mirrored_each_by_itself():
     padded = F.pad(image, (2, 2, 2, 2), mode="reflect")[0]
     windows = [padded[:, top : top + 32, left : left + 32] for top in range(5) for left in range(5)]
     allowed = torch.stack([*windows, *(window.flip(2) for window in windows)])
-    augmented = train.augment(image.expand(2000, -1, -1, -1), 2, 2000)
+    augmented = step.augment(image.expand(2000, -1, -1, -1), 2, 2000)
     which = (augmented[:, None, 0, ::5, ::5] == allowed[None, :, 0, ::5, ::5]).flatten(2).all(2)
     assert which.sum(1).tolist() == [1] * 2000
     counts = which.sum(0)
@@ -208,14 +211,14 @@ def test_the_optimizer_does_not_import_torch_compile(run):
 def test_threads_and_kernels_follow_the_batch_size(monkeypatch, batch_size, threads, onednn):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)
-    train.prepare_cpu(train.Net(), batch_size)
+    step.prepare_cpu(train.Net(), batch_size)
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (threads, onednn)
 
 
 def test_threads_that_the_user_sets_stay(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)
-    train.prepare_cpu(train.Net(), 4)
+    step.prepare_cpu(train.Net(), 4)
     assert torch.get_num_threads() == 2
 
 
@@ -257,10 +260,10 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
     monkeypatch.setattr("torch.cuda.graph", RecordedGraph.record)
     seen = []
 
-    def step(index):
+    def noted_step(index):
         RecordedGraph.run(lambda: seen.append(index.tolist()))
 
-    replayed = train.replay(step, batch_size, "cpu")
+    replayed = step.as_cuda_graph(noted_step, batch_size, "cpu")
     expected = [index.tolist() for index in batches(range(20), batch_size, 30)]
     for index in expected:
         replayed(torch.tensor(index))
@@ -268,13 +271,13 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
 
 
 @needs_cuda
-@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", step.OPTIMIZERS)
 def test_the_graph_of_a_step_computes_what_the_step_does(monkeypatch, data, double, optimizer):
     on_gpu = [tensor.cuda() for tensor in data]
     args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1)
     args.lr_schedule = "one_cycle"
     replayed = losses_and_weights(args, on_gpu)
-    monkeypatch.setattr("train.replay", lambda step, *_: step)
+    monkeypatch.setattr("step.as_cuda_graph", lambda step, *_: step)
     assert_agree(replayed, losses_and_weights(args, on_gpu))
     assert_agree(replayed, losses_and_weights(args, data))
 
@@ -284,14 +287,14 @@ def test_nothing_waits_for_the_gpu_between_two_reports(data):
     images, labels = (tensor.cuda() for tensor in data)
     model = train.Net().cuda()
     args = quick(augment=2)
-    step, _ = train.make_step(model, train.Optimizer(args, model), images, labels, args)
+    train_step, _ = step.make_step(model, step.Optimizer(args, model), images, labels, args)
     index = [batch.cuda() for batch in batches(images, 8, 50)]
     for batch in index[:5]:  # until the graph is recorded
-        step(batch)
+        train_step(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in index[5:]:
-            step(batch)
+            train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -305,7 +308,7 @@ def test_a_trial_leaves_room_for_others_on_its_gpu(run):
 
 
 def test_a_trial_imports_torchvision_only_to_make_the_cache(run, cifar10_dir):
-    train.load_cifar10(cifar10_dir)
+    cifar10.load_cifar10(cifar10_dir)
     flags = ["--data-dir", str(cifar10_dir), "--batch-size", "5000", "--epochs", "1"]
     code = f"import sys, train; train.main({flags}); assert 'torchvision' not in sys.modules"
     result = run(code=code)
