@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
-DATA_DIR = Path(os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent / "data")
+
+def default_data_dir():
+    """Return the folder that CIFAR10_DIR names, or data beside this file."""
+    return Path(os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent / "data")
 
 
 def load_cifar10(data_dir):

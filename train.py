@@ -197,7 +197,7 @@ def parse_args(argv):
     add(
         "--data-dir",
         type=Path,
-        default=cifar10.DATA_DIR,
+        default=cifar10.default_data_dir(),
         help="where CIFAR-10 is or is downloaded to",
     )
     add("--seed", type=int, default=0, help="of the initial weights and the order of the images")

@@ -32,9 +32,10 @@ SPACE = {
     "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
     "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
 }
+ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from experiment import Experiment, processes_at  # noqa: E402
+from experiment import UNCHECKED, Experiment, processes_at  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -159,9 +160,11 @@ def experiment(tmp_path, environment):
     """Start an experiment, of which nothing is left when the test ends, however it ends."""
     home = tmp_path / "home"
     home.mkdir()
-    yield lambda config, *how, **changes: Experiment(
-        ROOT / config, home, environment, *how, **changes
-    )
+
+    def start(config, how=UNCHECKED, **changes):
+        return Experiment(ROOT / config, home, environment, how, **changes)
+
+    yield start
     for process in processes_at(home):
         process.kill()
 

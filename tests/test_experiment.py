@@ -9,7 +9,6 @@ import pytest
 import yaml
 from conftest import BASELINE, ROOT, SPACE
 from experiment import (
-    UNCHECKED,
     accuracy,
     metric_value,
     parameters,
@@ -26,7 +25,7 @@ def chosen(search, *args):
 
 
 def test_a_search_from_create_to_export(experiment):
-    demo = experiment("configs/demo.yml", maxTrialNumber=4, searchSpace=SPACE)
+    demo = experiment("configs/demo.yml", SEARCH, maxTrialNumber=4, searchSpace=SPACE)
     demo.wait_for(lambda trials: "SUCCEEDED" in {trial["status"] for trial in trials}, 120)
     assert chosen(demo)["trials"]  # while it runs
     trials = demo.wait(240)
@@ -68,7 +67,7 @@ def test_a_search_from_create_to_export(experiment):
 
 def test_a_refused_value_fails_the_trial_and_stands_in_its_stderr(experiment):
     space = {"batch_size": {"_type": "choice", "_value": [0]}}
-    demo = experiment("configs/demo.yml", UNCHECKED, maxTrialNumber=1, searchSpace=space)
+    demo = experiment("configs/demo.yml", maxTrialNumber=1, searchSpace=space)
     (trial,) = demo.wait(120)
     assert trial["status"] == "FAILED"
     line = "train.py: error: tuner: batch_size is 0; allowed: an integer >= 1\n"

@@ -162,7 +162,8 @@ def test_data_and_output_folders_with_all_kinds_of_names(run, archive, tmp_path)
         if os.access(shared_memory, os.W_OK):
             folders.append(shared_memory / f"train.py test {os.getpid()}")
             stack.callback(shutil.rmtree, folders[-1], ignore_errors=True)
-        again = "print(len(cifar10.load_cifar10(folder)[0]))\n"
+        again = "import train\n"
+        again += "print(len(cifar10.load_cifar10(folder)[0]))\n"
         again += "train.main(['--dataset', 'synthetic', '--batch-size', '5000', '--epochs', '1',"
         again += " '--save', str(folder / '模型 1.pt')])"
         for folder in folders:

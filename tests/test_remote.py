@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 from conftest import ROOT, SPACE, ask, nobody, outside_address
-from experiment import UNCHECKED, metric_value, parameters
+from experiment import metric_value, parameters
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 COMMAND = "python3 train.py --dataset synthetic --device cpu --report-every 50"
@@ -53,6 +54,10 @@ class Machine:
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)  # what Debian's service makes at its start
         self.process = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd"])
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection((address, self.port)):
+                break
+            time.sleep(0.1)
         self.settings = {
             "host": address,
             "port": self.port,
@@ -91,7 +96,7 @@ def search(experiment, machines):
     """Start a search of configs/remote.yml on the two machines; afterwards remove its files."""
     searches = []
 
-    def search(trials, *how, **changes):
+    def search(trials, **changes):
         service = yaml.safe_load((ROOT / "configs" / "remote.yml").read_text())["trainingService"]
         settings = {
             "trialCommand": COMMAND,
@@ -101,7 +106,7 @@ def search(experiment, machines):
             "nniManagerIp": "127.0.0.1",
             "trainingService": service | {"machineList": [one.settings for one in machines]},
         }
-        one = experiment("configs/remote.yml", *how, **settings | changes)
+        one = experiment("configs/remote.yml", **settings | changes)
         searches.append(one)
         return one
 
@@ -155,7 +160,7 @@ def test_when_a_machine_dies_the_other_goes_on_and_the_search_ends(search, machi
     # A trial on the first machine cannot end by itself.
     changes = {"trialCommand": f"{COMMAND} --epochs $EPOCHS", "maxTrialDuration": "60s"}
     changes["searchSpace"] = {key: SPACE[key] for key in SPACE if key != "epochs"}
-    demo = search(3, UNCHECKED, **changes)
+    demo = search(3, **changes)
     both = {dead, alive}
     demo.wait_for(lambda trials: {machine_of(t) for t in trials if reported(demo, t)} == both, 180)
     machines[0].die()

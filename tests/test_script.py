@@ -126,10 +126,10 @@ def test_the_params_file_of_a_run(run, tmp_path):
 
 def test_save_replaces_a_file_whole_or_not_at_all(tmp_path):
     path = tmp_path / "model.pt"
-    train.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
+    cifar10.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
     before = path.read_bytes()
     with pytest.raises(AttributeError):  # a function of a function cannot be pickled
-        train.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
+        cifar10.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,12 +1,16 @@
 """NNI's Web UI in a real browser: what a user looks for after a search.
 
-The README's pictures are taken of a search that is on a port, running or at nnictl view:
+The README's pictures are taken of a search that is on a port, running or at nnictl view. The icons
+come from the Internet, or from a folder that `npm pack @fluentui/font-icons-mdl2` has filled:
 
-    SCREENSHOTS_OF=8090 python -m pytest -n 0 tests/test_web_ui.py -k screenshots
+    export SCREENSHOTS_OF=8090 ICONS=package/fonts
+    python -m pytest -n 0 tests/test_web_ui.py -k screenshots
 """
 
+import base64
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -132,7 +136,20 @@ def test_what_a_user_looks_for_after_a_search(experiment, page):
 def test_screenshots(page):
     page = page(os.environ["SCREENSHOTS_OF"])
 
+    # The names that the page gives its fonts: FabricMDL2Icons, FabricMDL2Icons-0, ...
+    fonts = sorted(Path(os.environ.get("ICONS", "/nowhere")).glob("fabric-icons-*.woff"))
+    style = ""
+    for font in fonts:
+        number = re.match(r"fabric-icons(-\d+)?-", font.name)[1] or ""
+        data = base64.b64encode(font.read_bytes()).decode()
+        source = f"url(data:font/woff;base64,{data}) format('woff')"
+        style += f"@font-face {{font-family: 'FabricMDL2Icons{number}'; src: {source}}}\n"
+
     def save(name, height):
+        page.browser.execute_script(
+            "document.head.appendChild(document.createElement('style')).textContent = arguments[0]",
+            style,
+        )
         time.sleep(5)  # for what is drawn without a sign that it is done
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder, "page.png")
@@ -148,6 +165,12 @@ def test_screenshots(page):
     page.click(".ms-Dropdown", "100%")
     page.click(".ms-Dropdown-item", "Top 20%")
     save("hyper-parameter.png", 640)
+    page.click("[role=tab]", "Duration")
+    page.wait(lambda: page.browser.execute_script(SERIES))
+    save("duration.png", 520)
+    page.click("[role=tab]", "Default metric")
+    page.wait(lambda: page.browser.execute_script(SERIES))
+    save("default-metric.png", 520)
     page.click("[role=tab]", "Intermediate result")
     page.wait(lambda: page.browser.execute_script(SERIES))
     save("intermediate-result.png", 520)
