@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import BASELINE, ROOT, SPACE
 from experiment import (
+    SEARCH,
     accuracy,
     metric_value,
     parameters,
