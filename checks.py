@@ -64,18 +64,22 @@ def load(path):
             utils.unset_base_path()
 
 
+def is_local(config):
+    """Return whether the trials run on this machine."""
+    return getattr(config.training_service, "platform", "several") == "local"
+
+
 def check(config):
     """Check a canonical configuration against this machine. Raises ValueError."""
-    is_local = config.training_service.platform == "local"
     home = Path(config.experiment_working_directory)
     paths = {"experimentWorkingDirectory": home}
-    if is_local:
+    if is_local(config):
         paths["trialCodeDirectory"] = Path(config.trial_code_directory)
     for key, path in paths.items():
         if len(str(path).split()) > 1:  # NNI does not quote them in its scripts
             raise ValueError(f"{key} is {str(path)!r}; allowed: a path without spaces")
     check_disk(home, config.max_trial_number or 0)
-    if is_local and config.trial_gpu_number:
+    if is_local(config) and config.trial_gpu_number:
         check_gpus(config.training_service)
     check_space(config.search_space)
     number, possible = config.max_trial_number or 1, combinations(config.search_space)
@@ -84,7 +88,7 @@ def check(config):
         raise ValueError(f"maxTrialNumber is {number}; allowed: {allowed}")
     sample = ask_tuner(config)
     with ThreadPoolExecutor(1) as pool:
-        trial = pool.submit(try_trial, config) if is_local else None
+        trial = pool.submit(try_trial, config) if is_local(config) else None
         if train_settings(config):
             check_train(config.search_space, sample)
         if trial:

@@ -10,12 +10,12 @@ experiment like any other. CONFIG may be any configuration of NNI, of any projec
 """
 
 import argparse
-import collections
 import contextlib
 import ipaddress
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,13 +29,13 @@ from nni.experiment import Experiment, RunMode, launcher, rest
 from nni.experiment.config.utils import load_experiment_config
 from nni.tools.nnictl.config_utils import Experiments
 from nni.tools.nnictl.nnictl_utils import update_experiment
-from tqdm import tqdm
 
 import checks
 import choose
+import progress
 
+PORT = 8090
 PATIENCE = 120  # seconds; NNI gives its web server 3
-ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 
 
 def default_config():
@@ -57,11 +57,11 @@ def is_free(port):
 
 
 def find_port(wanted, count):
-    """Return wanted, or by default the first port from 8090 on, with count free ports from there.
+    """Return wanted, or by default the first port from PORT on, with count free ports from there.
 
     Raises ValueError, with who has it, if wanted is taken.
     """
-    for port in [wanted] if wanted else itertools.count(8090):
+    for port in [wanted] if wanted else itertools.count(PORT):
         if all(is_free(port + offset) for offset in range(count)):
             return port
     update_experiment()
@@ -158,131 +158,17 @@ def start(experiment, port):
 
 
 def last_words(logs):
-    """Return the last lines of the manager's and the tuner's logs, or where they would be."""
-    lines = []
-    for name in ("nnictl_stderr.log", "nnimanager.log", "dispatcher.log"):
+    """Return the last lines of the manager's stderr, and the errors in its and the tuner's log."""
+    words = []
+    for name, pattern in (
+        ("nnictl_stderr.log", r"^(?!-+$|Experiment \w+ start).+"),
+        ("nnimanager.log", r".*(?:ERROR|CRITICAL).*"),
+        ("dispatcher.log", r".*(?:ERROR|CRITICAL).*"),
+    ):
         with contextlib.suppress(OSError):
-            written = (logs / name).read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [
-                line for line in written if line.strip("-") and not line.startswith("Experiment ")
-            ]
-            lines += (
-                kept[-5:]
-                if name == "nnictl_stderr.log"
-                else [line for line in kept if "ERROR" in line or "CRITICAL" in line][-2:]
-            )
-    return "\n".join(lines)
-
-
-def final_result(trial):
-    """Return a trial's final result as NNI lists it, a finite number, or None."""
-    for metric in trial.get("finalMetricData", []):
-        value = json.loads(json.loads(metric["data"]))
-        return choose.finite(value.get("default") if isinstance(value, dict) else value)
-
-
-def failure(trial, folder):
-    """Return why a trial has failed: from its stderr on this machine, else where to look."""
-    try:
-        text = (folder / "trials" / trial["trialJobId"] / "stderr").read_text(errors="replace")
-    except OSError:
-        return f"its files are at {trial.get('logPath', 'no place that NNI knows')}"
-    return checks.reason(text)
-
-
-class Notices:
-    """What a user should be told of a search that runs, each thing once."""
-
-    def __init__(self, config, folder):
-        self.config, self.folder = config, folder
-        self.said = set()
-        self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
-
-    def __call__(self, trials, metrics):
-        """Return the lines that are new, given the trials and their latest metrics from NNI."""
-        found = {}
-        for trial in trials:
-            if trial["status"] == "FAILED":
-                why = failure(trial, self.folder)
-                found[why] = f"{title(trial)} has FAILED: {why}"
-        states = {trial["status"] for trial in trials}
-        if self.config.trial_gpu_number and "WAITING" in states and "RUNNING" not in states:
-            holders = checks.waiting_for(self.config.training_service)
-            found[holders] = holders and f"trials wait for a GPU: {holders}"
-        if self.config.training_service.platform == "remote":
-            found |= self.silent(trials, metrics)
-        new = {about: line for about, line in found.items() if line and about not in self.said}
-        self.said |= new.keys()
-        return list(new.values())
-
-    def silent(self, trials, metrics):
-        """Return {trial: line} for those that are silent for longer than any before."""
-        found = {}
-        for trial in trials:
-            id = trial["trialJobId"]
-            times = [metric["timestamp"] for metric in metrics if metric["trialJobId"] == id]
-            latest = max([trial.get("startTime", 0), *times])
-            self.longest = max(self.longest, latest - self.heard.get(id, latest))
-            self.heard[id] = latest
-            silence = time.time() * 1000 - latest
-            if (
-                trial["status"] == "RUNNING"
-                and self.longest
-                and silence > max(60_000, self.longest)
-            ):
-                machine = trial.get("logPath", "//?").split("/")[2].split(":")[0]
-                found[id] = (
-                    f"{title(trial)} on {machine} has reported nothing for {silence / 1000:.0f} s;"
-                    f" if the machine is dead: nnictl trial kill {self.folder.name} -T {id}"
-                )
-        return found
-
-
-def direction(config):
-    """Return which of its results a search looks for: min or max."""
-    return {"minimize": min}.get((config.tuner.class_args or {}).get("optimize_mode"), max)
-
-
-def title(trial):
-    return f"trial {trial['sequenceId']} ({trial['trialJobId']})"
-
-
-def watch(id, port, config):
-    """Show how a search goes on until its trials have ended; return whether one has a result.
-
-    Raises RuntimeError if the search ends in another way.
-    """
-    best_of = direction(config)
-    notices = Notices(config, Path(config.experiment_working_directory, id))
-    shown = set()
-    with tqdm(total=config.max_trial_number, unit="trial", disable=None, dynamic_ncols=True) as bar:
-        while True:
-            try:
-                what = ("check-status", "trial-jobs", "metric-data-latest")
-                status, trials, metrics = (rest.get(port, f"/{name}") for name in what)
-            except OSError:
-                raise RuntimeError(f"search {id} has been stopped") from None
-            for line in notices(trials, metrics):
-                tqdm.write(line)
-            ended = [trial for trial in trials if trial["status"] in ENDED]
-            values = {trial["trialJobId"]: final_result(trial) for trial in ended}
-            results = [value for value in values.values() if value is not None]
-            best = f"best {best_of(results):g}" if results else "no result yet"
-            for trial in ended if bar.disable else []:
-                if trial["trialJobId"] not in shown:
-                    value = values[trial["trialJobId"]]
-                    result = trial["status"] if value is None else f"{value:g}"
-                    tqdm.write(f"{title(trial)}: {result}; {best}")
-                    shown.add(trial["trialJobId"])
-            counts = collections.Counter(trial["status"].lower() for trial in trials)
-            bar.n = len(ended)
-            bar.set_postfix_str(", ".join([best, *(f"{n} {state}" for state, n in counts.items())]))
-            if status["status"] == "ERROR":
-                raise RuntimeError(f"search {id}: {' '.join(status['errors'])}")
-            no_more = status["status"] in ("DONE", "TUNER_NO_MORE_TRIAL")
-            if no_more and len(ended) == len(trials):
-                return bool(results)
-            time.sleep(1)
+            text = (logs / name).read_text(encoding="utf-8", errors="replace")
+            words += re.findall(pattern, text, re.MULTILINE)[-4:]
+    return "\n".join(words)
 
 
 def begin(args):
@@ -303,7 +189,8 @@ def begin(args):
         print(f"Configuration: {reason}")
         config = checks.load(path)
     checks.check(config)
-    if config.training_service.platform == "local":
+    is_local = checks.is_local(config)
+    if is_local:
         if settings := checks.train_settings(config):
             import train  # not at the top: torch takes two seconds, which no other trial needs
 
@@ -313,7 +200,9 @@ def begin(args):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
     prepare_environment(config, args.listen)
     while True:
-        port = find_port(args.port, 1 if config.training_service.platform == "local" else 2)
+        port = find_port(args.port, 1 if is_local else 2)
+        if not args.port and port != PORT:
+            print(f"Port {PORT} is taken; {port} is the next free one")
         experiment = Experiment._resume(args.resume) if args.resume else Experiment(config)
         try:
             start(experiment, port)
@@ -377,13 +266,13 @@ def main(argv=None):
     if args.detach:
         return 0
     try:
-        has_result = watch(id, port, config)
+        has_result = progress.watch(id, port, config)
     except RuntimeError as error:
         sys.exit(f"search.py: error: {error}")
     except KeyboardInterrupt:
         print(f"\nThe search goes on. To watch it again: python search.py --resume {id}")
         return 1
-    if has_result and direction(config) is max:
+    if has_result and progress.best_of(config) is max:
         choose.main([id])
         print(f"To keep the choice: python choose.py {id} --out best.json")
     return 0 if has_result else 1

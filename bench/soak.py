@@ -21,15 +21,16 @@ SPACE = {
 }
 
 
-def memory(home):
-    """Return the resident memory of NNI's manager (node) and of its dispatcher (nni), in MiB."""
-    sizes = {}
+def costs(home):
+    """Return the memory in MiB and the CPU seconds of NNI's manager (node) and dispatcher (nni)."""
+    found = {}
     for process in processes_at(home):
         command = " ".join(process.cmdline())
         for name, part in (("manager", "nni_node/main.js"), ("dispatcher", "-m nni --exp_params")):
             if part in command and not command.startswith("/bin/sh"):
-                sizes[name] = process.memory_info().rss / 2**20
-    return sizes
+                times = process.cpu_times()
+                found[name] = process.memory_info().rss / 2**20, times.user + times.system
+    return found
 
 
 def main():
@@ -50,9 +51,9 @@ def main():
         )
         try:
             search.wait_for(lambda trials: sum("endTime" in t for t in trials) >= 4, 300)
-            before = memory(home)
+            before = costs(home)
             trials = search.wait(60 * args.trials)
-            after = memory(home)
+            after = costs(home)
             faults = [t["trialJobId"] for t in trials if t["status"] != "SUCCEEDED"]
             print(f"trials that did not succeed: {faults}")
             mixed_up = []
@@ -65,8 +66,9 @@ def main():
             print(f"{len(trials)} trials, {len(different)} different sets of parameters")
             seconds = (max(t["endTime"] for t in trials) - trials[0]["startTime"]) / 1000
             print(f"{seconds:.0f} s, {3600 * len(trials) / seconds:.0f} trials per hour")
-            for name, size in before.items():
-                print(f"{name}: {size:.0f} MiB after 4 trials, {after[name]:.0f} at the end")
+            for name, (size, _) in before.items():
+                sizes = f"{size:.0f} MiB after 4 trials, {after[name][0]:.0f} at the end"
+                print(f"{name}: {sizes}, {after[name][1]:.0f} s of CPU")
         finally:
             left = search.stop()
         print(f"processes left: {left}")

@@ -18,7 +18,15 @@ def test_the_readmes_own_network_and_data_are_searched(tmp_path, environment):
 
     project = tmp_path / "project"
     project.mkdir()
-    for name in ("cifar10.py", "step.py", "search.py", "checks.py", "choose.py", "manager.js"):
+    for name in (
+        "cifar10.py",
+        "step.py",
+        "search.py",
+        "checks.py",
+        "progress.py",
+        "choose.py",
+        "manager.js",
+    ):
         shutil.copy(ROOT / name, project)
     before = (ROOT / "train.py").read_text()
     after = re.sub(

@@ -17,6 +17,7 @@ from experiment import UNCHECKED, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 
 import checks
+import progress
 import search
 
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
@@ -309,7 +310,7 @@ def remote_trial(number, status, start):
 def test_a_remote_trial_that_is_silent_for_longer_than_any_before_is_named_once(monkeypatch):
     config = checks.load(ROOT / "config.yml")
     config.training_service.platform = "remote"
-    notices = search.Notices(config, Path("experiment"))
+    notices = progress.Notices(config, Path("experiment"))
     now, latest = [1_000_000.0], {}
     monkeypatch.setattr("time.time", lambda: now[0] / 1000)
     trials = [remote_trial(1, "RUNNING", now[0]), remote_trial(2, "RUNNING", now[0])]
