@@ -114,7 +114,9 @@ def check_disk(folder, trials):
 def gpus():
     """Return the processes on each GPU, [[description, ...], ...], or [] without nvidia-smi."""
     try:
-        printed = subprocess.run(["nvidia-smi", "-q", "-x"], capture_output=True, check=True).stdout
+        printed = subprocess.run(
+            ["nvidia-smi", "-q", "-x"], capture_output=True, check=True, timeout=20
+        ).stdout
         listed = ElementTree.fromstring(printed).findall("gpu")
     except (OSError, subprocess.SubprocessError, ElementTree.ParseError):
         return []
@@ -130,13 +132,23 @@ def describe(pid):
         return f"process {pid}"
 
 
+def gpus_for(service):
+    """Return {index: [process, ...]} of the GPUs that a local training service may use."""
+    allowed = service.gpu_indices
+    return {n: held for n, held in enumerate(gpus()) if allowed is None or n in allowed}
+
+
+def free_gpus(service):
+    """Return the indices of the GPUs that a local training service may use now."""
+    return [n for n, held in gpus_for(service).items() if service.use_active_gpu or not held]
+
+
 def waiting_for(service):
     """Return a line on who holds the GPUs of a local training service, or None if one is free."""
-    allowed = service.gpu_indices
-    held = {n: on for n, on in enumerate(gpus()) if allowed is None or n in allowed}
-    if service.use_active_gpu or not held or not all(held.values()):
+    if free_gpus(service):
         return None
-    return "; ".join(f"GPU {n}: {', '.join(processes)}" for n, processes in held.items())
+    lines = [f"GPU {n}: {', '.join(held)}" for n, held in gpus_for(service).items()]
+    return "; ".join(lines) or None
 
 
 def check_gpus(service):
@@ -245,7 +257,8 @@ def train_settings(config):
     refusal = io.StringIO()
     try:
         with mock.patch.dict(os.environ, given), contextlib.redirect_stderr(refusal):
-            return train.parse_args(words[scripts[0] + 1 :])
+            # On the CPU: a process of this command's on a GPU would keep the trials from it.
+            return train.parse_args([*words[scripts[0] + 1 :], "--device", "cpu"])
     except SystemExit:
         _, _, why = one_line(refusal.getvalue()).partition("error: ")
         raise ValueError(f"trialCommand is {config.trial_command!r}: {why}") from None
@@ -264,7 +277,7 @@ def check_train(space, sample):
             values = [] if "normal" in kind else values[:2]
         samples += [{key: value} for value in values]
     for values in [*samples, sample]:
-        train.set_hyperparameters(train.parse_args([]), values, "searchSpace")
+        train.set_hyperparameters(train.parse_args(["--device", "cpu"]), values, "searchSpace")
 
 
 def reason(text):
@@ -277,19 +290,24 @@ def reason(text):
 def try_trial(config, seconds=60):
     """Run the trial command as NNI would, until it asks for its parameters or the time is over.
 
-    Raises ValueError, with the reason that it has printed, if it fails before.
+    While there are too few free GPUs for it, it is not tried. Raises ValueError, with the reason
+    that it has printed, if it fails before.
     """
+    number = config.trial_gpu_number
+    free = free_gpus(config.training_service) if number else []
+    if number and len(free) < number:
+        return
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         values = {"SYS_DIR": folder, "OUTPUT_DIR": folder, "CODE_DIR": config.trial_code_directory}
         values |= {"PLATFORM": "local", "EXP_ID": "try", "TRIAL_JOB_ID": "try", "TRIAL_SEQ_ID": "0"}
         environment = os.environ | {f"NNI_{key}": str(value) for key, value in values.items()}
-        if config.trial_gpu_number is not None:
-            devices = ",".join(map(str, range(config.trial_gpu_number))) or "-1"
-            environment["CUDA_VISIBLE_DEVICES"] = devices
+        if number is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, free[:number])) or "-1"
         process = subprocess.Popen(
             ["bash", "-c", config.trial_command],
             cwd=config.trial_code_directory,
             env=environment,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )

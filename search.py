@@ -194,7 +194,7 @@ def begin(args):
         if settings := checks.train_settings(config):
             import train  # not at the top: torch takes two seconds, which no other trial needs
 
-            print("Loading the trials' data, which the first search downloads", flush=True)
+            print("Loading the trials' data, which the first search downloads")
             train.load_data(settings)
         if config.trial_gpu_number and (holders := checks.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
@@ -244,6 +244,7 @@ def main(argv=None):
     """Start a search and watch it. Returns 0 if it is done and has a result, else 1."""
     args = parse_args(argv)
     nni.silence_stdout()  # it names addresses that do not answer
+    sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # The trials' python3 is this one, also where its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
@@ -262,7 +263,6 @@ def main(argv=None):
         print(f"Warning: whoever reaches {args.listen}:{port} can run any command as you")
     elif not Path("/proc/net/tcp").exists():
         print("Other users of this machine reach it, too: there is no /proc to tell them apart")
-    sys.stdout.flush()
     if args.detach:
         return 0
     try:

@@ -211,6 +211,22 @@ def test_who_holds_the_gpus(load, tmp_path, monkeypatch):
     assert checks.waiting_for(service) is None
 
 
+def test_a_trial_is_tried_on_a_free_gpu_only(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
+    config = load(
+        trialGpuNumber=1,
+        trainingService=LOCAL,
+        trialCommand=f"printenv CUDA_VISIBLE_DEVICES > {tmp_path}/seen",
+    )
+    stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
+    checks.try_trial(config)
+    assert (tmp_path / "seen").read_text() == "1\n"
+    (tmp_path / "seen").unlink()
+    stand_in_nvidia_smi(tmp_path / "home", busy=[True, True])
+    checks.try_trial(config)
+    assert not (tmp_path / "seen").exists()
+
+
 def test_paths_with_spaces(load, tmp_path):
     folder = tmp_path / "my project"
     folder.mkdir()
