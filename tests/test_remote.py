@@ -158,7 +158,7 @@ def test_when_a_machine_dies_the_other_goes_on_and_the_search_ends(search, machi
     """NNI never notices: what ran on the dead machine stays RUNNING until maxTrialDuration."""
     dead, alive = (machine.settings["host"] for machine in machines)
     # A trial on the first machine cannot end by itself.
-    changes = {"trialCommand": f"{COMMAND} --epochs $EPOCHS", "maxTrialDuration": "60s"}
+    changes = {"trialCommand": f"{COMMAND} --epochs $EPOCHS", "maxTrialDuration": "90s"}
     changes["searchSpace"] = {key: SPACE[key] for key in SPACE if key != "epochs"}
     demo = search(3, **changes)
     both = {dead, alive}

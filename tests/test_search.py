@@ -1,5 +1,6 @@
 """search.py: a start that waits and leaves nothing if it fails, what it chooses and shows."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ENDLESS, ROOT, SPACE, ask, nobody, outside_address
-from experiment import UNCHECKED, free_port, processes_at
+from experiment import SEARCH, UNCHECKED, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 
 import checks
@@ -37,19 +38,26 @@ def home(tmp_path):
 def start_search(home, environment):
     """Start `python search.py ...` without waiting, in its HOME, with a configuration if given."""
 
-    def start_search(*args, config=None, how=("search.py",), **variables):
+    @contextlib.contextmanager
+    def start_search(*args, config=None, how=SEARCH, **variables):
         if config:
             (home / "config.yml").write_text(yaml.safe_dump(config))
             args = (home / "config.yml", *args)
-        how = [ROOT / how[0]] if how == ("search.py",) else how
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(part) for part in (sys.executable, *how, *args)],
             env=environment | {"HOME": str(home), "TMPDIR": str(home)} | variables,
             cwd=home,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Ctrl-C works, also where the tests run in the background of a script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()  # which does nothing to one that has ended
 
     return start_search
 
@@ -197,8 +205,10 @@ def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_sear
 
 def test_two_that_start_at_the_same_moment_get_two_ports(start_search, home):
     config = demo(maxTrialNumber=1, searchSpace=ENDLESS)
-    searches = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(2)]
-    printed = [process.communicate(timeout=120) for process in searches]
+    with contextlib.ExitStack() as stack:
+        starts = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(2)]
+        searches = [stack.enter_context(start) for start in starts]
+        printed = [process.communicate(timeout=120) for process in searches]
     assert [process.returncode for process in searches] == [0, 0], printed
     ports = {stdout.split("http://127.0.0.1:")[1].split(",")[0] for stdout, _ in printed}
     assert len(ports) == 2
