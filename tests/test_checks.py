@@ -48,6 +48,7 @@ def entry(kind, *values):
     return {"lr": {"_type": kind, "_value": list(values)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu.yml", "demo.yml", "wide.yml"])
 def test_the_projects_configurations_pass(name):
     checks.check(checks.load(ROOT / "configs" / name))
@@ -82,6 +83,7 @@ def test_files_that_are_no_configuration(tmp_path, content):
             checks.load(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "parts"),
     [
@@ -111,6 +113,7 @@ def test_search_spaces(load, space, parts):
     assert all(part in line for part in parts), line
 
 
+@pytest.mark.slow
 def test_search_spaces_that_are_good(load):
     space = SPACE | {"augment": {"_type": "randint", "_value": [0, 17]}}
     checks.check(load(searchSpace=space))
@@ -148,6 +151,7 @@ def test_combinations(space, expected):
     assert checks.combinations(space) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -170,6 +174,7 @@ def test_tuners_and_trial_commands(load, changes, parts):
     assert all(part in line for part in parts), line
 
 
+@pytest.mark.slow
 def test_advisors_and_assessors_pass(load):
     medianstop = {"name": "Medianstop", "classArgs": {"optimize_mode": "minimize"}}
     checks.check(load(trialCommand="true", assessor=medianstop))
