@@ -145,10 +145,10 @@ def free_gpus(service):
 
 def waiting_for(service):
     """Return a line on who holds the GPUs of a local training service, or None if one is free."""
-    if free_gpus(service):
+    found = gpus_for(service)
+    if service.use_active_gpu or not found or not all(found.values()):
         return None
-    lines = [f"GPU {n}: {', '.join(held)}" for n, held in gpus_for(service).items()]
-    return "; ".join(lines) or None
+    return "; ".join(f"GPU {n}: {', '.join(held)}" for n, held in found.items())
 
 
 def check_gpus(service):

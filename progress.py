@@ -62,14 +62,15 @@ class Notices:
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
-        self.said = set()
+        self.said, self.failed = set(), set()
         self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
 
     def __call__(self, trials, metrics):
         """Return the lines that are new, given the trials and their latest metrics from NNI."""
         found = {}
         for trial in trials:
-            if trial["status"] == "FAILED":
+            if trial["status"] == "FAILED" and trial["trialJobId"] not in self.failed:
+                self.failed.add(trial["trialJobId"])  # its stderr is read once
                 why = failure(trial, self.folder)
                 found[why] = f"{title(trial)} has FAILED: {why}"
         states = {trial["status"] for trial in trials}
