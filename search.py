@@ -256,16 +256,16 @@ def main(argv=None):
         sys.exit(f"search.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("search.py: interrupted; no search has started")
-    host = args.listen if args.listen not in (None, "0.0.0.0") else "127.0.0.1"
-    print(f"Search {id}: {config.experiment_name}")
-    print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
-    if args.listen:
-        print(f"Warning: whoever reaches {args.listen}:{port} can run any command as you")
-    elif not Path("/proc/net/tcp").exists():
-        print("Other users of this machine reach it, too: there is no /proc to tell them apart")
-    if args.detach:
-        return 0
     try:
+        host = args.listen if args.listen not in (None, "0.0.0.0") else "127.0.0.1"
+        print(f"Search {id}: {config.experiment_name}")
+        print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
+        if args.listen:
+            print(f"Warning: whoever reaches {args.listen}:{port} can run any command as you")
+        elif not Path("/proc/net/tcp").exists():
+            print("Other users of this machine reach it, too: there is no /proc to tell them apart")
+        if args.detach:
+            return 0
         has_result = progress.watch(id, port, config)
     except RuntimeError as error:
         sys.exit(f"search.py: error: {error}")
