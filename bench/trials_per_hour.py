@@ -24,12 +24,13 @@ from experiment import NNICTL, ROOT, SEARCH, Experiment, accuracy
 DEMO = {"batch_size": 32, "lr": 0.01, "epochs": 5, "optimizer": "SGD", "momentum": 0.9}
 BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
 DEMO_COMMAND = "OMP_NUM_THREADS=1 python3 train.py --dataset synthetic --report-every 50"
-# An nvidia-smi with as many GPUs as there are workers, each busy while as many trials run.
-NVIDIA_SMI = """#!/bin/sh
-busy=$(pgrep -cf "^python3 train.py --dataset synthetic")
+# An nvidia-smi with as many GPUs as there are workers, each busy while a trial runs on it.
+NVIDIA_SMI = r"""#!/bin/bash
+busy=" $(cat $(pgrep -f '^python3 train.py --dataset synthetic' | sed 's|.*|/proc/&/environ|') \
+    /dev/null 2> /dev/null | tr '\0' '\n' | sed -n 's/^CUDA_VISIBLE_DEVICES=//p' | tr '\n' ' ')"
 echo "<nvidia_smi_log>"
-for gpu in $(seq {}); do
-    [ $gpu -le $busy ] && process="<process_info><pid>1</pid></process_info>" || process=""
+for gpu in $(seq 0 $(({} - 1))); do
+    [[ $busy == *" $gpu "* ]] && process="<process_info><pid>1</pid></process_info>" || process=""
     echo "<gpu><processes>$process</processes><utilization><gpu_util>0 %</gpu_util>"
     echo "<memory_util>0 %</memory_util></utilization></gpu>"
 done
