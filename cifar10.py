@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
+DATASETS = ("cifar10", "synthetic")
+
 
 def default_data_dir():
     """Return the folder that CIFAR10_DIR names, or data beside this file."""

@@ -25,17 +25,17 @@ import train
 
 
 def run(seed, flags, folder):
-    """Train with seed; return the trained model, and the command's seconds and CPU seconds."""
+    """Train with seed; return the trained model, and what compare.run_timed() returns."""
     path = folder / f"{seed}.pt"
     # NNI's warning that no experiment is running is no news here.
     environment = {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
     if not torch.cuda.is_available():
         environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, ROOT / "train.py", *flags, "--seed", seed, "--save", path]
-    _, costs = run_timed(command, **environment)
+    lines, costs = run_timed(command, **environment)
     model = train.Net()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model, costs["seconds"], costs["cpu"]
+    return model, lines, costs
 
 
 def spread(values):
@@ -57,9 +57,10 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_a_time) as pool:
         runs = pool.map(lambda seed: run(seed, flags, Path(folder)), range(args.runs))
-        for seed, (model, *seconds) in enumerate(runs):
+        for seed, (model, _, costs) in enumerate(runs):
             correct = [train.test(model, images, labels, tta) for tta in (False, True)]
-            rows.append([*(100 * number / len(labels) for number in correct), *seconds])
+            accuracies = [100 * number / len(labels) for number in correct]
+            rows.append([*accuracies, costs["seconds"], costs["cpu"]])
             plain, tta, wall, cpu = rows[-1]
             print(f"| {seed} | {plain:.2f} | {tta:.2f} | {wall:.0f} | {cpu:.0f} |", flush=True)
     plain, tta, wall, cpu = zip(*rows, strict=True)
