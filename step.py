@@ -155,8 +155,7 @@ def learning_rates(args, steps):
     """
     if args.lr_schedule == "constant":
         return itertools.repeat(args.lr, steps)
-    # The schedulers work on one of torch.optim's classes, which is not the one that trains.
-    optimizer = torch.optim.SGD([torch.zeros(1)], args.lr)
+    optimizer = ScheduledRate(args.lr)
     if args.lr_schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, steps)
     else:
@@ -167,6 +166,16 @@ def learning_rates(args, steps):
         scheduler.step()
         rates += scheduler.get_last_lr()
     return rates
+
+
+class ScheduledRate(torch.optim.Optimizer):
+    """What torch's schedulers need of an optimizer, without what the real ones import."""
+
+    def __init__(self, lr):
+        self.param_groups = [{"lr": lr}]
+
+    def step(self):
+        pass
 
 
 def prepare_cpu(model, batch_size):

@@ -3,6 +3,7 @@
     python bench/compare.py             # 5 runs of each, some 20 minutes on 2 cores
     python bench/compare.py --quick     # 1 run of one epoch
     python bench/compare.py --processes 2      # instead: one process against two of torchrun
+    python bench/compare.py --ladder    # instead: seconds to 64.28, 70, 75 and 78 %, 25 minutes
 
 They run in turn, so that a machine that grows slower is slower for all of them; the figures
 are medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
@@ -27,6 +28,13 @@ COMMANDS = {
     "tutorial": [sys.executable, ROOT / "bench" / "tutorial.py"],
     "train.py": TRAIN,
     "floor": [sys.executable, ROOT / "bench" / "floor.py"],
+}
+# By the accuracy to reach, in %: hyperparameters that do, the fastest known.
+LADDER = {
+    64.28: ["--params", ROOT / "docs" / "fast.json"],
+    70: ["--params", ROOT / "docs" / "reach70.json"],
+    75: ["--params", ROOT / "docs" / "reach75.json"],
+    78: ["--params", ROOT / "docs" / "best.json", "--epochs", 60],
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 COLUMNS = {  # key: (heading, format)
@@ -79,9 +87,34 @@ def measure(command, batch_size, epochs, seed):
             losses.append((seconds, (epoch - 1) * -(-50_000 // batch_size) + number))
     (first_time, first), (last_time, last) = losses[0], losses[-1]
     step = (last_time - first_time) / (last - first) if last > first else float("nan")
-    accuracy = float(lines[-1][1].removeprefix("Acc: ").split("%")[0])
     start = first_time - first * step
-    return costs | {"step": step * 1e6, "start": start, "accuracy": accuracy}
+    return costs | {"step": step * 1e6, "start": start, "accuracy": accuracy(lines)}
+
+
+def accuracy(lines):
+    """Return the accuracy that a training has printed at its end, in percent."""
+    return float(lines[-1][1].removeprefix("Acc: ").split("%")[0])
+
+
+def ladder(runs):
+    """Print what it takes to reach each accuracy of LADDER, beside the tutorial's loop."""
+    commands = {"the tutorial's loop": COMMANDS["tutorial"]}
+    commands |= {f"train.py for {goal} %": [*TRAIN, *flags] for goal, flags in LADDER.items()}
+    figures = {name: [] for name in commands}
+    for seed in range(runs):
+        for name, command in commands.items():
+            lines, costs = run_timed([*command, "--seed", seed])
+            figures[name].append((costs["seconds"], costs["cpu"], accuracy(lines)))
+    print("| | seconds | CPU seconds | accuracy % | the tutorial's seconds / these |")
+    print("| --- | --- | --- | --- | --- |")
+    tutorial = [seconds for seconds, _, _ in figures["the tutorial's loop"]]
+    for name, rows in figures.items():
+        seconds, cpu, accuracies = zip(*rows, strict=True)
+        spread = f" ± {stdev(accuracies):.2f}" if runs > 1 else ""
+        ratios = [one / two for one, two in zip(tutorial, seconds, strict=True)]
+        cells = [f"{median(seconds):.1f}", f"{median(cpu):.1f}", f"{mean(accuracies):.2f}{spread}"]
+        cells.append(f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+        print(f"| {name} |", " | ".join(cells), "|")
 
 
 def hardware():
@@ -100,14 +133,19 @@ def main():
     parser.add_argument("--quick", action="store_true", help="1 run of one epoch")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--processes", type=int, metavar="N", help="measure 1 against N of them")
+    parser.add_argument("--ladder", action="store_true", help="measure seconds to an accuracy")
     args = parser.parse_args()
     commands = COMMANDS
     if n := args.processes:
         commands = {"1 process": TRAIN, f"{n} processes": [*TORCHRUN, n, ROOT / "train.py"]}
     names = list(commands)
     runs, epochs = (1, 1) if args.quick else (args.runs, 2)
-    print(f"{hardware()}\n{runs} runs of each in turn, seeds 0 to {runs - 1}, epochs: {epochs}")
+    print(f"{hardware()}\n{runs} runs of each in turn, seeds 0 to {runs - 1}")
+    if not args.ladder:
+        print(f"{epochs} epochs")
     print("Medians; of the accuracy the mean and the standard deviation\n")
+    if args.ladder:
+        return ladder(runs)
     print("| batch size | |", " | ".join(heading for heading, _ in COLUMNS.values()), "|")
     print("| --- " * (len(COLUMNS) + 2) + "|")
     for batch_size in args.batch_sizes:

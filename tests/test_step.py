@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cifar10
 import step
@@ -139,6 +141,13 @@ def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_about_1()
     torch.testing.assert_close(values, values.diag().diag(), rtol=0, atol=1e-9)
 
 
+def test_orthogonalize_takes_a_matrix_of_any_shape_and_a_zero_one():
+    matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(step.orthogonalize(matrix.T), step.orthogonalize(matrix).T)
+    torch.testing.assert_close(step.orthogonalize(1e6 * matrix), step.orthogonalize(matrix))
+    assert torch.equal(step.orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
 def test_muon_does_two_steps_by_its_definition(double):
     args = quick(optimizer="Muon", weight_decay=0.1)
     torch.manual_seed(0)
@@ -198,9 +207,11 @@ def test_a_step_without_momentum(data, double):
     assert_agree(losses_and_weights(args, data), reference(args, data))
 
 
-def test_the_optimizer_does_not_import_torch_compile(run):
-    """It takes a second and 140 MiB; the class of torch.optim does."""
-    code = "import sys, train; train.main(['--dataset', 'synthetic', '--batch-size', '1000'])"
+@pytest.mark.parametrize("lr_schedule", ["constant", *SCHEDULERS])
+def test_a_trial_does_not_import_torch_compile(run, lr_schedule):
+    """It takes a second and 140 MiB; the classes of torch.optim do."""
+    flags = ["--dataset", "synthetic", "--batch-size", "1000", "--lr-schedule", lr_schedule]
+    code = f"import sys, train; train.main({flags})"
     result = run(code=f"{code}; assert 'torch._dynamo' not in sys.modules")
     assert result.returncode == 0, result.stderr
 
@@ -268,6 +279,35 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
     for index in expected:
         replayed(torch.tensor(index))
     assert seen == expected
+
+
+class Capture(TorchDispatchMode):
+    """What a CUDA graph's recording forbids: work elsewhere than on the device, and waiting for it.
+
+    The device is torch's meta, on which reading a value raises an error.
+    """
+
+    def __torch_dispatch__(self, work, types, args=(), kwargs=None):
+        # Those have no meta version; they return nothing.
+        result = None if "_fused_" in str(work) else work(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in tensors), work
+        return result
+
+
+@pytest.mark.parametrize("optimizer", step.OPTIMIZERS)
+def test_a_step_is_what_a_cuda_graph_can_record(optimizer):
+    args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1, augment=2)
+    with torch.device("meta"):
+        images, labels = torch.empty(99, 3, 32, 32, dtype=torch.uint8), torch.empty(99).long()
+        index, model = torch.empty(args.batch_size).long(), train.Net()
+    train_step, _ = step.make_step(model, step.Optimizer(args, model), images, labels, args)
+    with Capture():
+        train_step(index)
+    with pytest.raises((RuntimeError, AssertionError)), Capture():
+        labels[0].item()
+    with pytest.raises(AssertionError), Capture():
+        torch.ones(1).to("meta")
 
 
 @needs_cuda
