@@ -31,6 +31,10 @@ def make_step(model, optimizer, images, labels, args):
     running_loss = torch.zeros((), device=images.device)
     if images.is_cuda:
         torch.cuda.set_device(images.device)  # which graphs and NCCL go by
+    is_channels_last = any(
+        parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+        for parameter in model.parameters()
+    )
     _, world_size = rank_and_world_size()
     network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
@@ -38,6 +42,8 @@ def make_step(model, optimizer, images, labels, args):
         model.zero_grad()
         chosen = own_share(index)
         inputs = normalize(images.index_select(0, chosen))  # as images[chosen], but faster
+        if is_channels_last:  # else oneDNN converts them for each of its uses
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         if args.augment:
             inputs = augment(inputs, args.augment, len(index))
         targets = labels.index_select(0, chosen)
