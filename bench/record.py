@@ -1,4 +1,4 @@
-"""Record trainings of search_space.json at random places, for bench/tuners.py to search in.
+"""Record trainings at random places of search_space.json, in which tuners can be tried and judged.
 
     python bench/record.py --places 45      # 135 trainings, some 50 minutes on 2 cores
 

@@ -120,7 +120,8 @@ def test_trials_that_end_without_a_result_are_left_out():
     tuner.trial_end(0, False)
     tuner.receive_trial_result(1, given[1], 7.0)
     tuner.trial_end(1, True)
-    tuner.receive_trial_result(2, given[2], float("nan"))
+    with pytest.warns(UserWarning, match="nan is not acceptable"):
+        tuner.receive_trial_result(2, given[2], float("nan"))
     tuner.trial_end(2, True)
     states = [trial.state.name for trial in tuner.study.trials]
     assert states == ["FAIL", "COMPLETE", "FAIL", "RUNNING"]
