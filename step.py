@@ -42,10 +42,10 @@ def make_step(model, optimizer, images, labels, args):
         model.zero_grad()
         chosen = own_share(index)
         inputs = normalize(images.index_select(0, chosen))  # as images[chosen], but faster
-        if is_channels_last:  # else oneDNN converts them for each of its uses
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
         if args.augment:
             inputs = augment(inputs, args.augment, len(index))
+        if is_channels_last:  # else oneDNN converts them for each of its uses
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         targets = labels.index_select(0, chosen)
         loss = F.cross_entropy(
             network(inputs), targets, reduction="sum", label_smoothing=args.label_smoothing
