@@ -132,9 +132,9 @@ class Optimizer:
 def orthogonalize(matrix):
     """Return the matrix (n, m) with its singular values all made about 1, from 0.78 to 1.22.
 
-    Only those below 0.05 of gram's size, at most a twentieth of the largest, become smaller. It is
-    Muon's iteration, with the coefficients that are best for two rounds by Polar Express
-    (https://arxiv.org/abs/2505.16932), and on the Gram matrix, which is smaller.
+    Those below 0.05 * sqrt(norm of the Gram matrix), a little more than a twentieth of the largest,
+    end lower. It is Muon's iteration, with the coefficients that are best for two rounds by Polar
+    Express (https://arxiv.org/abs/2505.16932), and on the Gram matrix, which is smaller.
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalize(matrix.T).T
