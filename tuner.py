@@ -5,6 +5,7 @@ what NNI expects of a tuner: trials at the same time, trials that fail, resuming
 search space but nested ones. The same seed gives the same parameters.
 """
 
+import math
 from statistics import NormalDist
 
 import optuna
@@ -59,11 +60,15 @@ class OptunaTuner(Tuner):
         return values
 
     def receive_trial_result(self, parameter_id, parameters, value, **_):
-        self.study.tell(self.running.pop(parameter_id), extract_scalar_reward(value))
+        self.tell(parameter_id, values=extract_scalar_reward(value))
 
     def trial_end(self, parameter_id, success, **_):
-        if trial := self.running.pop(parameter_id, None):  # it has ended without a result
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        self.tell(parameter_id, state=optuna.trial.TrialState.FAIL)  # it has ended without a result
+
+    def tell(self, parameter_id, **result):
+        """Give the study a trial's first result or end; NNI may come with more of them."""
+        if trial := self.running.pop(parameter_id, None):
+            self.study.tell(trial, **result)
 
     def import_data(self, data):
         for record in data:
@@ -74,9 +79,12 @@ class OptunaTuner(Tuner):
             numbers = format_parameters(values, self.space)
             given = {key[0]: to_optuna(self.space[key], x) for key, x in numbers.items()}
             value = extract_scalar_reward(record["value"])
-            self.study.add_trial(
-                optuna.create_trial(params=given, distributions=self.distributions, value=value)
-            )
+            if not math.isnan(
+                value
+            ):  # which tell() takes for a failure, and create_trial() refuses
+                self.study.add_trial(
+                    optuna.create_trial(params=given, distributions=self.distributions, value=value)
+                )
         self.study.sampler.reseed_rng()  # else a resumed search would repeat its first trials
 
 

@@ -123,9 +123,11 @@ def test_trials_that_end_without_a_result_are_left_out():
     with pytest.warns(UserWarning, match="nan is not acceptable"):
         tuner.receive_trial_result(2, given[2], float("nan"))
     tuner.trial_end(2, True)
+    tuner.receive_trial_result(1, given[1], 8.0)  # a second one, which NNI lets through
     states = [trial.state.name for trial in tuner.study.trials]
     assert states == ["FAIL", "COMPLETE", "FAIL", "RUNNING"]
     assert tuner.study.best_params["x"] == given[1]["x"]
+    assert tuner.study.best_value == 7.0
 
 
 @pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
@@ -134,7 +136,7 @@ def test_results_of_before_come_back_in(sampler):
     drawn = search(first, 12, lambda values: values["uniform"])
     records = [{"parameter": values, "value": values["uniform"]} for values in drawn]
     resumed = make(KINDS, sampler=sampler)
-    resumed.import_data(records)
+    resumed.import_data([*records, {"parameter": drawn[0], "value": float("nan")}])
     assert resumed.study.best_value == first.study.best_value
     for ours, theirs in zip(resumed.study.trials, first.study.trials, strict=True):
         assert ours.value == theirs.value
