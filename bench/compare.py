@@ -96,6 +96,19 @@ def accuracy(lines):
     return float(lines[-1][1].removeprefix("Acc: ").split("%")[0])
 
 
+def with_spread(accuracies):
+    """Return the mean of accuracies, and of several their standard deviation, as a table's cell."""
+    spread = f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    return f"{mean(accuracies):.2f}{spread}"
+
+
+def ratio(ones, others, digits=2):
+    """Return the median of the ratios of figures of the same seed, and their range, as a cell."""
+    ratios = [one / other for one, other in zip(ones, others, strict=True)]
+    low, middle, high = (f"{f(ratios):.{digits}f}" for f in (min, median, max))
+    return f"{middle} ({low} to {high})"
+
+
 def ladder(runs):
     """Print what it takes to reach each accuracy of LADDER, beside the tutorial's loop."""
     commands = {"the tutorial's loop": COMMANDS["tutorial"]}
@@ -110,10 +123,8 @@ def ladder(runs):
     tutorial = [seconds for seconds, _, _ in figures["the tutorial's loop"]]
     for name, rows in figures.items():
         seconds, cpu, accuracies = zip(*rows, strict=True)
-        spread = f" ± {stdev(accuracies):.2f}" if runs > 1 else ""
-        ratios = [one / two for one, two in zip(tutorial, seconds, strict=True)]
-        cells = [f"{median(seconds):.1f}", f"{median(cpu):.1f}", f"{mean(accuracies):.2f}{spread}"]
-        cells.append(f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+        cells = [f"{median(seconds):.1f}", f"{median(cpu):.1f}", with_spread(accuracies)]
+        cells.append(ratio(tutorial, seconds, digits=1))
         print(f"| {name} |", " | ".join(cells), "|")
 
 
@@ -156,15 +167,13 @@ def main():
         for name, results in figures.items():
             columns = {key: [result[key] for result in results] for key in COLUMNS}
             cells = [form.format(median(columns[key])) for key, (_, form) in COLUMNS.items()]
-            spread = f" ± {stdev(columns['accuracy']):.2f}" if runs > 1 else ""
-            cells[-1] = "" if name == "floor" else f"{mean(columns['accuracy']):.2f}{spread}"
+            cells[-1] = "" if name == "floor" else with_spread(columns["accuracy"])
             print(f"| {batch_size} | {name} |", " | ".join(cells), "|", flush=True)
         for name, other in itertools.pairwise(names):
             cells = []
             for key in ("seconds", "cpu", "memory", "step"):
-                pairs = zip(figures[name], figures[other], strict=True)
-                ratios = [one[key] / two[key] for one, two in pairs]
-                cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+                ones, others = ([row[key] for row in figures[n]] for n in (name, other))
+                cells.append(ratio(ones, others))
             print(f"| {batch_size} | {name} / {other} |", " | ".join([*cells, "", ""]), "|")
 
 

@@ -10,9 +10,7 @@ What stands there already is kept, so a recording that was interrupted goes on.
 
 import argparse
 import json
-import math
 import os
-import random
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,35 +18,26 @@ from pathlib import Path
 import seeds
 from compare import hardware
 from experiment import ROOT
+from nni.algorithms.hpo.random_tuner import RandomTuner
 
 import cifar10
 import train
 from choose import write
 
-SPACE = json.loads((ROOT / "search_space.json").read_text())
 TABLE = ROOT / "docs" / "table.json"
 
 
-def draw(entry, generator):
-    """Return a value of a search space's entry at random."""
-    values = entry["_value"]
-    if entry["_type"] == "choice":
-        return generator.choice(values)
-    if entry["_type"] == "loguniform":
-        return math.exp(generator.uniform(*map(math.log, values)))
-    return generator.uniform(*values)
+def record(given, tested):
+    """Train with given hyperparameters, the seed 0 and held-out images; return the table's row.
 
-
-def record(given):
-    """Train with given hyperparameters, the seed 0 and held-out images; return the table's row."""
+    tested holds the images and the labels to test on, by the name of the row's entry.
+    """
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
     with tempfile.TemporaryDirectory() as folder:
         model, lines, costs = seeds.run(0, [*flags, "--validate"], Path(folder))
-    data = cifar10.load_cifar10(train.parse_args([]).data_dir)
-    _, _, *held_out = cifar10.hold_out(*data[:2])
     row = {"hyperparameters": given}
     row["losses"] = [float(line.split("loss: ")[1]) for _, line in lines if " loss: " in line]
-    for name, images, labels in (("held_out", *held_out), ("test", *data[2:])):
+    for name, (images, labels) in tested.items():
         row[name] = 100 * train.test(model, images, labels) / len(labels)
     # Of one thread, the CPU's seconds are the clock's, whatever else the machine does meanwhile.
     return row | {"seconds": round(costs["cpu"], 2)}
@@ -58,20 +47,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--places", type=int, default=45)
     args = parser.parse_args()
-    generator = random.Random(0)
-    epochs = SPACE["epochs"]["_value"]
-    wanted = []
-    for _ in range(args.places):
-        place = {key: draw(entry, generator) for key, entry in SPACE.items() if key != "epochs"}
-        wanted += [place | {"epochs": number} for number in epochs]
+    space = json.loads((ROOT / "search_space.json").read_text())
+    epochs = space.pop("epochs")["_value"]
+    tuner = RandomTuner(seed=0)
+    tuner.update_search_space(space)
+    places = [tuner.generate_parameters() for _ in range(args.places)]
+    wanted = [place | {"epochs": number} for place in places for number in epochs]
     rows = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
     known = [row["hyperparameters"] for row in rows]
     wanted = [given for given in wanted if given not in known]
+    data = cifar10.load_cifar10(train.parse_args([]).data_dir)
+    tested = {"held_out": cifar10.hold_out(*data[:2])[2:], "test": data[2:]}
+    machine = hardware()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for row in pool.map(record, wanted):
+        for row in pool.map(lambda given: record(given, tested), wanted):
             rows.append(row)
             lines = ",\n".join(map(json.dumps, rows))
-            write(TABLE, f'{{"hardware": "{hardware()}", "rows": [\n{lines}\n]}}\n'.encode())
+            write(TABLE, f'{{"hardware": "{machine}", "rows": [\n{lines}\n]}}\n'.encode())
             print(f"{len(rows)}: {row['test']:.2f} % in {row['seconds']:.0f} s", flush=True)
 
 
