@@ -196,8 +196,8 @@ def parse_args(argv):
         text = f"{meaning}: {allowed} (default: {default})"
         add("--" + key.replace("_", "-"), default=argparse.SUPPRESS, help=text)
     add("--params", type=Path, metavar="FILE", help="JSON of hyperparameters; flags override it")
-    add("--dataset", default="cifar10", choices=cifar10.DATASETS, help="a stand-in: synthetic")
-    add("--data-dir", default=cifar10.default_data_dir(), type=Path, help="where CIFAR-10 is")
+    add("--dataset", default="cifar10", choices=cifar10.DATASETS, help="synthetic: no download")
+    add("--data-dir", default=cifar10.default_data_dir(), type=Path, help="has or gets CIFAR-10")
     add("--seed", type=int, default=0, help="of the initial weights and the order of the images")
     add("--device", default=step.default_device(), help="where to train, as torch names it")
     add("--report-every", type=int, default=2000, help="batches in a reported mean loss")

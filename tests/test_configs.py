@@ -59,6 +59,15 @@ def test_the_search_space_reaches(point):
             assert values[0] <= value <= values[1]
 
 
+@pytest.mark.parametrize("name", ["fast", "reach70", "reach75"])
+def test_the_hyperparameters_of_the_ladder_are_accepted(name):
+    path = ROOT / "docs" / f"{name}.json"
+    assert (
+        vars(train.parse_args(["--params", str(path)])).items()
+        >= json.loads(path.read_text()).items()
+    )
+
+
 def test_what_each_is_for():
     settings = {path.stem: ExperimentConfig.load(path) for path in CONFIGS}
     gpu, cpu, demo = settings["config"], settings["cpu"], settings["demo"]
