@@ -40,9 +40,8 @@ class OptunaTuner(Tuner):
     def update_search_space(self, search_space):
         for key, entry in search_space.items():
             if entry["_type"] == "choice" and any(isinstance(v, dict) for v in entry["_value"]):
-                raise ValueError(
-                    f"{key} is nested; allowed with Optuna: values that are no objects"
-                )
+                allowed = "values that are no objects"
+                raise ValueError(f"{key} is nested; allowed with Optuna: {allowed}")
             if entry["_type"] == "choice" and is_ordered(entry["_value"]):
                 search_space = search_space | {key: entry | {"_value": sorted(entry["_value"])}}
         self.space = format_search_space(search_space)
@@ -72,19 +71,18 @@ class OptunaTuner(Tuner):
 
     def import_data(self, data):
         for record in data:
+            value = extract_scalar_reward(record["value"])
+            if math.isnan(value):  # which tell() takes for a failure, and create_trial() refuses
+                continue
             values = dict(record["parameter"])
             for spec in self.space.values():
                 if spec.log_distributed and values[spec.name] == 0:  # as q has rounded it
                     values[spec.name] = spec.q / 4
             numbers = format_parameters(values, self.space)
-            given = {key[0]: to_optuna(self.space[key], x) for key, x in numbers.items()}
-            value = extract_scalar_reward(record["value"])
-            if not math.isnan(
-                value
-            ):  # which tell() takes for a failure, and create_trial() refuses
-                self.study.add_trial(
-                    optuna.create_trial(params=given, distributions=self.distributions, value=value)
-                )
+            params = {key[0]: to_optuna(self.space[key], x) for key, x in numbers.items()}
+            distributions = self.distributions
+            trial = optuna.create_trial(params=params, distributions=distributions, value=value)
+            self.study.add_trial(trial)
         self.study.sampler.reseed_rng()  # else a resumed search would repeat its first trials
 
 

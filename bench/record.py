@@ -1,11 +1,12 @@
 """Record trainings at random places of search_space.json, in which tuners can be tried and judged.
 
-    python bench/record.py --places 45      # 135 trainings, some 50 minutes on 2 cores
+    python bench/record.py     # 120 trainings, some 25 minutes on 2 cores
 
-Each place is trained anew for each number of epochs, on all but the held-out images, a thread to a
-training and as many at a time as there are cores. docs/table.json gets a row for each: what it was
-given, its losses, its accuracy on the held-out and on the test images, in percent, and its seconds.
-What stands there already is kept, so a recording that was interrupted goes on.
+The first places are trained anew for 1 epoch and for each number of epochs in the space, the others
+for one such number, drawn as well; on all but the held-out images, a thread to a training and as
+many at a time as there are cores. docs/table.json gets a row for each: what it was given, its
+losses, its accuracy on the held-out and on the test images, in percent, and its CPU seconds. What
+stands there already is kept, so a recording that was interrupted goes on.
 """
 
 import argparse
@@ -43,16 +44,23 @@ def record(given, tested):
     return row | {"seconds": round(costs["cpu"], 2)}
 
 
+def draw(space, number, seed):
+    """Return so many random places of a search space, as NNI draws them."""
+    tuner = RandomTuner(seed=seed)
+    tuner.update_search_space(space)
+    return [tuner.generate_parameters() for _ in range(number)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--places", type=int, default=45)
+    parser.add_argument("--places", type=int, default=20, help="trained for several epochs each")
+    parser.add_argument("--others", type=int, default=40, help="places trained once each")
     args = parser.parse_args()
     space = json.loads((ROOT / "search_space.json").read_text())
-    epochs = space.pop("epochs")["_value"]
-    tuner = RandomTuner(seed=0)
-    tuner.update_search_space(space)
-    places = [tuner.generate_parameters() for _ in range(args.places)]
-    wanted = [place | {"epochs": number} for place in places for number in epochs]
+    others = draw(space, args.others, seed=1)
+    epochs = [1, *space.pop("epochs")["_value"]]  # 1: where Hyperband begins
+    places = draw(space, args.places, seed=0)
+    wanted = [place | {"epochs": number} for place in places for number in epochs] + others
     rows = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
     known = [row["hyperparameters"] for row in rows]
     wanted = [given for given in wanted if given not in known]

@@ -1,6 +1,6 @@
 """Measure how many trials an hour a search makes: by who starts it, and by how many run at a time.
 
-    python bench/trials_per_hour.py     # some 12 minutes on 2 cores; needs: pip install optuna
+    python bench/trials_per_hour.py     # some 12 minutes on 2 cores
 
 First the same trials of the demo by nnictl, by search.py and by Optuna with as many workers; then
 the write-up's best trial on CIFAR-10 by search.py, more of it at a time. The trials of a table
