@@ -83,6 +83,8 @@ class Experiment:
         python_path = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
         self.environment = environment | folders | {"PATH": paths, "PYTHONPATH": python_path}
         config = yaml.safe_load(path.read_text()) | {"trialCodeDirectory": str(ROOT)} | changes
+        if "codeDirectory" in config["tuner"]:
+            config["tuner"]["codeDirectory"] = str(ROOT)
         config.pop("searchSpaceFile", None)  # every test brings its own space
         (home / "config.yml").write_text(yaml.safe_dump(config))
         self.port = free_port()

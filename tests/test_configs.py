@@ -33,8 +33,18 @@ def test_the_configuration_runs_train_py_from_any_folder(config):
     command = config.trial_command
     assert str(config.trial_code_directory) == str(ROOT)
     assert re.search(r"\b(python3|torchrun --standalone --nproc-per-node=gpu) train\.py", command)
-    assert config.tuner.name == "TPE"
-    assert config.tuner.class_args == {"optimize_mode": "maximize"}
+
+
+def test_the_tuner_learns_from_half_of_the_search_on_at_the_latest(config):
+    tuner = config.tuner
+    assert tuner.class_args["optimize_mode"] == "maximize"
+    if tuner.name:  # NNI's, which takes 20 trials unless told otherwise
+        assert tuner.name == "TPE"
+        at_random = tuner.class_args["tpe_args"]["n_startup_jobs"]
+    else:
+        assert (tuner.code_directory, tuner.class_name) == (str(ROOT), "tuner.OptunaTuner")
+        at_random = tuner.class_args["sampler_args"]["n_startup_trials"]
+    assert at_random <= config.max_trial_number / 2
 
 
 def test_the_flags_of_the_trial_command_exist(config):
@@ -59,7 +69,7 @@ def test_the_search_space_reaches(point):
             assert values[0] <= value <= values[1]
 
 
-@pytest.mark.parametrize("name", ["fast", "reach70", "reach75"])
+@pytest.mark.parametrize("name", ["fast", "reach70", "reach75", "reach80"])
 def test_the_hyperparameters_of_the_ladder_are_accepted(name):
     path = ROOT / "docs" / f"{name}.json"
     assert (
@@ -86,3 +96,4 @@ def test_what_each_is_for():
     assert "--validate" in wide.trial_command
     for config in (cpu, demo, wide):
         assert config.trial_command.startswith("OMP_NUM_THREADS=1 ")
+        assert config.tuner.class_name == "tuner.OptunaTuner"

@@ -1,0 +1,76 @@
+"""Run real searches by configs/cpu.yml, with its tuner and with NNI's, and print how good by when.
+
+    python bench/searches.py --seconds 600 --runs 3     # an hour on 2 cores
+
+They run in turn, the tuners' seeds are 0, 1, 2 ..., and each search is stopped after --seconds.
+What its trials reported goes to a file in --out, as choose.py reads it.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from compare import hardware
+from experiment import ROOT, SEARCH, Experiment, accuracy
+from tuners import best_so_far, first
+
+from choose import read_database
+
+CONFIG = ROOT / "configs" / "cpu.yml"
+AS_SHIPPED = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
+
+
+def search(tuner, seconds, file):
+    """Search for so long; return [(when a trial ended, in s from the first's start, accuracy)]."""
+    changes = {
+        "tuner": tuner,
+        "searchSpace": json.loads((ROOT / "search_space.json").read_text()),
+        "maxTrialNumber": 1000,
+    }
+    environment = {"CIFAR10_DIR": str(ROOT / "data")} | os.environ
+    with tempfile.TemporaryDirectory() as home:
+        experiment = Experiment(CONFIG, Path(home), environment, SEARCH, **changes)
+        try:
+            time.sleep(seconds)
+            trials = experiment.get("trial-jobs")
+            database = Path(home, "nni-experiments", experiment.id, "db", "nni.sqlite")
+            results = read_database(experiment.id, database)
+        finally:
+            experiment.stop()
+    if file:
+        results["trials"] = [trial for trial in results["trials"] if trial["seconds"] is not None]
+        file.write_text(json.dumps(results) + "\n")
+    start = min(trial["startTime"] for trial in trials if "startTime" in trial)
+    ended = [trial for trial in trials if trial["status"] == "SUCCEEDED"]
+    return sorted(((trial["endTime"] - start) / 1000, accuracy(trial)) for trial in ended)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=600, help="of each search")
+    parser.add_argument("--runs", type=int, default=3, help="searches by each tuner")
+    parser.add_argument("--goal", type=float, default=67.97, help="accuracy to reach, in percent")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the searches there")
+    args = parser.parse_args()
+    shipped = yaml.safe_load(CONFIG.read_text())["tuner"]
+    times = [args.seconds / 2, args.seconds]
+    print(hardware())
+    print("| tuner | seed | trials |", *(f"after {t:.0f} s, % |" for t in times), end="")
+    print(f" trials to {args.goal} % | seconds to it |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for seed in range(args.runs):
+        for name, tuner in {"cpu.yml": shipped, "TPE": AS_SHIPPED}.items():
+            seeded = tuner | {"classArgs": tuner["classArgs"] | {"seed": seed}}
+            file = args.out and args.out / f"{name.removesuffix('.yml')}-{seed}.json"
+            ended = search(seeded, args.seconds, file)
+            best = " | ".join(f"{value:.2f}" for value in best_so_far(ended, times))
+            trials, seconds = first(ended, args.goal)
+            print(f"| {name} | {seed} | {len(ended)} | {best} | {trials} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
