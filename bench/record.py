@@ -1,6 +1,6 @@
 """Record trainings at random places of search_space.json, in which tuners can be tried and judged.
 
-    python bench/record.py     # 120 trainings, some 25 minutes on 2 cores
+    python bench/record.py     # 127 trainings, some 25 minutes on 2 cores
 
 The first places are trained anew for 1 epoch and for each number of epochs in the space, the others
 for one such number, drawn as well; on all but the held-out images, a thread to a training and as
@@ -54,7 +54,7 @@ def draw(space, number, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--places", type=int, default=20, help="trained for several epochs each")
-    parser.add_argument("--others", type=int, default=40, help="places trained once each")
+    parser.add_argument("--others", type=int, default=47, help="places trained once each")
     args = parser.parse_args()
     space = json.loads((ROOT / "search_space.json").read_text())
     others = draw(space, args.others, seed=1)
