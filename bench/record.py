@@ -1,6 +1,6 @@
 """Record trainings at random places of search_space.json, in which tuners can be tried and judged.
 
-    python bench/record.py     # 127 trainings, some 25 minutes on 2 cores
+    python bench/record.py     # 127 trainings, some 35 minutes on 2 cores
 
 The first places are trained anew for 1 epoch and for each number of epochs in the space, the others
 for one such number, drawn as well; on all but the held-out images, a thread to a training and as

@@ -1,9 +1,9 @@
 """Run real searches by configs/cpu.yml, with its tuner and with NNI's, and print how good by when.
 
-    python bench/searches.py --seconds 600 --runs 3     # an hour on 2 cores
+    python bench/searches.py     # 90 minutes
 
-They run in turn, the tuners' seeds are 0, 1, 2 ..., and each search is stopped after --seconds.
-What its trials reported goes to a file in --out, as choose.py reads it.
+They run in turn, each with every one of the tuner's --seeds, and are stopped after --seconds. What
+the trials reported goes to files in --out, as choose.py reads them.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def search(tuner, seconds, file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=600, help="of each search")
-    parser.add_argument("--runs", type=int, default=3, help="searches by each tuner")
+    parser.add_argument("--seconds", type=float, default=900, help="of each search")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each tuner")
     parser.add_argument("--goal", type=float, default=67.97, help="accuracy to reach, in percent")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the searches there")
     args = parser.parse_args()
@@ -62,14 +62,17 @@ def main():
     print("| tuner | seed | trials |", *(f"after {t:.0f} s, % |" for t in times), end="")
     print(f" trials to {args.goal} % | seconds to it |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for seed in range(args.runs):
+    for seed in args.seeds:
         for name, tuner in {"cpu.yml": shipped, "TPE": AS_SHIPPED}.items():
             seeded = tuner | {"classArgs": tuner["classArgs"] | {"seed": seed}}
             file = args.out and args.out / f"{name.removesuffix('.yml')}-{seed}.json"
             ended = search(seeded, args.seconds, file)
             best = " | ".join(f"{value:.2f}" for value in best_so_far(ended, times))
             trials, seconds = first(ended, args.goal)
-            print(f"| {name} | {seed} | {len(ended)} | {best} | {trials} | {seconds:.0f} |")
+            print(
+                f"| {name} | {seed} | {len(ended)} | {best} | {trials} | {seconds:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def search(name, seed, seconds, model, space):
 
 def best_so_far(ended, times):
     """Return the best accuracy, in percent, that trials ended() had reached by each of times."""
-    when, accuracies = np.transpose(ended)
+    when, accuracies = np.reshape(ended, (-1, 2)).T  # of none, too
     best = np.maximum.accumulate([10, *accuracies])  # 10: chance, before the first has ended
     return best[np.searchsorted(when, times, side="right")]
 
