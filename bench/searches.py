@@ -18,7 +18,7 @@ from compare import hardware
 from experiment import ROOT, SEARCH, Experiment, accuracy
 from tuners import best_so_far, first
 
-from choose import read_database
+from choose import has_result, read_database
 
 CONFIG = ROOT / "configs" / "cpu.yml"
 AS_SHIPPED = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
@@ -37,13 +37,13 @@ def search(tuner, seconds, file):
         try:
             time.sleep(seconds)
             trials = experiment.get("trial-jobs")
-            database = Path(home, "nni-experiments", experiment.id, "db", "nni.sqlite")
-            results = read_database(experiment.id, database)
+            if file:
+                database = Path(home, "nni-experiments", experiment.id, "db", "nni.sqlite")
+                results = read_database(experiment.id, database)
+                results["trials"] = list(filter(has_result, results["trials"]))
+                file.write_text(json.dumps(results) + "\n")
         finally:
             experiment.stop()
-    if file:
-        results["trials"] = [trial for trial in results["trials"] if trial["seconds"] is not None]
-        file.write_text(json.dumps(results) + "\n")
     start = min(trial["startTime"] for trial in trials if "startTime" in trial)
     ended = [trial for trial in trials if trial["status"] == "SUCCEEDED"]
     return sorted(((trial["endTime"] - start) / 1000, accuracy(trial)) for trial in ended)

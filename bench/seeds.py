@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from compare import hardware, run_timed
+from compare import hardware, run_timed, with_spread
 from experiment import ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -36,11 +36,6 @@ def run(seed, flags, folder):
     model = train.Net()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model, lines, costs
-
-
-def spread(values):
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
 
 
 def main():
@@ -65,7 +60,7 @@ def main():
             print(f"| {seed} | {plain:.2f} | {tta:.2f} | {wall:.0f} | {cpu:.0f} |", flush=True)
     plain, tta, wall, cpu = zip(*rows, strict=True)
     medians = f"{statistics.median(wall):.0f} | {statistics.median(cpu):.0f}"
-    print(f"| mean, median | {spread(plain)} | {spread(tta)} | {medians} |")
+    print(f"| mean, median | {with_spread(plain)} | {with_spread(tta)} | {medians} |")
 
 
 if __name__ == "__main__":

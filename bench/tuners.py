@@ -10,7 +10,6 @@ as predicted for trainings at places that it has not seen. Two trials run at a t
 
 import argparse
 import heapq
-import io
 import json
 import logging
 import os
@@ -27,15 +26,14 @@ from nni.algorithms.hpo.evolution_tuner import EvolutionTuner
 from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
 from nni.algorithms.hpo.random_tuner import RandomTuner
 from nni.algorithms.hpo.tpe_tuner import TpeTuner
-from nni.runtime import msg_dispatcher_base
-from nni.runtime.env_vars import dispatcher_env_vars
+from nni.experiment.config import CustomAlgorithmConfig
 from record import TABLE
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 sys.path.insert(0, str(ROOT))
-from choose import write
-from tuner import Hyperband, OptunaTuner
+import checks
+from tuner import OptunaTuner
 
 GOAL = 64.28  # of the 2020 write-up, in %
 
@@ -44,10 +42,11 @@ class HyperbandTuner:
     """tuner.Hyperband, which talks to NNI's manager, with the methods of a tuner."""
 
     def __init__(self, R, eta, seed):
-        # The address of NNI's own tests, at which nothing is connected.
-        address = {"NNI_TUNER_COMMAND_CHANNEL": "ws://_unittest_"}
-        msg_dispatcher_base.dispatcher_env_vars = dispatcher_env_vars._replace(**address)
-        self.advisor = Hyperband(optimize_mode="maximize", R=R, eta=eta)
+        arguments = {"optimize_mode": "maximize", "R": R, "eta": eta}
+        algorithm = {"className": "tuner.Hyperband", "classArgs": arguments}
+        self.advisor = checks.create(
+            "tuner", CustomAlgorithmConfig(codeDirectory=ROOT, **algorithm)
+        )
         self.seed = seed
         self.ids = {}
 
@@ -168,14 +167,13 @@ def replay(tuner, model, seconds, at_a_time=2):
 
 def search(name, seed, seconds, model, space):
     """Return what replay() does for the tuner of that name."""
-    logging.disable()
     tuner = TUNERS[name](seed)
     tuner.update_search_space(space)
     return replay(tuner, model, seconds)
 
 
 def best_so_far(ended, times):
-    """Return the best accuracy, in percent, that trials ended() had reached by each of times."""
+    """Return the best accuracy, in percent, that trials had reached by each of times."""
     when, accuracies = np.reshape(ended, (-1, 2)).T  # of none, too
     best = np.maximum.accumulate([10, *accuracies])  # 10: chance, before the first has ended
     return best[np.searchsorted(when, times, side="right")]
@@ -210,9 +208,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=50, help="searches by each tuner")
     parser.add_argument("--seconds", type=float, default=900, help="of a search")
-    parser.add_argument("--tuners", nargs="+", default=list(TUNERS), help="some of them, by name")
+    names = list(TUNERS)
+    parser.add_argument("--tuners", nargs="+", default=names, choices=names, help="some of them")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
     args = parser.parse_args()
+    logging.disable()  # the tuners tell their seeds
     rows = json.loads(TABLE.read_text())["rows"]
     space = json.loads((ROOT / "search_space.json").read_text())
     model = Model(rows)
@@ -237,9 +237,7 @@ def main():
             trials, seconds = np.median([first(ended, GOAL) for ended in searches], axis=0)
             print(f"| {name} |", " | ".join(cells), f"| {trials:.0f} | {seconds:.0f} |", flush=True)
     if args.plot:
-        file = io.BytesIO()
-        draw(curves, times).savefig(file, format="png", dpi=110)
-        write(args.plot, file.getvalue())
+        draw(curves, times).savefig(args.plot, dpi=110)
 
 
 if __name__ == "__main__":

@@ -36,15 +36,20 @@ def test_the_configuration_runs_train_py_from_any_folder(config):
 
 
 def test_the_tuner_learns_from_half_of_the_search_on_at_the_latest(config):
-    tuner = config.tuner
-    assert tuner.class_args["optimize_mode"] == "maximize"
-    if tuner.name:  # NNI's, which takes 20 trials unless told otherwise
-        assert tuner.name == "TPE"
-        at_random = tuner.class_args["tpe_args"]["n_startup_jobs"]
+    arguments = dict(config.tuner.class_args)
+    if config.tuner.name == "TPE":  # NNI's, which draws 20 trials at random unless told otherwise
+        at_random = arguments.pop("tpe_args")
+        assert at_random == {"n_startup_jobs": 15}
     else:
-        assert (tuner.code_directory, tuner.class_name) == (str(ROOT), "tuner.OptunaTuner")
-        at_random = tuner.class_args["sampler_args"]["n_startup_trials"]
-    assert at_random <= config.max_trial_number / 2
+        assert config.tuner.code_directory == str(ROOT)
+        assert (config.tuner.class_name, arguments.pop("sampler")) == (
+            "tuner.OptunaTuner",
+            "GPSampler",
+        )
+        at_random = arguments.pop("sampler_args")
+        assert list(at_random) == ["n_startup_trials"]
+    assert arguments == {"optimize_mode": "maximize"}
+    assert max(at_random.values()) <= config.max_trial_number / 2
 
 
 def test_the_flags_of_the_trial_command_exist(config):
@@ -97,3 +102,5 @@ def test_what_each_is_for():
     for config in (cpu, demo, wide):
         assert config.trial_command.startswith("OMP_NUM_THREADS=1 ")
         assert config.tuner.class_name == "tuner.OptunaTuner"
+    for config in (gpu, multi, remote):
+        assert config.tuner.name == "TPE"

@@ -186,16 +186,12 @@ def test_hyperband_takes_text_for_a_trials_id():
     assert Hyperband.is_created_in_previous_exp(None, "0-1_0_3") is False
 
 
-def model_of(row):
-    """Return what bench/tuners.py makes of one recorded training: all others are like it."""
-    return tuners.Model([row | {"test": 50.0, "seconds": 10.0}] * 2)
-
-
 @pytest.mark.parametrize("name", tuners.TUNERS)
 def test_a_replayed_search_keeps_two_trials_running(name):
     space = json.loads((ROOT / "search_space.json").read_text())
     given = {key: entry["_value"][0] for key, entry in space.items()}
-    ended = tuners.search(name, 0, 95, model_of({"hyperparameters": given}), space)
+    row = {"hyperparameters": given, "test": 50.0, "seconds": 10.0}  # and all others are like it
+    ended = tuners.search(name, 0, 95, tuners.Model([row] * 2), space)
     assert [round(seconds) for seconds, _ in ended] == [10 * (n // 2 + 1) for n in range(19)]
     assert tuners.best_so_far(ended, [5, 15]).tolist() == pytest.approx([10, 50])
 
