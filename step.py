@@ -82,6 +82,19 @@ def augment(images, pixels, batch_size):
     return torch.where(mirrored, images.flip(3), images)
 
 
+def views(images):
+    """Return the images, float (n, channels, height, width), in each of ten views, a list.
+
+    A view is shifted by 2 pixels to one of the corners, or not, and mirrored, or not; what a shift
+    uncovers is filled as in augment().
+    """
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    _, _, height, width = images.shape
+    shifts = [(2, 2), (0, 0), (0, 4), (4, 0), (4, 4)]
+    shifted = [padded[:, :, top : top + height, left : left + width] for top, left in shifts]
+    return shifted + [view.flip(3) for view in shifted]
+
+
 class Optimizer:
     """The optimizer that args names, for all of model's parameters.
 

@@ -117,14 +117,14 @@ def train(model, optimizer, images, labels, args):
 def test(model, images, labels, tta=False):
     """Return how many of the images (uint8, (N, 3, 32, 32)) get their label (int64, (N,)).
 
-    With tta, test-time augmentation, an image's logits are those of it and its mirror image added.
+    With tta, test-time augmentation, an image's logits are those of all its step.views() added.
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
     images, labels = step.own_share(images), step.own_share(labels)
     for x, y in zip(images.split(250), labels.split(250), strict=True):
         inputs = step.normalize(x)
-        logits = model(inputs) + model(inputs.flip(3)) if tta else model(inputs)
+        logits = sum(model(view) for view in step.views(inputs)) if tta else model(inputs)
         correct += (logits.argmax(1) == y).sum()
     return step.sum_over_processes(correct)
 
@@ -202,7 +202,7 @@ def parse_args(argv):
     add("--device", default=step.default_device(), help="where to train, as torch names it")
     add("--report-every", type=int, default=2000, help="batches in a reported mean loss")
     add("--validate", action="store_true", help="hold out training images and test on those")
-    add("--tta", action="store_true", help="test each image together with its mirror image")
+    add("--tta", action="store_true", help="test each image mirrored and shifted, too")
     add("--save", type=Path, metavar="FILE", help="write the trained weights there, a state dict")
     args, unknown = parser.parse_known_args(argv)
     flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}

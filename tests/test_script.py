@@ -242,13 +242,27 @@ train.main(sys.argv[1:])
     assert result.stdout.splitlines()[-1].endswith("/1000)")
 
 
-def test_tta_adds_the_logits_of_the_mirror_image():
+def test_tta_adds_the_logits_of_the_views():
     torch.manual_seed(0)
     net = train.Net().eval()
     images, labels = cifar10.make_synthetic()[2:]
     x = step.normalize(images)
+    views = step.views(x)
     with torch.no_grad():
-        plain, averaged = net(x), (net(x) + net(x.flip(3))) / 2
+        plain, averaged = net(x), sum(net(view) for view in views) / len(views)
     assert train.test(net, images, labels) == (plain.argmax(1) == labels).sum()
     assert train.test(net, images, labels, tta=True) == (averaged.argmax(1) == labels).sum()
     assert train.test(net, images.flip(3), labels, tta=True) == (averaged.argmax(1) == labels).sum()
+
+
+def test_the_views_are_the_image_shifted_to_the_corners_and_all_that_mirrored():
+    images = torch.randn(3, 2, 8, 8)
+    views = step.views(images)
+    assert len(views) == len({view.numpy().tobytes() for view in views}) == 10
+    assert torch.equal(views[0], images)
+    for view in views[:5]:  # inside, 2 pixels from the edges, each pixel is one of the image
+        places = [(top, left) for top in (0, 2, 4) for left in (0, 2, 4)]
+        inner = view[:, :, 2:6, 2:6]
+        assert any(torch.equal(inner, images[:, :, y : y + 4, x : x + 4]) for y, x in places)
+    for view, mirrored in zip(views[:5], views[5:], strict=True):
+        assert torch.equal(view.flip(3), mirrored)
