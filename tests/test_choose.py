@@ -291,7 +291,7 @@ def test_a_database_in_use_is_read_and_one_that_stays_locked_is_not(run, tmp_pat
 def test_the_exported_searches_in_docs_are_read(run):
     docs = ROOT / "docs"
     printed = {}
-    for name in ("default", "early_stop", "validate", "wide"):
+    for name in ("cpu", "default", "early_stop", "validate", "wide"):
         result = run("--file", docs / f"{name}.json")
         assert result.returncode == 0, result.stderr
         assert "* the choice" in result.stdout
