@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import gc
 import itertools
-import math
 import os
 
 import torch
@@ -17,11 +16,9 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.optim.sgd import sgd
-from torch.optim.swa_utils import SWALR
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "Muon")
-LR_SCHEDULES = ("constant", "cosine", "one_cycle", "swa")
-SWA_START = 0.6  # the share of a training by swa after which it averages the weights
+LR_SCHEDULES = ("constant", "cosine", "one_cycle")
 
 
 def make_step(model, optimizer, images, labels, args):
@@ -173,17 +170,13 @@ def learning_rates(args, steps):
     """Return the learning rate of each step, an iterable, by torch's scheduler for the schedule.
 
     cosine falls from args.lr to 0. one_cycle rises to args.lr and falls, as OneCycleLR does by
-    default, but leaves the momentum alone: it is a hyperparameter of its own. swa, for stochastic
-    weight averaging (https://arxiv.org/abs/1803.05407), falls to args.lr / 8 by SWA_START and stays
-    there: steps long enough that the weights still move, and their average is better than the last.
+    default, but leaves the momentum alone: it is a hyperparameter of its own.
     """
     if args.lr_schedule == "constant":
         return itertools.repeat(args.lr, steps)
     optimizer = ScheduledRate(args.lr)
     if args.lr_schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, steps)
-    elif args.lr_schedule == "swa":
-        scheduler = SWALR(optimizer, args.lr / 8, anneal_epochs=math.ceil(SWA_START * steps))
     else:
         scheduler = OneCycleLR(optimizer, args.lr, total_steps=steps, cycle_momentum=False)
     rates = scheduler.get_last_lr()

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from nni.utils import merge_parameter
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import cifar10
@@ -88,13 +87,11 @@ def train(model, optimizer, images, labels, args):
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), on the model's device. A window is
     args.report_every batches, or the whole epoch where that is shorter. The batches after the
-    last whole window go unreported, as in the tutorial. By the schedule swa the model ends with the
-    average of the weights that it had after each of the last epochs. Raises FloatingPointError at
-    the end of the window in which the loss stopped being finite.
+    last whole window go unreported, as in the tutorial. Raises FloatingPointError at the end of
+    the window in which the loss stopped being finite.
     """
     model.train()
     train_step, running_loss = step.make_step(model, optimizer, images, labels, args)
-    average = AveragedModel(model)
     rates = iter(step.learning_rates(args, args.epochs * math.ceil(len(images) / args.batch_size)))
     rank, world_size = step.rank_and_world_size()
     for epoch in range(1, args.epochs + 1):
@@ -114,10 +111,6 @@ def train(model, optimizer, images, labels, args):
                 if number % window == 0 and rank == 0:
                     tqdm.write(f"[{epoch}, {number:5d}] loss: {mean_loss:.3f}")
                     nni.report_intermediate_result(mean_loss)
-        if args.lr_schedule == "swa" and epoch > step.SWA_START * args.epochs:
-            average.update_parameters(model)
-    if average.n_averaged > 0:
-        model.load_state_dict(average.module.state_dict())
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ REFUSED = [
     ("weight_decay", -0.1, "a finite number >= 0"),
     ("weight_decay", float("inf"), "a finite number >= 0"),
     ("label_smoothing", 1, "a number in [0, 1)"),
-    ("lr_schedule", "step", "constant, cosine, one_cycle, swa"),
+    ("lr_schedule", "step", "constant, cosine, one_cycle"),
     ("augment", -1, "an integer in [0, 16]"),
     ("augment", 17, "an integer in [0, 16]"),
     ("augment", 2.5, "an integer in [0, 16]"),

@@ -1,7 +1,6 @@
 """The training step: what it computes is what the plain loop of torch computes, only faster."""
 
 import contextlib
-import math
 
 import pytest
 import torch
@@ -21,10 +20,6 @@ SCHEDULERS = {
     ),
     "one_cycle": lambda optimizer, lr, steps: torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, cycle_momentum=False
-    ),
-    "swa": lambda optimizer, lr, steps: torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: 1 / 8 + 7 / 8 * (1 + math.cos(math.pi * min(1, i / math.ceil(0.6 * steps)))) / 2,
     ),
 }
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
@@ -136,24 +131,6 @@ def test_a_schedule_has_a_positive_rate_for_each_of_a_few_steps(lr_schedule, ste
     rates = list(step.learning_rates(settings(lr=0.5, lr_schedule=lr_schedule), steps))
     assert len(rates) == steps
     assert all(0 < rate <= 0.5 for rate in rates)
-
-
-@pytest.mark.parametrize("epochs", [1, 5])
-def test_swa_ends_with_the_average_of_the_last_epochs_weights(data, epochs):
-    args = quick(lr_schedule="swa", epochs=epochs)
-    model = train.Net()
-    optimizer = step.Optimizer(args, model)
-    plain_step, seen = optimizer.step, []
-
-    def recorded_step():
-        plain_step()
-        seen.append([parameter.detach().clone() for parameter in model.parameters()])
-
-    optimizer.step = recorded_step
-    train.train(model, optimizer, *data, args)
-    last = [seen[epoch * len(seen) // epochs - 1] for epoch in {1: [1], 5: [4, 5]}[epochs]]
-    for parameter, *weights in zip(model.parameters(), *last, strict=True):
-        torch.testing.assert_close(parameter, sum(weights) / len(weights))
 
 
 def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_about_1():
