@@ -200,8 +200,9 @@ def plot(trials, choice, top):
     for axes, key in ((progress, "trial"), (cost, "seconds")):
         axes.scatter(rows[key].astype(float), rows["accuracy"], s=14, c="#4c6a92", alpha=0.6)
         if choice[key] is not None:
-            star = {"s": 140, "c": "#c1272d", "marker": "*", "zorder": 3}
-            axes.scatter(choice[key], choice["accuracy"], label=label, **star)
+            axes.scatter(
+                choice[key], choice["accuracy"], 140, "#c1272d", marker="*", zorder=3, label=label
+            )
     progress.set(xlabel="trial", ylabel="accuracy in %", title="Best so far")
     cost.set(xlabel="duration in s", ylabel="accuracy in %", title="Accuracy by duration")
 

@@ -68,31 +68,37 @@ def normalize(images):
 def augment(images, pixels, batch_size):
     """Return images, float (n, channels, height, width), each by itself changed at random.
 
-    It is mirrored, or not, and shifted by up to pixels in each direction; what that uncovers is
-    filled by reflection, as airbench (https://github.com/KellerJordan/cifar10-airbench) does it.
-    batch_size is that of all processes together, all of which draw the same numbers.
+    It is mirrored, or not, and shifted by up to pixels in each direction. batch_size is that of all
+    processes together, all of which draw the same numbers.
     """
     device = images.device
     top, left = own_share(torch.randint(2 * pixels + 1, (batch_size, 2), device=device)).T
     mirrored = own_share(torch.rand(batch_size, 1, 1, 1, device=device)) < 0.5
-    padded = F.pad(images, (pixels,) * 4, mode="reflect")
-    _, _, height, width = images.shape
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (n, channel, top, left, h, w)
-    images = windows[torch.arange(len(images), device=device), :, top, left]
+    images = shifts(images, pixels)[torch.arange(len(images), device=device), :, top, left]
     return torch.where(mirrored, images.flip(3), images)
 
 
 def views(images):
     """Return the images, float (n, channels, height, width), in each of ten views, a list.
 
-    A view is shifted by 2 pixels to one of the corners, or not, and mirrored, or not; what a shift
-    uncovers is filled as in augment().
+    A view is shifted by 2 pixels to one of the corners, or not, and mirrored, or not.
     """
-    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
-    _, _, height, width = images.shape
-    shifts = [(2, 2), (0, 0), (0, 4), (4, 0), (4, 4)]
-    shifted = [padded[:, :, top : top + height, left : left + width] for top, left in shifts]
+    places = [(2, 2), (0, 0), (0, 4), (4, 0), (4, 4)]  # the first: where it was
+    windows = shifts(images, 2)
+    shifted = [windows[:, :, top, left] for top, left in places]
     return shifted + [view.flip(3) for view in shifted]
+
+
+def shifts(images, pixels):
+    """Return all shifts of images, float (n, channels, height, width), by up to pixels.
+
+    (n, channels, top, left, height, width): [:, :, pixels, pixels] are the images themselves. What
+    a shift uncovers is filled by reflection, as airbench does it
+    (https://github.com/KellerJordan/cifar10-airbench).
+    """
+    padded = F.pad(images, (pixels,) * 4, mode="reflect")
+    _, _, height, width = images.shape
+    return padded.unfold(2, height, 1).unfold(3, width, 1)
 
 
 class Optimizer:
