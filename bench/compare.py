@@ -34,7 +34,7 @@ LADDER = {
     64.28: ["--params", ROOT / "docs" / "fast.json"],
     70: ["--params", ROOT / "docs" / "reach70.json"],
     75: ["--params", ROOT / "docs" / "reach75.json"],
-    78: ["--params", ROOT / "docs" / "best.json", "--epochs", 60],
+    78: ["--params", ROOT / "docs" / "reach78.json"],
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 COLUMNS = {  # key: (heading, format)

@@ -74,7 +74,7 @@ def test_the_search_space_reaches(point):
             assert values[0] <= value <= values[1]
 
 
-@pytest.mark.parametrize("name", ["fast", "reach70", "reach75", "reach79"])
+@pytest.mark.parametrize("name", ["fast", "reach70", "reach75", "reach78", "reach79"])
 def test_the_hyperparameters_of_the_ladder_are_accepted(name):
     path = ROOT / "docs" / f"{name}.json"
     assert (
@@ -97,7 +97,7 @@ def test_what_each_is_for():
     assert (demo.trial_gpu_number, demo.trial_concurrency, demo.max_trial_number) == (0, 2, 9)
     assert "--dataset synthetic" in demo.trial_command
     wide = settings["wide"]
-    assert (wide.trial_gpu_number, wide.trial_concurrency, wide.max_trial_number) == (0, 2, 12)
+    assert (wide.trial_gpu_number, wide.trial_concurrency, wide.max_trial_number) == (0, 2, 24)
     assert "--validate" in wide.trial_command
     for config in (cpu, demo, wide):
         assert config.trial_command.startswith("OMP_NUM_THREADS=1 ")
