@@ -79,13 +79,12 @@ def augment(images, pixels, batch_size):
 
 
 def views(images):
-    """Return the images, float (n, channels, height, width), in each of ten views, a list.
+    """Return the images, float (n, channels, height, width), in each of 50 views, a list.
 
-    A view is shifted by 2 pixels to one of the corners, or not, and mirrored, or not.
+    A view is shifted by up to 2 pixels in each direction, and mirrored, or not.
     """
-    places = [(2, 2), (0, 0), (0, 4), (4, 0), (4, 4)]  # the first: where it was
     windows = shifts(images, 2)
-    shifted = [windows[:, :, top, left] for top, left in places]
+    shifted = [windows[:, :, top, left] for top in range(5) for left in range(5)]
     return shifted + [view.flip(3) for view in shifted]
 
 
