@@ -1,7 +1,7 @@
 """Train with several seeds and print the test accuracy's mean and deviation, plain and with --tta.
 
-    python bench/seeds.py                                         # the baseline, seeds 0 to 4
-    python bench/seeds.py --params docs/best.json --epochs 60     # flags of train.py
+    python bench/seeds.py                                # the baseline, seeds 0 to 4
+    python bench/seeds.py --params docs/reach79.json     # flags of train.py
 
 Without a GPU as many seeds run at a time as there are cores, a thread each; on a GPU one.
 """
