@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [ROOT / "search.py"]
 UNCHECKED = [
     "-c",
-    "import sys, checks, search; checks.check = lambda _: None; sys.exit(search.main())",
+    "import sys; from nnisearch import checks, cli; checks.check = lambda _: None;"
+    "sys.exit(cli.main())",
 ]
 NNICTL = [
     "-c",

@@ -23,7 +23,7 @@ from nni.algorithms.hpo.random_tuner import RandomTuner
 
 import cifar10
 import train
-from choose import write
+from nnisearch.choose import write
 
 TABLE = ROOT / "docs" / "table.json"
 

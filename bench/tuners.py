@@ -32,19 +32,19 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 sys.path.insert(0, str(ROOT))
-import checks
-from tuner import OptunaTuner
+from nnisearch import rehearsal
+from nnisearch.tuners import OptunaTuner
 
 GOAL = 64.28  # of the 2020 write-up, in %
 
 
 class HyperbandTuner:
-    """tuner.Hyperband, which talks to NNI's manager, with the methods of a tuner."""
+    """nnisearch.tuners.Hyperband, which talks to NNI's manager, with the methods of a tuner."""
 
     def __init__(self, R, eta, seed):
         arguments = {"optimize_mode": "maximize", "R": R, "eta": eta}
-        algorithm = {"className": "tuner.Hyperband", "classArgs": arguments}
-        self.advisor = checks.create(
+        algorithm = {"className": "nnisearch.tuners.Hyperband", "classArgs": arguments}
+        self.advisor = rehearsal.create(
             "tuner", CustomAlgorithmConfig(codeDirectory=ROOT, **algorithm)
         )
         self.seed = seed

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, SPACE
 from test_experiment import stand_in_nvidia_smi
 
-import checks
+from nnisearch import checks
 
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
 

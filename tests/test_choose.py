@@ -11,8 +11,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-import choose
 import train
+from nnisearch import choose
 
 
 def trial(number, accuracy, seconds=10.0, losses=(2.0, 1.0), status="SUCCEEDED", **hyperparameters):

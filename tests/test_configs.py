@@ -43,7 +43,7 @@ def test_the_tuner_learns_from_half_of_the_search_on_at_the_latest(config):
     else:
         assert config.tuner.code_directory == str(ROOT)
         assert (config.tuner.class_name, arguments.pop("sampler")) == (
-            "tuner.OptunaTuner",
+            "nnisearch.tuners.OptunaTuner",
             "GPSampler",
         )
         at_random = arguments.pop("sampler_args")
@@ -101,6 +101,6 @@ def test_what_each_is_for():
     assert "--validate" in wide.trial_command
     for config in (cpu, demo, wide):
         assert config.trial_command.startswith("OMP_NUM_THREADS=1 ")
-        assert config.tuner.class_name == "tuner.OptunaTuner"
+        assert config.tuner.class_name == "nnisearch.tuners.OptunaTuner"
     for config in (gpu, multi, remote):
         assert config.tuner.name == "TPE"

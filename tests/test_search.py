@@ -17,9 +17,8 @@ from conftest import ENDLESS, ROOT, SPACE, ask, nobody, outside_address
 from experiment import SEARCH, UNCHECKED, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 
-import checks
-import progress
 import search
+from nnisearch import checks, progress
 
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from nni.experiment import rest
 from tqdm import tqdm
 
-import checks
-import choose
+from nnisearch.config import is_local
+from nnisearch.gpus import waiting_for
+from nnisearch.rehearsal import reason
+from nnisearch.results import finite
 
 ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 
@@ -75,10 +77,10 @@ class Notices:
                 found[why] = f"{title(trial)} has FAILED: {why}"
         states = {trial["status"] for trial in trials}
         is_waiting = "WAITING" in states and "RUNNING" not in states
-        if is_waiting and self.config.trial_gpu_number and checks.is_local(self.config):
-            holders = checks.waiting_for(self.config.training_service)
+        if is_waiting and self.config.trial_gpu_number and is_local(self.config):
+            holders = waiting_for(self.config.training_service)
             found[holders] = holders and f"trials wait for a GPU: {holders}"
-        if not checks.is_local(self.config):
+        if not is_local(self.config):
             found |= self.silent(trials, metrics)
         new = {about: line for about, line in found.items() if line and about not in self.said}
         self.said |= new.keys()
@@ -118,14 +120,14 @@ def failure(trial, folder):
         text = (folder / "trials" / trial["trialJobId"] / "stderr").read_text(errors="replace")
     except OSError:
         return f"its files are at {trial.get('logPath', 'no place that NNI knows')}"
-    return checks.reason(text)
+    return reason(text)
 
 
 def final_result(trial):
     """Return a trial's final result as NNI lists it, a finite number, or None."""
     for metric in trial.get("finalMetricData", []):
         value = json.loads(json.loads(metric["data"]))
-        return choose.finite(value.get("default") if isinstance(value, dict) else value)
+        return finite(value.get("default") if isinstance(value, dict) else value)
 
 
 def best_of(config):

@@ -8,7 +8,7 @@ import tuners
 from conftest import ROOT, SPACE
 from experiment import SEARCH, accuracy, parameters
 
-from tuner import Hyperband, OptunaTuner
+from nnisearch.tuners import Hyperband, OptunaTuner
 
 KINDS = {
     "names": {"_type": "choice", "_value": ["a", None, True]},
@@ -148,7 +148,11 @@ def test_results_of_before_come_back_in(sampler):
 
 
 def tuner_config(name, **arguments):
-    return {"codeDirectory": str(ROOT), "className": f"tuner.{name}", "classArgs": arguments}
+    return {
+        "codeDirectory": str(ROOT),
+        "className": f"nnisearch.tuners.{name}",
+        "classArgs": arguments,
+    }
 
 
 def test_a_search_by_optuna_and_its_resumption(experiment):

@@ -1,0 +1,148 @@
+"""The command: start any search of NNI, and watch it to its end.
+
+    nnisearch CONFIG           # starts a search, shows how it goes on, and the choice at its end
+    nnisearch --resume ID      # go on with a stopped search, or watch one that runs
+
+It promises: what cannot work is refused in one line and leaves nothing behind; nobody but its user
+gets at the search (guard.js), which goes on when this command ends; and for nnictl it is an
+experiment like any other. CONFIG may be any configuration of NNI, of any project.
+"""
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import nni
+from nni.experiment import Experiment, launcher, rest
+from nni.experiment.config.utils import load_experiment_config
+from nni.tools.nnictl.config_utils import Experiments
+from nni.tools.nnictl.nnictl_utils import update_experiment
+
+from nnisearch import checks, choose, gpus, progress
+from nnisearch import config as configuration
+from nnisearch.start import PORT, find_port, is_free, prepare_environment, start
+
+
+def begin(args, default_config, check):
+    """Check and start what args ask for; return the search's ID, its port and its configuration."""
+    update_experiment()  # NNI's list: which experiments still run
+    known = Experiments().get_all_experiments()
+    if args.resume and args.resume not in known:
+        allowed = ", ".join(known) or "none, since NNI lists no experiment"
+        raise ValueError(f"--resume is {args.resume!r}; allowed: {allowed}")
+    if args.resume and known[args.resume]["status"] != "STOPPED":
+        port = known[args.resume]["port"]
+        params = rest.get(port, "/experiment")["params"]
+        return args.resume, port, load_experiment_config(params)
+    if args.resume:
+        config = launcher.get_stopped_experiment_config(args.resume)
+    else:
+        path, reason = (args.config, args.config) if args.config else default_config()
+        print(f"Configuration: {reason}")
+        config = configuration.load(path)
+    check(config)
+    checks.check(config)
+    is_local = configuration.is_local(config)
+    is_scheduled = is_local and config.trial_gpu_number
+    if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
+        print(f"All GPUs are busy, so the trials will wait: {holders}")
+    prepare_environment(config, args.listen)
+    while True:
+        port = find_port(args.port, 1 if is_local else 2)
+        if not args.port and port != PORT:
+            print(f"Port {PORT} is taken; {port} is the next free one")
+        experiment = Experiment._resume(args.resume) if args.resume else Experiment(config)
+        try:
+            start(experiment, port)
+        except RuntimeError:
+            if args.port or is_free(port):
+                raise
+            continue  # another search has taken the port at the same moment
+        return experiment.id, port, config
+
+
+def parse_args(argv, prog, default_config):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,  # an error is one line, without the usage above it
+        allow_abbrev=False,
+        prog=prog,
+    )
+    add = parser.add_argument
+    add("config", nargs="?", type=Path, help="of NNI")
+    add("-p", "--port", type=int, help="of the Web UI (default: the first free one from 8090 on)")
+    add("--detach", action="store_true", help="return once the search has started")
+    add("--listen", metavar="ADDRESS", help="open the Web UI to whoever reaches this address")
+    add("--resume", metavar="ID", help="go on with a stopped search, or watch one that runs")
+    args = parser.parse_args(argv)
+    if not (args.config or args.resume or default_config):
+        parser.error("CONFIG is missing; allowed: a configuration of NNI, or --resume ID")
+    if args.config and args.resume:
+        parser.error(f"CONFIG is {args.config}; allowed: none, with --resume")
+    if args.port is not None and not 1 <= args.port < 65_535:
+        parser.error(f"--port is {args.port}; allowed: 1 to 65534")
+    if args.listen:
+        try:
+            with socket.socket() as probe:
+                probe.bind((str(ipaddress.IPv4Address(args.listen)), 0))
+        except (OSError, ValueError):
+            allowed = "an IPv4 address of this machine, or 0.0.0.0 for all of them"
+            parser.error(f"--listen is {args.listen}; allowed: {allowed}")
+    return args
+
+
+def main(
+    argv=None,
+    prog="nnisearch",
+    default_config=None,
+    check=lambda config: None,
+    choose_prog="nnichoose",
+    within=0.0,
+):
+    """Start a search and watch it. Returns 0 if it is done and has a result, else 1.
+
+    default_config() returns the path to search by where argv names none, and why it is that one.
+    check(config) raises ValueError for what a project's own trial refuses. within is choose.main's.
+    """
+    args = parse_args(argv, prog, default_config)
+    nni.silence_stdout()  # it names addresses that do not answer
+    sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # The trials' python3 is this one, also where its environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1".strip(",")
+    try:
+        id, port, config = begin(args, default_config, check)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"{prog}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{prog}: interrupted; no search has started")
+    try:
+        host = args.listen if args.listen not in (None, "0.0.0.0") else "127.0.0.1"
+        print(f"Search {id}: {config.experiment_name}")
+        print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
+        if args.listen:
+            print(f"Warning: whoever reaches {args.listen}:{port} can run any command as you")
+        elif not Path("/proc/net/tcp").exists():
+            print("Other users of this machine reach it, too: there is no /proc to tell them apart")
+        if args.detach:
+            return 0
+        has_result = progress.watch(id, port, config)
+    except RuntimeError as error:
+        sys.exit(f"{prog}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"\nThe search goes on. To watch it again: {prog} --resume {id}")
+        return 1
+    if has_result and progress.best_of(config) is max:
+        choose.main([id], within=within)
+        print(f"To keep the choice: {choose_prog} {id} --out best.json")
+    return 0 if has_result else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

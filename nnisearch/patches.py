@@ -1,0 +1,43 @@
+"""What is changed of NNI from Python, each with its reason."""
+
+import contextlib
+import time
+
+import psutil
+from nni.experiment import launcher, rest
+
+PATIENCE = 120  # seconds; NNI gives its web server 3
+
+
+@contextlib.contextmanager
+def patience():
+    """Let NNI's launcher wait for the web server as long as its process lives, PATIENCE at most.
+
+    NNI has no setting for that. Yields the list of the processes that the launcher has started.
+    """
+    started = []
+    start, wait, timeout = launcher._start_rest_server, launcher._check_rest_server, rest.timeout
+
+    def start_and_note(*args):
+        started.append(start(*args))
+        return started[-1]
+
+    def wait_for_server(port, **_):
+        server = psutil.Process(started[-1].pid)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and started[-1].poll() is None:
+            with contextlib.suppress(psutil.Error):
+                listening = [c.laddr.port for c in server.net_connections() if c.status == "LISTEN"]
+                if port in listening:  # our own server, not another's that has the port
+                    return
+            time.sleep(0.1)
+        state = "has ended" if started[-1].poll() is not None else f"is silent after {PATIENCE} s"
+        raise RuntimeError(f"NNI's web server {state}")
+
+    launcher._start_rest_server, launcher._check_rest_server = start_and_note, wait_for_server
+    rest.timeout = PATIENCE
+    try:
+        yield started
+    finally:
+        launcher._start_rest_server, launcher._check_rest_server = start, wait
+        rest.timeout = timeout
