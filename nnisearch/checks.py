@@ -1,50 +1,65 @@
-"""What search.py looks at before it starts a search: the mistakes that NNI takes without a word.
+"""What is looked at before a search starts: the mistakes that NNI takes without a word.
 
-Each check raises ValueError with one line that names the key, its value and what is allowed. What
-train.py allows is checked only where it is the trial; all else holds for any trial of NNI.
+NNI is the judge of what it can run, by the rehearsal; here stands what it would do wrong silently.
+Each check raises ValueError with one line that names the key, its value and what is allowed.
 """
 
 import math
+import re
 import shutil
+import sys
 import tempfile
-from pathlib import Path
 
-from nni.common.hpo_utils import validate_search_space
-
-from nnisearch.config import is_local
+from nnisearch.config import check_code, is_local, known_algorithms, shipped_class
 from nnisearch.gpus import check_gpus
-from nnisearch.rehearsal import ask_tuner, try_trial
 from nnisearch.text import one_line
 
-TRIAL_SIZE = 0.2  # MB on the disk, of a trial of 300 reports
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
+NUMBERS = {"uniform": 2, "randint": 2, "loguniform": 2, "normal": 2, "lognormal": 2}
+NUMBERS |= {"quniform": 3, "qloguniform": 3, "qnormal": 3, "qlognormal": 3}
+# NNI's tuners whose search spaces are of another form.
+OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
 
 
 def check(config):
-    """Check a canonical configuration against this machine. Raises ValueError."""
-    home = Path(config.experiment_working_directory)
-    paths = {"experimentWorkingDirectory": home}
+    """Check a canonical configuration against this machine; return what merely looks wrong, lines.
+
+    Raises ValueError.
+    """
+    if len(sys.executable.split()) > 1:  # NNI starts its tuner by a shell, unquoted
+        allowed = "a Python whose path has no spaces"
+        raise ValueError(f"the Python is {sys.executable!r}; allowed: {allowed}")
+    check_code(config.json(), "the configuration")
+    check_algorithms(config)
     if is_local(config):
-        paths["trialCodeDirectory"] = Path(config.trial_code_directory)
-    for key, path in paths.items():
-        if len(str(path).split()) > 1:  # NNI does not quote them in its scripts
-            raise ValueError(f"{key} is {str(path)!r}; allowed: a path without spaces")
-    check_disk(home, config.max_trial_number or 0)
-    if is_local(config) and config.trial_gpu_number:
-        check_gpus(config.training_service)
-    check_space(config.search_space)
-    number, possible = config.max_trial_number or 1, combinations(config.search_space)
-    if possible < number:
-        allowed = f"at most {possible}, the combinations that searchSpace holds"
-        raise ValueError(f"maxTrialNumber is {number}; allowed: {allowed}")
-    ask_tuner(config)
-    if is_local(config):
-        try_trial(config)
+        if config.trial_command is None:
+            raise ValueError("trialCommand is missing; allowed: a command of bash")
+        if config.trial_gpu_number:
+            check_gpus(config.training_service)
+    tuner = shipped_class(config.tuner)
+    if tuner and not tuner.endswith(OTHER_SPACES):  # a tuner of the user's own owns its space
+        check_space(config.search_space)
+        return [*texts(config.search_space, "searchSpace")]
+    return []
 
 
-def check_disk(folder, trials):
-    """Check that NNI can write there, and has room for a search of so many trials."""
-    needed = EXPERIMENT_SIZE + TRIAL_SIZE * trials
+def check_algorithms(config):
+    """Check that NNI has the tuner and the assessor, and that they can work in its version."""
+    for kind in ("tuner", "assessor"):
+        algorithm = getattr(config, kind)
+        if not algorithm or not algorithm.name:
+            continue
+        known = known_algorithms(kind)
+        if algorithm.name.lower() not in known:
+            names = ", ".join(sorted(name for name, _ in known.values()))
+            raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {names}")
+        if algorithm.name.lower() == "hyperband":
+            allowed = "className: nnisearch.tuners.Hyperband, since NNI's ends at its first result"
+            raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {allowed}")
+
+
+def check_disk(folder):
+    """Check that NNI can write there, and has room for a search."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -53,51 +68,79 @@ def check_disk(folder, trials):
             f"experimentWorkingDirectory is '{folder}'; allowed: a folder to write to; {error}"
         ) from None
     free = shutil.disk_usage(folder).free / 1e6
-    if free < needed:
-        room = f"allowed: a folder with {needed:.0f} MB free; {free:.0f} MB are"
+    if free < EXPERIMENT_SIZE:
+        room = f"allowed: a folder with {EXPERIMENT_SIZE} MB free; {free:.0f} MB are"
         raise ValueError(f"experimentWorkingDirectory is '{folder}'; {room}")
 
 
-def combinations(space):
-    """Return how many different sets of parameters a search space of NNI holds, perhaps inf."""
-
-    def count(entry):
+def check_space(space, where="searchSpace"):
+    """Check a search space, and those nested in it, for what NNI's and Optuna's tuners misread."""
+    if not isinstance(space, dict):
+        raise ValueError(f"{where} is {one_line(space)}; allowed: an object of parameters")
+    for key, entry in space.items():
+        at = f"{where}: {one_line(key)}"
+        if not isinstance(entry, dict) or not {"_type", "_value"} <= entry.keys():
+            raise ValueError(f"{at} is {one_line(entry)}; allowed: an object of _type and _value")
         kind, values = entry["_type"], entry["_value"]
         if kind == "choice":
-            nested = [value for value in values if isinstance(value, dict)]
-            parts = [{k: v for k, v in value.items() if k != "_name"} for value in nested]
-            return len(values) - len(nested) + sum(combinations(part) for part in parts)
-        if kind == "randint":
-            return values[1] - values[0]
-        if kind in ("quniform", "qloguniform"):
-            return math.floor(values[1] / values[2]) - math.ceil(values[0] / values[2]) + 1
-        return math.inf
-
-    return math.prod(count(entry) for entry in space.values())
+            check_choice(values, at)
+        elif kind in NUMBERS:
+            check_numbers(kind, values, at)
+        else:
+            kinds = ", ".join(["choice", *NUMBERS])
+            raise ValueError(f"{at}: _type is {one_line(kind)}; allowed: {kinds}")
 
 
-def check_space(space, where="searchSpace"):
-    """Check a search space, and those nested in it, by NNI's validator and for what it misses."""
-    if not isinstance(space, dict) or not space:
-        raise ValueError(f"{where} is {space!r}; allowed: an object of parameters")
-    for key, entry in space.items():
-        values = entry.get("_value") if isinstance(entry, dict) else None
-        is_choice = isinstance(values, list) and entry.get("_type") == "choice"
-        if is_choice and not values:
-            raise ValueError(f"{where}: {key} is {values}; allowed: at least one value")
-        # NNI's validator refuses None among a choice's values, which its tuners take.
-        shown = (
-            entry | {"_value": [v for v in values if v is not None] or [0]} if is_choice else entry
-        )
-        try:
-            validate_search_space({key: shown}, raise_exception=True)
-        except ValueError as error:
-            raise ValueError(f"{where}: {one_line(error)}") from None
+def check_choice(values, at):
+    """Check the values of a choice: anything, or objects that have a _name and parameters."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{at} is {one_line(values)}; allowed: a list of at least one value")
+    if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+        raise ValueError(f"{at} is {one_line(values)}; allowed: finite numbers")
+    if is_nested(values):
         for value in values:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{where}: {key} is {values}; allowed: finite numbers")
-            if isinstance(value, dict) and len(value) > 1:
-                part = {name: part for name, part in value.items() if name != "_name"}
-                check_space(part, f"{where}: {key}: {value.get('_name')}")
-        if entry["_type"].startswith("q") and values[2] <= 0:
-            raise ValueError(f"{where}: {key} is {values}; allowed: a step above 0 as the third")
+            check_space(parameters_of(value), f"{at}: {one_line(value['_name'])}")
+
+
+def check_numbers(kind, values, at):
+    """Check the bounds, or mean and deviation, and the step of a parameter that is no choice."""
+    wrong = f"{at} is {one_line(values)}; allowed for {kind}"
+    if not isinstance(values, list) or len(values) != NUMBERS[kind]:
+        raise ValueError(f"{wrong}: a list of {NUMBERS[kind]} numbers")
+    try:
+        numbers = [float(value) for value in values]  # as NNI does, for text too
+    except (TypeError, ValueError):
+        raise ValueError(f"{wrong}: numbers") from None
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{wrong}: finite numbers")
+    if "normal" not in kind:
+        if numbers[0] > numbers[1]:
+            raise ValueError(f"{wrong}: the lower bound first")
+        if "log" in kind and numbers[0] <= 0:
+            raise ValueError(f"{wrong}: a lower bound above 0")
+    if kind.startswith("q") and numbers[2] == 0:
+        raise ValueError(f"{wrong}: a step that is not 0 as the third")
+
+
+def is_nested(values):
+    """Return whether NNI takes the values of a choice for search spaces with names."""
+    return all(isinstance(value, dict) and "_name" in value for value in values)
+
+
+def parameters_of(value):
+    """Return the search space in a value of a nested choice."""
+    return {key: entry for key, entry in value.items() if key != "_name"}
+
+
+def texts(space, where):
+    """Yield a line for each number that YAML has taken for text, as it does with 1e-4."""
+    for key, entry in space.items():
+        values = entry["_value"]
+        at = f"{where}: {one_line(key)}"
+        for value in values:
+            if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+                number = re.sub(r"(?i)e", ".0e", value, count=1)
+                yield f"{at}: {value} is text to YAML; for a number write {number}"
+        if entry["_type"] == "choice" and is_nested(values):
+            for value in values:
+                yield from texts(parameters_of(value), f"{at}: {one_line(value['_name'])}")

@@ -11,20 +11,21 @@ experiment like any other. CONFIG may be any configuration of NNI, of any projec
 import argparse
 import ipaddress
 import os
-import signal
+import shutil
 import socket
 import sys
 from pathlib import Path
 
 import nni
-from nni.experiment import Experiment, launcher, rest
+from nni.experiment import Experiment, rest
 from nni.experiment.config.utils import load_experiment_config
 from nni.tools.nnictl.config_utils import Experiments
 from nni.tools.nnictl.nnictl_utils import update_experiment
 
-from nnisearch import checks, choose, gpus, progress
+from nnisearch import checks, choose, gpus, progress, signals
 from nnisearch import config as configuration
-from nnisearch.start import PORT, find_port, is_free, prepare_environment, start
+from nnisearch.rehearsal import rehearse
+from nnisearch.start import experiment_folder, launch, prepare_environment
 
 
 def begin(args, default_config, check):
@@ -39,30 +40,33 @@ def begin(args, default_config, check):
         params = rest.get(port, "/experiment")["params"]
         return args.resume, port, load_experiment_config(params)
     if args.resume:
-        config = launcher.get_stopped_experiment_config(args.resume)
+        folder = Path(known[args.resume]["logDir"], args.resume)
+        experiment = Experiment(configuration.load_stored(args.resume, folder))
+        experiment.id, experiment._action = args.resume, "resume"
     else:
         path, reason = (args.config, args.config) if args.config else default_config()
         print(f"Configuration: {reason}")
-        config = configuration.load(path)
-    check(config)
-    checks.check(config)
-    is_local = configuration.is_local(config)
-    is_scheduled = is_local and config.trial_gpu_number
-    if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
-        print(f"All GPUs are busy, so the trials will wait: {holders}")
-    prepare_environment(config, args.listen)
-    while True:
-        port = find_port(args.port, 1 if is_local else 2)
-        if not args.port and port != PORT:
-            print(f"Port {PORT} is taken; {port} is the next free one")
-        experiment = Experiment._resume(args.resume) if args.resume else Experiment(config)
-        try:
-            start(experiment, port)
-        except RuntimeError:
-            if args.port or is_free(port):
-                raise
-            continue  # another search has taken the port at the same moment
-        return experiment.id, port, config
+        experiment = Experiment(configuration.load(path))
+    config = experiment.config
+    is_scheduled = configuration.is_local(config) and config.trial_gpu_number
+    if is_scheduled and (line := gpus.allow_visible(config.training_service)):
+        print(line)
+    checks.check_disk(Path(config.experiment_working_directory))
+    with experiment_folder(experiment) as folder:
+        if config.use_annotation:
+            configuration.expand(config, folder / "code")
+        for line in checks.check(config):
+            print(f"Warning: {line}")
+        check(config)
+        prepare_environment(config, args.listen)
+        if args.rehearsal:
+            rehearsal = folder / "rehearsal"
+            rehearse(config, rehearsal, leftover=rehearsal if args.resume else folder)
+            shutil.rmtree(rehearsal)
+        if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
+            print(f"All GPUs are busy, so the trials will wait: {holders}")
+        port = launch(experiment, args.port)
+    return experiment.id, port, config
 
 
 def parse_args(argv, prog, default_config):
@@ -78,6 +82,12 @@ def parse_args(argv, prog, default_config):
     add("--detach", action="store_true", help="return once the search has started")
     add("--listen", metavar="ADDRESS", help="open the Web UI to whoever reaches this address")
     add("--resume", metavar="ID", help="go on with a stopped search, or watch one that runs")
+    add(
+        "--no-rehearsal",
+        dest="rehearsal",
+        action="store_false",
+        help="do not try the tuner and the trial first, as for a trial that must not run twice",
+    )
     args = parser.parse_args(argv)
     if not (args.config or args.resume or default_config):
         parser.error("CONFIG is missing; allowed: a configuration of NNI, or --resume ID")
@@ -111,7 +121,7 @@ def main(
     args = parse_args(argv, prog, default_config)
     nni.silence_stdout()  # it names addresses that do not answer
     sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signals.end_by_exit()
     # The trials' python3 is this one, also where its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""

@@ -1,100 +1,332 @@
-"""The tuner and the trial, tried as NNI would start them, before a search starts."""
+"""The tuner and the trial, each tried in a process of its own as NNI would start it.
 
+What fails here would fail in the search, and is refused in one line. What takes its time is not:
+whoever waits for more than five seconds is told for what.
+"""
+
+import base64
+import contextlib
+import ctypes
+import json
 import os
+import queue
 import re
+import secrets
+import select
 import subprocess
-import tempfile
+import sys
+import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
-from nni.runtime import msg_dispatcher_base
-from nni.tools.package_utils import (
-    create_builtin_class_instance,
-    create_customized_class_instance,
-    get_all_algo_meta,
-)
-from nni.tuner import Tuner
+from nni.runtime.tuner_command_channel.command_type import CommandType
+from websockets.exceptions import WebSocketException
+from websockets.sync.server import serve
 
+from nnisearch.config import is_local, shipped_class
 from nnisearch.gpus import free_gpus
-from nnisearch.processes import stop
-from nnisearch.text import one_line
+from nnisearch.signals import uninterrupted
+from nnisearch.text import last_line, one_line
+
+TUNER_PATIENCE = 120  # seconds until a search starts although its tuner has not answered
+TRIAL_PATIENCE = 600  # the same for its trial, which may have to download its data
+NOTICE = 5  # seconds until the user is told what is waited for
+AFTER_ASKING = 2  # seconds that a trial has to go on for, with its parameters
+LEASH = Path(__file__).with_name("leash.py")
+IN_OPEN = 0x20  # of inotify(7)
 
 
-def ask_tuner(config):
-    """Return a dict of parameters from a search's tuner, {} from one that NNI calls an advisor."""
-    tuner = create("tuner", config.tuner)
-    if config.assessor:
-        create("assessor", config.assessor)
-    if not isinstance(tuner, Tuner):
-        return {}
-    try:
-        tuner.update_search_space(config.search_space)
-        return tuner.generate_parameters(0)
-    except Exception as error:  # whatever a tuner raises
-        raise ValueError(f"searchSpace: the tuner cannot read it: {one_line(error)}") from None
+class Waiting:
+    """A patience of so many seconds, of which the user is told after the first few."""
+
+    def __init__(self, what, patience):
+        self.what, self.patience = what, patience
+        self.start = time.monotonic()
+        self.is_said = False
+
+    def goes_on(self, words=""):
+        """Return whether the patience is not over; words is what has been heard so far."""
+        seconds = time.monotonic() - self.start
+        if seconds > NOTICE and not self.is_said:
+            self.is_said = True
+            heard = f"; its last words: {words}" if words else ""
+            print(f"Waiting for {self.what}, or --no-rehearsal{heard}")
+        return seconds < self.patience
 
 
-def create(kind, algorithm):
-    """Return NNI's tuner or assessor that an algorithm's configuration describes."""
-    known = sorted(meta.name for meta in get_all_algo_meta() if meta.algo_type == kind)
-    if algorithm.name and algorithm.name.lower() not in map(str.lower, known):
-        raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {', '.join(known)}")
-    # An advisor wants to know where the manager is; with this address it does without.
-    nowhere = SimpleNamespace(NNI_TUNER_COMMAND_CHANNEL="ws://_unittest_")
-    try:
-        with mock.patch.object(msg_dispatcher_base, "dispatcher_env_vars", nowhere):
-            if algorithm.name:
-                arguments = dict(algorithm.class_args or {})
-                return create_builtin_class_instance(algorithm.name, arguments, f"{kind}s")
-            return create_customized_class_instance(algorithm.json())
-    except Exception as error:  # whatever a tuner raises
-        given = f"{algorithm.name or algorithm.class_name} with {algorithm.class_args}"
-        raise ValueError(f"{kind} is {given}; allowed: {one_line(error)}") from None
+@contextlib.contextmanager
+def leashed(command, leftover, **how):
+    """Start a process that ends here, or with this process; then the folder leftover goes, too.
 
-
-def reason(text):
-    """Return the line of a trial's stderr that says why it failed."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line)]
-    return [*lines[-1:], *errors][-1] if lines else "nothing on stderr: was it killed?"
-
-
-def try_trial(config, seconds=60):
-    """Run the trial command as NNI would, until it asks for its parameters or the time is over.
-
-    While there are too few free GPUs for it, it is not tried. Raises ValueError, with the reason
-    that it has printed, if it fails before.
+    It is in a session of its own, and out of reach of Ctrl-C.
     """
+    with uninterrupted():
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)
+        leash = subprocess.Popen(
+            [sys.executable, LEASH, str(process.pid), leftover],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with uninterrupted():
+            leash.communicate(b"It goes on.")
+            process.wait()
+
+
+def rehearse(config, folder, leftover):
+    """Try the tuner, and on this machine the trial with what the tuner proposes.
+
+    folder is a new one, for all that they write, and leftover what goes if this process is killed.
+    Raises ValueError, with the reason, if one fails.
+    """
+    proposals = rehearse_tuner(config, folder / "tuner", leftover)
+    if not proposals or not is_local(config):
+        return
     number = config.trial_gpu_number
     free = free_gpus(config.training_service) if number else []
     if number and len(free) < number:
-        return
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        values = {"SYS_DIR": folder, "OUTPUT_DIR": folder, "CODE_DIR": config.trial_code_directory}
-        values |= {"PLATFORM": "local", "EXP_ID": "try", "TRIAL_JOB_ID": "try", "TRIAL_SEQ_ID": "0"}
-        environment = os.environ | {f"NNI_{key}": str(value) for key, value in values.items()}
-        if number is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, free[:number])) or "-1"
-        process = subprocess.Popen(
-            ["bash", "-c", config.trial_command],
-            cwd=config.trial_code_directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
-        asked = Path(folder, ".nni", "metrics")  # where it asks, finding no parameters
-        end = time.monotonic() + seconds
+        return  # it would have to wait
+    devices = None if number is None else ",".join(map(str, free[:number])) or "-1"
+    for number, proposal in enumerate(proposals[:2]):  # the first parameters may be at fault
+        trial = folder / f"trial{number}"
+        why, has_asked = rehearse_trial(config, trial, proposal, devices, leftover)
+        if why is None:
+            return
+        if not has_asked:
+            break
+    raise ValueError(f"trialCommand is {one_line(config.trial_command)!r}: {why}")
+
+
+def rehearse_tuner(config, folder, leftover):
+    """Return the tuner's first sets of parameters, each as NNI writes it to a parameter.cfg.
+
+    NNI's dispatcher, with the tuner, assessor or advisor in it, is started with the command, in the
+    kind of folder and with the environment that NNI's manager would give it, and this process talks
+    to it as the manager would. Raises ValueError if it ends before it has answered.
+    """
+    algorithms = config.json()
+    space = algorithms.pop("searchSpace")
+    # A tuner of the user's own may want results before it proposes more than NNI asks for at first.
+    number = 5 if shipped_class(config.tuner) else config.trial_concurrency
+    number = min(number, config.max_trial_number or number)
+    folder.mkdir(parents=True)
+    with (
+        Manager() as manager,
+        (folder / "output").open("w") as output,
+        leashed(
+            dispatcher_command(algorithms),
+            leftover,
+            cwd=folder,
+            env=os.environ | dispatcher_environment(config, folder, manager.url),
+            stdout=output,
+            stderr=output,
+        ) as tuner,
+    ):
+        waiting = Waiting("the tuner's first parameters", TUNER_PATIENCE)
         try:
-            while process.poll() is None and time.monotonic() < end:
-                if asked.exists() and asked.stat().st_size:
-                    return
-                time.sleep(0.05)
-        finally:
-            stop(process)
-        if process.returncode > 0:
-            errors.seek(0)
-            why = reason(errors.read())
-            raise ValueError(f"trialCommand is {config.trial_command!r}, which fails: {why}")
+            manager.send(CommandType.Initialize, space, tuner, waiting)
+            manager.send(CommandType.RequestTrialJobs, number, tuner, waiting)
+            proposals = manager.parameters(number, tuner, waiting)
+            if proposals and shipped_class(config.tuner):  # some of NNI's die of the first result
+                manager.send(CommandType.ReportMetricData, final_result(proposals[0]))
+                manager.send(CommandType.TrialEnd, end_of_trial(proposals[0]))
+                manager.send(CommandType.RequestTrialJobs, 1)
+                manager.parameters(1, tuner, waiting)
+        except TimeoutError:
+            return []
+        except EOFError:
+            words = "".join(
+                path.read_text(errors="replace")
+                for path in (folder / "output", folder / "dispatcher.log")
+                if path.exists()
+            )
+            raise ValueError(f"{describe(config)}: {reason(words)}") from None
+    return proposals
+
+
+def describe(config):
+    """Return a configuration's tuner, and its assessor, in words."""
+    words = []
+    for kind in ("tuner", "assessor"):
+        if algorithm := getattr(config, kind):
+            arguments = f" with {algorithm.class_args}" if algorithm.class_args else ""
+            words.append(f"{kind} is {algorithm.name or algorithm.class_name}{arguments}")
+    return one_line(", ".join(words))
+
+
+def dispatcher_command(algorithms):
+    """Return the command by which NNI's manager starts the dispatcher."""
+    encoded = base64.b64encode(json.dumps(algorithms).encode()).decode()
+    return [sys.executable, "-m", "nni", "--exp_params", encoded]
+
+
+def dispatcher_environment(config, folder, url):
+    """Return the variables that NNI's manager sets for the dispatcher."""
+    return {
+        "SDK_PROCESS": "dispatcher",
+        "NNI_MODE": "start",
+        "NNI_CHECKPOINT_DIRECTORY": str(folder),
+        "NNI_LOG_DIRECTORY": str(folder),
+        "NNI_LOG_LEVEL": config.log_level,
+        "NNI_INCLUDE_INTERMEDIATE_RESULTS": "false",
+        "NNI_TUNER_COMMAND_CHANNEL": url,
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, config.tuner_gpu_indices or [])),
+    }
+
+
+def final_result(proposal):
+    """Return what NNI's manager tells the dispatcher of a trial that reports 0.5 at its end."""
+    id = json.loads(proposal)["parameter_id"]
+    metric = {"parameter_id": id, "trial_job_id": "rehearsal", "type": "FINAL", "sequence": 0}
+    return metric | {"value": "0.5"}
+
+
+def end_of_trial(proposal):
+    """Return what NNI's manager tells the dispatcher of a trial that has ended."""
+    return {"trial_job_id": "rehearsal", "event": "SUCCEEDED", "hyper_params": proposal}
+
+
+class Manager:
+    """The manager's end of the channel to NNI's dispatcher, a web socket at url."""
+
+    def __enter__(self):
+        self.received = queue.Queue()
+        place = f"/{secrets.token_urlsafe()}"  # which no other user of this machine can know
+
+        def receive(channel):
+            if channel.request.path == place:
+                self.received.put(channel)
+                with contextlib.suppress(WebSocketException):
+                    for message in channel:
+                        self.received.put(message)
+
+        self.channel = None
+        self.server = serve(receive, "127.0.0.1", 0, max_size=None)
+        self.url = f"ws://127.0.0.1:{self.server.socket.getsockname()[1]}{place}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+
+    def send(self, command, data, tuner=None, waiting=None):
+        """Send a command, once the dispatcher has connected. Raises what next() does."""
+        if self.channel is None:
+            self.channel = self.next(tuner, waiting)
+        with contextlib.suppress(WebSocketException):  # it has ended, which next() will tell
+            self.channel.send(command.value.decode() + json.dumps(data))
+
+    def next(self, tuner, waiting):
+        """Return the next message. Raises EOFError if the tuner has ended, TimeoutError."""
+        while waiting.goes_on():
+            with contextlib.suppress(queue.Empty):
+                return self.received.get(timeout=0.1)
+            if tuner.poll() is not None and self.received.empty():
+                raise EOFError
+            if self.channel is not None:  # a dispatcher whose worker has died ends when it hears
+                self.send(CommandType.Ping, "")
+        raise TimeoutError
+
+    def parameters(self, number, tuner, waiting):
+        """Return so many sets of parameters, as JSON, or fewer if the tuner has no more."""
+        proposals = []
+        while len(proposals) < number:
+            message = self.next(tuner, waiting)
+            kind, data = message[:2].encode(), message[2:]
+            if kind == CommandType.NewTrialJob.value:
+                proposals.append(data)
+            if kind == CommandType.NoMoreTrialJobs.value:
+                break
+        return proposals
+
+
+def rehearse_trial(config, folder, proposal, devices, leftover):
+    """Run the trial command until it reports, ends, or has gone on with its parameters for a while.
+
+    Return why it has failed, or None, and whether it had asked for its parameters. devices is its
+    CUDA_VISIBLE_DEVICES, or None.
+    """
+    (folder / ".nni").mkdir(parents=True)
+    parameters, metrics = folder / "parameter.cfg", folder / ".nni" / "metrics"
+    parameters.write_text(proposal, encoding="utf-8")
+    metrics.touch()
+    given = {
+        "NNI_PLATFORM": "local",
+        "NNI_EXP_ID": folder.parent.name,
+        "NNI_SYS_DIR": str(folder),
+        "NNI_TRIAL_JOB_ID": folder.name,
+        "NNI_OUTPUT_DIR": str(folder),
+        "NNI_TRIAL_SEQ_ID": "0",
+        "NNI_CODE_DIR": str(config.trial_code_directory),
+    }
+    if devices is not None:
+        given["CUDA_VISIBLE_DEVICES"] = devices
+    output, errors = folder / "stdout", folder / "stderr"
+    waiting = Waiting("the trial to ask for its parameters", TRIAL_PATIENCE)
+    with (
+        opened(parameters) as was_opened,
+        output.open("w") as stdout,
+        errors.open("w") as stderr,
+        leashed(
+            ["bash", "-c", config.trial_command],
+            leftover,
+            cwd=config.trial_code_directory,
+            env=os.environ | given,
+            stdout=stdout,
+            stderr=stderr,
+        ) as trial,
+    ):
+        asked = None
+        while waiting.goes_on(last_line(errors) or last_line(output)):
+            if trial.poll() is not None:
+                break
+            if metrics.stat().st_size:
+                return None, True
+            if asked is None and was_opened():
+                asked = time.monotonic()
+            if asked and time.monotonic() - asked > AFTER_ASKING:
+                return None, True
+            time.sleep(0.05)
+        else:
+            return None, bool(asked)
+        has_asked = bool(asked) or was_opened()
+        if trial.returncode == 0:
+            return None, has_asked
+    words = errors.read_text(errors="replace") or output.read_text(errors="replace")
+    return f"it fails with status {trial.returncode}: {reason(words)}", has_asked
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Yield a function that tells whether anybody has opened the file since, by inotify(7)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    libc.inotify_add_watch(watch, os.fsencode(path), IN_OPEN)
+    try:
+        yield lambda: bool(select.select([watch], [], [], 0)[0])
+    finally:
+        os.close(watch)
+
+
+def reason(text):
+    """Return the line of what a process has printed that says why it failed.
+
+    That is the end of its last traceback, or a later line that speaks of an error, or its last.
+    """
+    lines = text.splitlines()
+    found = -1
+    for number, line in enumerate(lines):
+        if line.startswith("Traceback (most recent call last):"):
+            ends = [n for n in range(number + 1, len(lines)) if lines[n].strip() == lines[n] != ""]
+            found = ends[0] if ends else found
+        elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line):
+            found = number
+    said = [line for line in lines if line.strip()]
+    if not said:
+        return "it has printed nothing: was it killed?"
+    line = one_line(lines[found] if found >= 0 else said[-1])
+    if re.fullmatch(r"\w+", line) and found > 0:  # an exception without words
+        line = f"{line}: {one_line(lines[found - 1])}"
+    return line

@@ -75,7 +75,7 @@ def read_database(experiment, path):
             measure(trials[-1])
     except (sqlite3.Error, pandas.errors.DatabaseError, KeyError, TypeError) as error:
         raise OSError(f"cannot read {path}: {error.__cause__ or error}") from error
-    name, command = profile["experimentName"], profile["trialCommand"]
+    name, command = profile.get("experimentName"), profile.get("trialCommand")
     return {"experiment": experiment, "name": name, "command": command, "trials": trials}
 
 

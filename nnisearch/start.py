@@ -10,12 +10,16 @@ import socket
 import time
 from pathlib import Path
 
+from filelock import FileLock
 from nni.experiment import RunMode, rest
 from nni.tools.nnictl.config_utils import Experiments
 from nni.tools.nnictl.nnictl_utils import update_experiment
 
+from nnisearch.config import is_local
 from nnisearch.patches import PATIENCE, patience
 from nnisearch.processes import stop
+from nnisearch.signals import uninterrupted
+from nnisearch.text import one_line
 
 PORT = 8090
 PRELOAD = Path(__file__).resolve().parent / "manager.js"
@@ -57,44 +61,83 @@ def prepare_environment(config, listen):
         "machines": [place[4][0] for places in found for place in places],
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
-    preload = json.dumps(str(PRELOAD))  # quoted: its path may have spaces
+    preload = json.dumps(str(PRELOAD), ensure_ascii=False)  # quoted: its path may have spaces
     os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} --require {preload}"
     os.environ["NNI_GUARD"] = json.dumps(guard)
 
 
-def start(experiment, port):
-    """Start an experiment and return when its first trial is there, or the patience is over.
+@contextlib.contextmanager
+def experiment_folder(experiment):
+    """Yield the folder of an experiment, for its user alone; a failure leaves it as it was.
 
-    Raises RuntimeError, with the manager's last words, if it fails; then nothing is left of it.
+    Raises OSError if it cannot be made.
     """
-    root = Path(experiment.config.experiment_working_directory)
-    folder, latest = root / experiment.id, root / "_latest"
-    is_new = not folder.exists()
+    folder = Path(experiment.config.experiment_working_directory, experiment.id)
+    latest = folder.with_name("_latest")
     before = os.readlink(latest) if latest.is_symlink() else None
-    with patience() as started:
-        try:
-            experiment.start(port, run_mode=RunMode.Detach)
-            end = time.monotonic() + PATIENCE
-            while not rest.get(port, "/trial-jobs") and time.monotonic() < end:
-                status = rest.get(port, "/check-status")
-                if status["status"] == "ERROR":
-                    raise RuntimeError(f"NNI's tuner: {' '.join(status['errors'])}")
-                time.sleep(0.1)
-        except BaseException as error:
-            for process in started:
-                stop(process)
-            words = last_words(folder / "log")
-            Experiments().update_experiment(experiment.id, "status", "STOPPED")
+    is_new = not folder.exists()
+    # NNI makes folders in it that all may write to, and runs what stands there.
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    try:
+        yield folder
+    except BaseException:
+        with uninterrupted():
             if is_new:
                 Experiments().remove_experiment(experiment.id)
                 shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
+            if latest.is_symlink() and os.readlink(latest) == experiment.id:
                 latest.unlink()
                 if before:
                     latest.symlink_to(before)
-            if isinstance(error, Exception):
-                raise RuntimeError(f"the search does not start: {error}: {words}") from error
+        raise
+
+
+def launch(experiment, wanted):
+    """Start an experiment on a port, wanted or the first free one; return the port.
+
+    Returns when its first trial is there, or the patience is over. Raises ValueError for a port
+    that is taken, and RuntimeError, with the manager's last words, if the start fails.
+    """
+    config = experiment.config
+    needs_two = not is_local(config) or config.training_service.reuse_mode
+    with patience() as started:
+        try:
+            # One start at a time: of two that look for a port, one would lose it to the other.
+            with FileLock(Path("~/nni-experiments/.nnisearch.lock").expanduser()):
+                port = find_port(wanted, 2 if needs_two else 1)
+                if not wanted and port != PORT:
+                    print(f"Port {PORT} is taken; {port} is the next free one")
+                experiment.start(port, run_mode=RunMode.Detach)
+            if experiment.id not in Experiments().get_all_experiments():
+                raise OSError("NNI's list of experiments cannot be written: is the disk full?")
+            wait_for_trial(port)
+        except BaseException as error:
+            with uninterrupted():
+                for process in started:
+                    stop(process.pid)
+                Experiments().update_experiment(experiment.id, "status", "STOPPED")
+            if started and isinstance(error, Exception):
+                logs = Path(config.experiment_working_directory, experiment.id, "log")
+                words = "; ".join([one_line(error), *last_words(logs)])
+                raise RuntimeError(f"the search does not start: {words}") from error
             raise
+    return port
+
+
+def wait_for_trial(port):
+    """Wait until a search has its first trial, or has ended, or the patience is over.
+
+    Raises RuntimeError if its tuner fails.
+    """
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and not rest.get(port, "/trial-jobs"):
+        status = rest.get(port, "/check-status")
+        if status["status"] == "ERROR":
+            raise RuntimeError(f"NNI's tuner: {' '.join(status['errors'])}")
+        if "NO_MORE_TRIAL" in status["status"]:
+            return
+        time.sleep(0.1)
 
 
 def last_words(logs):
@@ -107,5 +150,5 @@ def last_words(logs):
     ):
         with contextlib.suppress(OSError):
             text = (logs / name).read_text(encoding="utf-8", errors="replace")
-            words += re.findall(pattern, text, re.MULTILINE)[-4:]
-    return "\n".join(words)
+            words += map(one_line, re.findall(pattern, text, re.MULTILINE)[-4:])
+    return words

@@ -1,0 +1,19 @@
+"""End a process, and all that it has started, as soon as the standard input closes.
+
+    python leash.py PID FOLDER
+
+A search holds the other end, so what it has tried ends with it, also by kill -9. FOLDER is what it
+leaves then; if it has written a word before, it tidies up by itself.
+"""
+
+import shutil
+import sys
+
+from processes import stop  # run as a script: this folder comes first
+
+if __name__ == "__main__":
+    pid, folder = sys.argv[1:]
+    has_ended_well = sys.stdin.read()
+    stop(int(pid))
+    if not has_ended_well:
+        shutil.rmtree(folder, ignore_errors=True)
