@@ -68,15 +68,11 @@ class Project:
         """Return (status, parameters) of each trial of the one experiment, in their order."""
         (database,) = self.home.glob("*/*/db/nni.sqlite")
         with contextlib.closing(sqlite3.connect(database)) as rows:
-            events = rows.execute(
-                "SELECT trialJobId, event, data FROM TrialJobEvent ORDER BY rowid"
-            )
-            found = {}
-            for id, event, data in events:
-                status, given = found.get(id, (None, None))
-                given = json.loads(data)["parameters"] if event == "WAITING" and data else given
-                found[id] = event, given
-        return list(found.values())
+            columns = "trialJobId, event, data"
+            events = rows.execute(f"SELECT {columns} FROM TrialJobEvent ORDER BY rowid").fetchall()
+        given = {id: json.loads(data)["parameters"] for id, event, data in events if data}
+        last = {id: event for id, event, _ in events}
+        return [(last[id], given[id]) for id in given]
 
     def succeeds(self, *flags, trials=2, **changes):
         """Search, and check that so many trials have succeeded; return the output and them."""
@@ -156,7 +152,7 @@ x = 0.1
 '''@nni.report_final_result(x)'''
 """,
     )
-    out, given = project.succeeds(useAnnotation=True, searchSpace=None, maxTrialNumber=2)
+    out, _ = project.succeeds(useAnnotation=True, searchSpace=None)
     assert "best 0.5" in out or "best 0.25" in out
 
 
@@ -177,11 +173,9 @@ def test_a_space_that_is_smaller_than_the_number_of_trials(project):
 def test_choices_of_lists_and_objects_and_nothing(project):
     values = [[1, 2], {"a": 1}, None, "text"]
     space = {"x": {"_type": "choice", "_value": values}}
-    _, given = project.succeeds(
-        tuner={"name": "GridSearch"}, searchSpace=space, maxTrialNumber=4, trials=4
-    )
+    grid = {"tuner": {"name": "GridSearch"}, "maxTrialNumber": 4}
+    _, given = project.succeeds(searchSpace=space, trials=4, **grid)
     assert sorted((v["x"] for v in given), key=repr) == sorted(values, key=repr)
-    project.home.joinpath("nni-experiments").rename(project.home / "before")
 
 
 @pytest.mark.parametrize(
