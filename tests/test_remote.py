@@ -20,6 +20,15 @@ from experiment import metric_value, parameters
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 COMMAND = "python3 train.py --dataset synthetic --device cpu --report-every 50"
+# As Debian has it since 13. NNI's Node has OpenSSL 1.1.1, which knows no providers.
+OPENSSL_CNF = """
+openssl_conf = openssl_init
+[openssl_init]
+providers = provider_sect
+[provider_sect]
+default = default_sect
+[default_sect]
+"""
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
 
 
@@ -78,7 +87,9 @@ class Machine:
 
 @pytest.fixture
 def machines(tmp_path, environment):
-    """Two machines, and configs/remote.yml's settings for them."""
+    """Two machines, with what newer systems bring, and configs/remote.yml's settings for them."""
+    (tmp_path / "openssl.cnf").write_text(OPENSSL_CNF)
+    environment["OPENSSL_CONF"] = str(tmp_path / "openssl.cnf")
     key = tmp_path / "key"
     make_key(key)
     given = {name: environment[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
