@@ -92,7 +92,12 @@ def machines(tmp_path, environment):
     environment["OPENSSL_CONF"] = str(tmp_path / "openssl.cnf")
     key = tmp_path / "key"
     make_key(key)
-    given = {name: environment[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    # As Python has it since 3.14: no event loop unless one is set.
+    (tmp_path / "sitecustomize.py").write_text("import asyncio; asyncio.set_event_loop(None)")
+    given = {
+        "OMP_NUM_THREADS": environment["OMP_NUM_THREADS"],
+        "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}",
+    }
     machines = [
         Machine(address, tmp_path / address, key, given | {"HOME": tmp_path / address, "EPOCHS": n})
         for address, n in (("127.0.0.2", 1000), ("127.0.0.3", 1))
