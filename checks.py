@@ -78,6 +78,8 @@ def check(config):
     for key, path in paths.items():
         if len(str(path).split()) > 1:  # NNI does not quote them in its scripts
             raise ValueError(f"{key} is {str(path)!r}; allowed: a path without spaces")
+    if is_local(config) and shutil.which("ps") is None:
+        raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
     check_disk(home, config.max_trial_number or 0)
     if is_local(config) and config.trial_gpu_number:
         check_gpus(config.training_service)
