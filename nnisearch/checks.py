@@ -34,6 +34,8 @@ def check(config):
     if is_local(config):
         if config.trial_command is None:
             raise ValueError("trialCommand is missing; allowed: a command of bash")
+        if shutil.which("ps") is None:
+            raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
         if config.trial_gpu_number:
             check_gpus(config.training_service)
     tuner = shipped_class(config.tuner)

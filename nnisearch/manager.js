@@ -92,6 +92,15 @@ const patches = {
         };
         os.tmpdir = () => `${folder}/${id}`; // searches that share the GPUs' state delete each other's
     },
+    "./remoteEnvironmentService": ({ RemoteEnvironmentService: { prototype } }) => {
+        const { getScript } = prototype;
+        const name = "nni.tools.trial_tool.trial_runner"; // Python 3.14 makes it no event loop any more
+        const runner = "import asyncio, runpy; asyncio.set_event_loop(asyncio.new_event_loop()); "
+            + `runpy.run_module('${name}', run_name='__main__', alter_sys=True)`;
+        prototype.getScript = async function (environment) {
+            return (await getScript.call(this, environment)).replace(`-m ${name}`, `-c "${runner}"`);
+        };
+    },
     "../common/util": (util) => {
         const patience = "sleep = time.sleep; time.sleep = lambda _: sleep(2)"; // s, for NNI's 5
         const collector = `${python} -c "import time; ${patience}; `

@@ -62,7 +62,9 @@ def prepare_environment(config, listen):
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
     preload = json.dumps(str(PRELOAD), ensure_ascii=False)  # quoted: its path may have spaces
-    os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} --require {preload}"
+    # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
+    own = f"--openssl-config=/dev/null --require {preload}"
+    os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} {own}"
     os.environ["NNI_GUARD"] = json.dumps(guard)
 
 

@@ -241,6 +241,12 @@ def test_paths_with_spaces(load, tmp_path):
     assert line == f"experimentWorkingDirectory is '{folder}'; allowed: a path without spaces"
 
 
+def test_a_machine_without_ps(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"))
+    line = refusal(load)
+    assert line == "PATH has no ps, by which NNI ends trials; Debian: apt install procps"
+
+
 def test_a_home_that_cannot_be_written(load, tmp_path):
     (tmp_path / "file").touch()
     line = refusal(load, experimentWorkingDirectory=str(tmp_path / "file" / "below"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
 
@@ -75,7 +76,10 @@ def test_the_user_gets_in(guarded):
     assert ask(port, user=os.getuid()) == 200
 
 
-@pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
+@pytest.mark.skipif(
+    not (SSHD and shutil.which("ssh")),
+    reason="needs sshd and ssh, Debian's openssh-server and openssh-client",
+)
 def test_a_tunnel_gets_in(guarded, tmp_path):
     key = tmp_path / "key"
     make_key(key)

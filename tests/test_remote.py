@@ -20,6 +20,15 @@ from experiment import metric_value, parameters
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 COMMAND = "python3 train.py --dataset synthetic --device cpu --report-every 50"
+# As Debian has it since 13. NNI's Node has OpenSSL 1.1.1, which knows no providers.
+OPENSSL_CNF = """
+openssl_conf = openssl_init
+[openssl_init]
+providers = provider_sect
+[provider_sect]
+default = default_sect
+[default_sect]
+"""
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
 
 
@@ -78,10 +87,17 @@ class Machine:
 
 @pytest.fixture
 def machines(tmp_path, environment):
-    """Two machines, and configs/remote.yml's settings for them."""
+    """Two machines, with what newer systems bring, and configs/remote.yml's settings for them."""
+    (tmp_path / "openssl.cnf").write_text(OPENSSL_CNF)
+    environment["OPENSSL_CONF"] = str(tmp_path / "openssl.cnf")
     key = tmp_path / "key"
     make_key(key)
-    given = {name: environment[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    # As Python has it since 3.14: no event loop unless one is set.
+    (tmp_path / "sitecustomize.py").write_text("import asyncio; asyncio.set_event_loop(None)")
+    given = {
+        "OMP_NUM_THREADS": environment["OMP_NUM_THREADS"],
+        "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}",
+    }
     machines = [
         Machine(address, tmp_path / address, key, given | {"HOME": tmp_path / address, "EPOCHS": n})
         for address, n in (("127.0.0.2", 1000), ("127.0.0.3", 1))
