@@ -4,8 +4,8 @@
     python search.py configs/demo.yml      # on any machine, nothing to download
     python search.py --resume ID           # go on with a stopped search, or watch one that runs
 
-This is the project's door to nnisearch/, which starts any search of NNI; it adds which
-configuration to take, and what train.py does not accept.
+This is the project's door to nnisearch/, which starts any search of NNI. It adds which
+configuration is taken by default, and which values train.py refuses.
 """
 
 import re
@@ -13,46 +13,51 @@ import sys
 from pathlib import Path
 
 from nnisearch import cli, gpus
+from nnisearch.config import shipped_class
 
 ROOT = Path(__file__).resolve().parent
 
 
 def default_config():
     """Return the project's configuration for this machine, and why it is that."""
-    count = len(gpus.gpus())
-    name = "config.yml" if count else "configs/cpu.yml"
-    return ROOT / name, f"{name}, since nvidia-smi lists {count or 'no'} GPUs"
+    try:
+        number = len(gpus.gpus())
+        why = f"since nvidia-smi lists {number or 'no'} GPUs"
+    except ValueError as error:
+        number, why = 0, f"since {error}"
+    name = "config.yml" if number else "configs/cpu.yml"
+    return ROOT / name, f"{name}, {why}"
 
 
 def check(config):
     """Check that train.py, where it is the trial, takes each value and bound of the search space.
 
-    Raises ValueError. A tuner of the user's own may read its space in a way of its own.
+    Raises ValueError. A tuner of the user's own may make something else of its space.
     """
     is_ours = Path(config.trial_code_directory) == ROOT
-    if not is_ours or not re.search(r"(^|[\s/])train\.py\b", config.trial_command or ""):
+    is_train_py = is_ours and re.search(r"(^|[\s/])train\.py\b", config.trial_command or "")
+    if not is_train_py or not shipped_class(config.tuner):
         return
-    if config.tuner.class_name and not config.tuner.class_name.startswith("nnisearch."):
-        return
-    import train  # not at the top: torch takes two seconds, which no other trial needs
+    import train  # not at the top: torch takes two seconds, which other trials need not wait
 
     for key, entry in config.search_space.items():
-        kind, values = entry["_type"], entry["_value"]
-        if kind == "randint":  # without its upper bound
-            values = [values[0], values[1] - 1]
-        elif kind != "choice":
-            values = [] if "normal" in kind else values[:2]
+        values = entry["_value"]
+        if entry["_type"] == "randint":  # without its upper bound
+            values = [int(values[0]), int(values[1]) - 1]
+        elif entry["_type"] != "choice":
+            values = [] if "normal" in entry["_type"] else map(float, values[:2])
         for value in values:
-            train.set_hyperparameters(train.parse_args(["--device", "cpu"]), {key: value}, "space")
+            args = train.parse_args(["--device", "cpu"])
+            train.set_hyperparameters(args, {key: value}, "searchSpace")
 
 
 if __name__ == "__main__":
     sys.exit(
         cli.main(
             prog="search.py",
-            choose_prog="python choose.py",
             default_config=default_config,
             check=check,
+            choose_prog="python choose.py",
             within=0.5,
         )
     )

@@ -32,8 +32,6 @@ def check(config):
     check_code(config.json(), "the configuration")
     check_algorithms(config)
     if is_local(config):
-        if config.trial_command is None:
-            raise ValueError("trialCommand is missing; allowed: a command of bash")
         if shutil.which("ps") is None:
             raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
         if config.trial_gpu_number:

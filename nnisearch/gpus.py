@@ -95,4 +95,5 @@ def check_gpus(service):
     usable = len(service.gpu_indices or range(found))
     if wanted > usable:
         allowed = f"at most {usable}, the GPUs that nvidia-smi and gpuIndices list"
-        raise ValueError(f"trialGpuNumber is {wanted}; allowed: {allowed}")
+        hint = "a search without GPUs has trialGpuNumber: 0"
+        raise ValueError(f"trialGpuNumber is {wanted}; allowed: {allowed}; {hint}")

@@ -131,7 +131,6 @@ def rehearse_tuner(config, folder, leftover):
             proposals = manager.parameters(number, tuner, waiting)
             if proposals and shipped_class(config.tuner):  # some of NNI's die of the first result
                 manager.send(CommandType.ReportMetricData, final_result(proposals[0]))
-                manager.send(CommandType.TrialEnd, end_of_trial(proposals[0]))
                 manager.send(CommandType.RequestTrialJobs, 1)
                 manager.parameters(1, tuner, waiting)
         except TimeoutError:
@@ -181,11 +180,6 @@ def final_result(proposal):
     id = json.loads(proposal)["parameter_id"]
     metric = {"parameter_id": id, "trial_job_id": "rehearsal", "type": "FINAL", "sequence": 0}
     return metric | {"value": "0.5"}
-
-
-def end_of_trial(proposal):
-    """Return what NNI's manager tells the dispatcher of a trial that has ended."""
-    return {"trial_job_id": "rehearsal", "event": "SUCCEEDED", "hyper_params": proposal}
 
 
 class Manager:
@@ -327,6 +321,7 @@ def reason(text):
     if not said:
         return "it has printed nothing: was it killed?"
     line = one_line(lines[found] if found >= 0 else said[-1])
-    if re.fullmatch(r"\w+", line) and found > 0:  # an exception without words
-        line = f"{line}: {one_line(lines[found - 1])}"
+    if re.fullmatch(r"\w+", line) and found > 0:  # an exception without words: what raised it
+        code = [text for text in lines[:found] if text.strip(" ^~")]
+        line = f"{line}: {one_line(code[-1])}"
     return line

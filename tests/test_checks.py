@@ -1,4 +1,4 @@
-"""checks.py: each mistake that NNI would take in silence, refused in one line."""
+"""config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
 
 import subprocess
 import sys
@@ -9,8 +9,10 @@ import yaml
 from conftest import ROOT, SPACE
 from test_experiment import stand_in_nvidia_smi
 
-from nnisearch import checks
+import search
+from nnisearch import checks, config, gpus
 
+MINE = {"className": "mine.Tuner", "codeDirectory": "."}
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
 
 
@@ -27,11 +29,11 @@ def load(tmp_path):
     """Load configs/demo.yml with changes; a change to None leaves the key out."""
 
     def load(**changes):
-        config = DEMO | {"trialCodeDirectory": str(ROOT), "searchSpace": SPACE} | changes
-        config = {key: value for key, value in config.items() if value is not None}
+        given = DEMO | {"trialCodeDirectory": str(ROOT), "searchSpace": SPACE} | changes
+        given = {key: value for key, value in given.items() if value is not None}
         path = tmp_path / "config.yml"
-        path.write_text(yaml.safe_dump(config))
-        return checks.load(path)
+        path.write_text(yaml.safe_dump(given))
+        return config.load(path)
 
     return load
 
@@ -39,7 +41,9 @@ def load(tmp_path):
 def refusal(load, **changes):
     """Return the line with which a configuration is refused."""
     with pytest.raises(ValueError) as error:
-        checks.check(load(**changes))
+        loaded = load(**changes)
+        checks.check(loaded)
+        search.check(loaded)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -51,7 +55,9 @@ def entry(kind, *values):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu.yml", "demo.yml", "wide.yml"])
 def test_the_projects_configurations_pass(name):
-    checks.check(checks.load(ROOT / "configs" / name))
+    loaded = config.load(ROOT / "configs" / name)
+    assert checks.check(loaded) == []
+    search.check(loaded)
 
 
 @pytest.mark.parametrize(
@@ -80,27 +86,37 @@ def test_files_that_are_no_configuration(tmp_path, content):
     path.write_bytes(content.encode("latin1"))
     for broken in (path, tmp_path / "missing.yml"):
         with pytest.raises(ValueError, match=f"^{broken}: .+$"):
-            checks.load(broken)
+            config.load(broken)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "parts"),
     [
         ([1], ["searchSpace is [1]", "an object"]),
-        ({}, ["searchSpace is {}", "an object"]),
-        ({"lr": 3}, ["lr", "3"]),
-        (entry("log", 1, 2), ['"lr"', '"log"']),
-        (entry("choice"), ["lr is []; allowed: at least one value"]),
-        (entry("uniform", 2, 1), ['"lr"', "high > low", "[2, 1]"]),
-        (entry("uniform", 1), ['"lr"', "must have 2 values"]),
-        (entry("uniform", 0.1, float("nan")), ["lr is [0.1, nan]; allowed: finite numbers"]),
-        (entry("loguniform", 0, 1), ['"lr"', "low > 0"]),
-        (entry("quniform", 1, 2, 0), ["lr is [1, 2, 0]; allowed: a step above 0"]),
-        (entry("choice", {"_name": "a", "b": {"_type": "uniform", "_value": [3, 1]}}), ['"b"']),
+        ({"lr": 3}, ["lr is 3; allowed: an object of _type and _value"]),
+        (entry("log", 1, 2), ["lr: _type is log; allowed: choice, uniform"]),
+        (entry("choice"), ["lr is []; allowed: a list of at least one value"]),
+        (entry("choice", 1, float("nan")), ["lr is [1, nan]; allowed: finite numbers"]),
+        (entry("uniform", 2, 1), ["lr is [2, 1]; allowed for uniform: the lower bound first"]),
+        (entry("uniform", 1), ["lr is [1]; allowed for uniform: a list of 2 numbers"]),
+        (entry("uniform", 1, "two"), ["lr is [1, 'two']; allowed for uniform: numbers"]),
+        (entry("uniform", 1, None), ["lr is [1, None]; allowed for uniform: numbers"]),
+        (entry("uniform", 0.1, float("nan")), ["lr is [0.1, nan]; allowed for uniform: finite"]),
+        (
+            entry("loguniform", 0, 1),
+            ["lr is [0, 1]; allowed for loguniform: a lower bound"],
+        ),
+        (
+            entry("quniform", 1, 2, 0),
+            ["lr is [1, 2, 0]; allowed for quniform: a step that"],
+        ),
+        (
+            entry("choice", {"_name": "a", "b": {"_type": "uniform", "_value": [3, 1]}}),
+            ["searchSpace: lr: a: b is [3, 1]; allowed for uniform: the lower bound first"],
+        ),
         (SPACE | {"layers": {"_type": "choice", "_value": [1]}}, ["layers is 1; allowed keys: "]),
         (SPACE | entry("choice", 0.1, 0), ["lr is 0; allowed: a finite number > 0"]),
-        (SPACE | entry("uniform", -1, 1), ["lr is -1; allowed: a finite number > 0"]),
+        (SPACE | entry("uniform", -1, 1), ["lr is -1.0; allowed: a finite number > 0"]),
         (
             SPACE | {"epochs": {"_type": "quniform", "_value": [1, 4, 1]}},
             [".0; allowed: an integer"],
@@ -113,72 +129,57 @@ def test_search_spaces(load, space, parts):
     assert all(part in line for part in parts), line
 
 
-@pytest.mark.slow
 def test_search_spaces_that_are_good(load):
     space = SPACE | {"augment": {"_type": "randint", "_value": [0, 17]}}
-    checks.check(load(searchSpace=space))
-    checks.check(load(searchSpace=entry("choice", None, 1, 2) | SPACE, trialCommand="true"))
+    loaded = load(searchSpace=space)
+    assert checks.check(loaded) == []
+    search.check(loaded)
+    others = entry("choice", None, [1], {"a": 1}) | {"x": {"_type": "uniform", "_value": [1, 1]}}
+    assert checks.check(load(searchSpace=others)) == []
 
 
+@pytest.mark.parametrize("space", [{}, [1, "two"], {"lr": {"_type": "mine", "_value": 3}}])
+def test_a_tuner_of_ones_own_owns_its_space(load, space):
+    checks.check(load(searchSpace=space, tuner=MINE))
+
+
+def test_numbers_that_yaml_takes_for_text(load):
+    nested = {"_name": "a", "b": {"_type": "choice", "_value": ["5E-2", "text", "1.0e-4"]}}
+    space = entry("loguniform", "1e-4", 0.1) | {"x": {"_type": "choice", "_value": [nested]}}
+    assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
+        "searchSpace: lr: 1e-4 is text to YAML; for a number write 1.0e-4",
+        "searchSpace: x: a: b: 5E-2 is text to YAML; for a number write 5.0e-2",
+    ]
+
+
+@pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__"])
 @pytest.mark.parametrize(
-    ("space", "expected"),
-    [
-        ({"a": {"_type": "choice", "_value": [1, 2, 3]}}, 3),
-        (
-            {
-                "a": {"_type": "choice", "_value": [1, 2]},
-                "b": {"_type": "randint", "_value": [0, 5]},
-            },
-            10,
-        ),
-        ({"a": {"_type": "quniform", "_value": [0, 1, 0.25]}}, 5),
-        (
-            {
-                "a": {
-                    "_type": "choice",
-                    "_value": [
-                        {"_name": "one"},
-                        {"_name": "two", "b": {"_type": "choice", "_value": [1, 2, 3]}},
-                    ],
-                }
-            },
-            4,
-        ),
-        (SPACE, float("inf")),
-    ],
+    "tuner", [{"name": "TPE"}, {"className": "mine.Tuner", "codeDirectory": "."}]
 )
-def test_combinations(space, expected):
-    assert checks.combinations(space) == expected
+def test_code_in_a_search_space(load, key, tuner):
+    for space in (
+        {key: "path:os.system"},
+        {"x": {"_type": "choice", "_value": [1, {"_name": "a", "b": [[{key: 1}]]}]}},
+        {"x": {"_type": "uniform", "_value": [0, 1], key: "path:os.system", "__args__": ["ls"]}},
+    ):
+        line = refusal(load, searchSpace=space, tuner=tuner)
+        assert f"{key} is " in line
+        assert "no key that runs code" in line
+    tuner = tuner | {"classArgs": {"a": {key: 1}}}
+    assert f"{key} is 1; allowed" in refusal(load, tuner=tuner)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        (
-            {"searchSpace": {"batch_size": {"_type": "choice", "_value": [32, 64]}}},
-            ["maxTrialNumber is 9; allowed: at most 2"],
-        ),
-        ({"tuner": {"name": "TPEE"}}, ["tuner.name is 'TPEE'; allowed: ", "TPE"]),
-        ({"tuner": {"name": "TPE", "classArgs": {"foo": 1}}}, ["TPE with {'foo': 1}", "foo"]),
+        ({"tuner": {"name": "TPEE"}}, ["tuner.name is 'TPEE'; allowed: ", "TPE", "BatchTuner"]),
+        ({"tuner": {"name": "hyperband"}}, ["tuner.name is 'hyperband'", "tuners.Hyperband"]),
         ({"assessor": {"name": "Median"}}, ["assessor.name is 'Median'; allowed: ", "Medianstop"]),
-        ({"trialCommand": "python3 train.py --foo 1"}, ["--foo 1", "unknown"]),
-        ({"trialCommand": "python3 train.py --seed x"}, ["--seed", "'x'"]),
-        ({"trialCommand": "python3 trian.py"}, ["'python3 trian.py', which fails: ", "trian.py"]),
-        ({"trialCommand": "python3 -c 'import nopackage'"}, ["ModuleNotFoundError", "nopackage"]),
-        ({"trialCommand": "pyton train.py"}, ["pyton", "command not found"]),
     ],
 )
-def test_tuners_and_trial_commands(load, changes, parts):
+def test_names_of_algorithms(load, changes, parts):
     line = refusal(load, **changes)
     assert all(part in line for part in parts), line
-
-
-@pytest.mark.slow
-def test_advisors_and_assessors_pass(load):
-    medianstop = {"name": "Medianstop", "classArgs": {"optimize_mode": "minimize"}}
-    checks.check(load(trialCommand="true", assessor=medianstop))
-    checks.check(load(trialCommand="true", tuner={"name": "Hyperband", "classArgs": {"R": 9}}))
 
 
 LOCAL = {"platform": "local", "useActiveGpu": False}
@@ -198,47 +199,84 @@ def test_gpus_that_do_not_exist(load, tmp_path, monkeypatch, number, service, pa
     assert part in refusal(load, trialGpuNumber=number, trainingService=service)
 
 
-def test_without_gpus_the_refusal_names_the_configuration_that_needs_none(load, monkeypatch):
-    monkeypatch.setattr(checks, "gpus", list)
+def test_without_gpus_the_refusal_says_how_to_search_without(load, monkeypatch):
+    monkeypatch.setattr(gpus, "gpus", list)
     line = refusal(load, trialGpuNumber=1, trainingService=LOCAL)
     assert line.startswith("trialGpuNumber is 1; allowed: at most 0, ")
-    assert "configs/cpu.yml" in line
+    assert line.endswith("a search without GPUs has trialGpuNumber: 0")
+
+
+@pytest.mark.parametrize(
+    ("script", "part"),
+    [
+        ("echo Driver mismatch >&2; exit 18", "it says: Driver mismatch"),
+        ("echo '<nvidia_smi_log><gpu>'", "it says: <nvidia_smi_log><gpu>"),
+    ],
+)
+def test_an_nvidia_smi_that_fails_is_not_no_gpus(load, tmp_path, monkeypatch, script, part):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
+    stand_in_nvidia_smi(tmp_path / "home", busy=[])
+    (tmp_path / "home" / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    line = refusal(load, trialGpuNumber=1, trainingService=LOCAL)
+    assert line.startswith("nvidia-smi fails: ")
+    assert part in line
+    assert part in gpus.waiting_for(load(trainingService=LOCAL).training_service)
+    path, why = search.default_config()
+    assert path.name == "cpu.yml"
+    assert part in why
+
+
+def test_an_nvidia_smi_that_hangs_or_finds_nothing_or_warns(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
+    stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
+    script = tmp_path / "home" / "nvidia-smi"
+    script.write_text(script.read_text() + "echo WARNING: infoROM is corrupted at gpu 0\n")
+    assert [len(held) for held in gpus.gpus()] == [1, 0]
+    script.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
+    assert gpus.gpus() == []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, timeout, **k: run(*a, timeout=0.2, **k))
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(ValueError, match=r"nvidia-smi fails: .* timed out"):
+        gpus.gpus()
+
+
+@pytest.mark.parametrize(
+    ("visible", "given", "expected"),
+    [("1", None, [1]), ("3, 1", None, [3, 1]), ("1", [0], [0]), (None, None, None)],
+)
+def test_visible_devices_stand_for_gpu_indices(load, monkeypatch, visible, given, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    service = load(trialGpuNumber=1, trainingService=LOCAL | {"gpuIndices": given}).training_service
+    line = gpus.allow_visible(service)
+    assert service.gpu_indices == expected
+    assert bool(line) == (given is None and visible is not None)
+
+
+@pytest.mark.parametrize("visible", ["GPU-8932f937", "MIG-GPU-8932f937/1/0", "0,GPU-1", "", "-1"])
+def test_visible_devices_that_nni_cannot_index(load, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=r"^CUDA_VISIBLE_DEVICES is .*; allowed: numbers of GPUs"):
+        gpus.allow_visible(load(trialGpuNumber=1, trainingService=LOCAL).training_service)
+    assert gpus.allow_visible(load(trialGpuNumber=0).training_service) is None
 
 
 def test_who_holds_the_gpus(load, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
     service = load(trialGpuNumber=1, trainingService=LOCAL).training_service
     stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
-    assert checks.waiting_for(service) is None
+    assert gpus.waiting_for(service) is None
     service.gpu_indices = [0]
-    assert checks.waiting_for(service).startswith("GPU 0: ")
+    assert gpus.waiting_for(service).startswith("GPU 0: ")
     service.use_active_gpu = True
-    assert checks.waiting_for(service) is None
+    assert gpus.waiting_for(service) is None
 
 
-def test_a_trial_is_tried_on_a_free_gpu_only(load, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
-    config = load(
-        trialGpuNumber=1,
-        trainingService=LOCAL,
-        trialCommand=f"printenv CUDA_VISIBLE_DEVICES > {tmp_path}/seen",
-    )
-    stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
-    checks.try_trial(config)
-    assert (tmp_path / "seen").read_text() == "1\n"
-    (tmp_path / "seen").unlink()
-    stand_in_nvidia_smi(tmp_path / "home", busy=[True, True])
-    checks.try_trial(config)
-    assert not (tmp_path / "seen").exists()
-
-
-def test_paths_with_spaces(load, tmp_path):
-    folder = tmp_path / "my project"
-    folder.mkdir()
-    line = refusal(load, trialCodeDirectory=str(folder))
-    assert line == f"trialCodeDirectory is '{folder}'; allowed: a path without spaces"
-    line = refusal(load, experimentWorkingDirectory=str(folder))
-    assert line == f"experimentWorkingDirectory is '{folder}'; allowed: a path without spaces"
+def test_a_python_whose_path_has_a_space(load, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/my python/python3")
+    assert "the Python is '/my python/python3'; allowed: " in refusal(load)
 
 
 def test_a_machine_without_ps(load, tmp_path, monkeypatch):
@@ -247,38 +285,14 @@ def test_a_machine_without_ps(load, tmp_path, monkeypatch):
     assert line == "PATH has no ps, by which NNI ends trials; Debian: apt install procps"
 
 
-def test_a_home_that_cannot_be_written(load, tmp_path):
+def test_a_home_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    line = refusal(load, experimentWorkingDirectory=str(tmp_path / "file" / "below"))
-    assert line.startswith(
-        f"experimentWorkingDirectory is '{tmp_path}/file/below'; allowed: a folder"
+    folder = tmp_path / "file" / "below"
+    with pytest.raises(ValueError) as error:
+        checks.check_disk(folder)
+    assert str(error.value).startswith(
+        f"experimentWorkingDirectory is '{folder}'; allowed: a folder"
     )
-
-
-def test_nothing_is_left_of_the_trial_that_was_tried(load, tmp_path):
-    import psutil
-
-    command = (
-        f"sleep 987 & echo $! > {tmp_path}/pid; python3 -c 'import nni; nni.get_next_parameter()'"
-    )
-    checks.try_trial(load(trialCommand=command))
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "nothing on stderr: was it killed?"),
-        ("one\ntwo\n", "two"),
-        ("Traceback\n  File x\nValueError: no\n", "ValueError: no"),
-        (
-            "train.py: error: lr is 0\nE1 torch failed\nerrors.ChildFailedError:\n====\n",
-            "train.py: error: lr is 0",
-        ),
-    ],
-)
-def test_the_reason_in_a_stderr(text, expected):
-    assert checks.reason(text) == expected
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
