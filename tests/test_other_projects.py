@@ -234,11 +234,14 @@ def test_a_version_1_that_nni_does_not_convert_is_called_that(project):
         ({"tuner": {"name": "Hyperband"}}, "nnisearch.tuners.Hyperband"),
         ({"tuner": {"name": "NetworkMorphism"}}, "tuner is NetworkMorphism: "),
         ({"tuner": {"name": "TPE", "classArgs": {"foo": 1}}}, "tuner is TPE with {'foo': 1}: "),
-        ({"tuner": {"className": "nowhere.Mine"}}, "No module named 'nowhere'"),
+        (
+            {"tuner": {"className": "nowhere.Mine", "codeDirectory": "."}},
+            "No module named 'nowhere'",
+        ),
         ({"trialCommand": "python3 trial.py --data $("}, "trialCommand is "),
         ({"trialCommand": "python3 -c 'import nopackage'"}, "No module named 'nopackage'"),
         ({"trialCommand": "pyton trial.py"}, "pyton: command not found"),
-        ({"trialCommand": "python3 trial.py; exit 3"}, "it fails with status 3"),
+        ({"trialCommand": "exit 3; python3 trial.py"}, "it fails with status 3"),
         ({"trialCommand": None}, "trial_command (None)"),
     ],
 )

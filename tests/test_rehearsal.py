@@ -71,7 +71,7 @@ def test_a_trial_gets_the_tuners_own_parameters_and_what_nni_sets(rehearse, tmp_
         ({"update": "search_space['y']"}, "tuner is mine.Mine: KeyError: 'y'"),
         ({"generate": "assert parameter_id > 7"}, "AssertionError: assert parameter_id > 7"),
         ({"generate": "raise RuntimeError('no luck')"}, "RuntimeError: no luck"),
-        ({"generate": "import os; os._exit(3)"}, "tuner is mine.Mine: it has printed nothing"),
+        ({"generate": "import os; os._exit(3)"}, "tuner is mine.Mine: "),
     ],
 )
 def test_what_a_tuner_raises_is_the_refusal(rehearse, tmp_path, change, part):
