@@ -19,26 +19,24 @@ from pathlib import Path
 import nni
 from nni.experiment import Experiment, launcher, rest
 from nni.experiment.config.utils import load_experiment_config
-from nni.tools.nnictl.config_utils import Experiments
-from nni.tools.nnictl.nnictl_utils import update_experiment
 
-from nnisearch import checks, choose, gpus, progress
+from nnisearch import checks, choose, gpus, progress, recovery
 from nnisearch import config as configuration
 from nnisearch.start import PORT, find_port, is_free, prepare_environment, start
 
 
 def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
-    update_experiment()  # NNI's list: which experiments still run
-    known = Experiments().get_all_experiments()
+    known = recovery.list_experiments()
     if args.resume and args.resume not in known:
         allowed = ", ".join(known) or "none, since NNI lists no experiment"
         raise ValueError(f"--resume is {args.resume!r}; allowed: {allowed}")
-    if args.resume and known[args.resume]["status"] != "STOPPED":
+    if args.resume and recovery.is_running(known[args.resume]):
         port = known[args.resume]["port"]
         params = rest.get(port, "/experiment")["params"]
         return args.resume, port, load_experiment_config(params)
     if args.resume:
+        recovery.prepare(known[args.resume])
         config = launcher.get_stopped_experiment_config(args.resume)
     else:
         path, reason = (args.config, args.config) if args.config else default_config()
@@ -52,7 +50,8 @@ def begin(args, default_config, check):
         print(f"All GPUs are busy, so the trials will wait: {holders}")
     prepare_environment(config, args.listen)
     while True:
-        port = find_port(args.port, 1 if is_local else 2)
+        needs_one = is_local and not config.training_service.reuse_mode
+        port = find_port(args.port, 1 if needs_one else 2)
         if not args.port and port != PORT:
             print(f"Port {PORT} is taken; {port} is the next free one")
         experiment = Experiment._resume(args.resume) if args.resume else Experiment(config)

@@ -1,6 +1,7 @@
 """Start NNI's manager on a free port, or leave nothing behind."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -23,10 +24,12 @@ PRELOAD = Path(__file__).resolve().parent / "manager.js"
 
 def is_free(port):
     """Return whether nothing on this machine listens on the port."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError:
-        return False
+    for place, family in (("", socket.AF_INET), ("::", socket.AF_INET6)):
+        try:
+            socket.create_server((place, port), family=family).close()
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # there is no IPv6
+                return False
     return True
 
 
@@ -58,7 +61,9 @@ def prepare_environment(config, listen):
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
     preload = json.dumps(str(PRELOAD))  # quoted: its path may have spaces
-    os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} --require {preload}"
+    # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
+    own = f"--openssl-config=/dev/null --require {preload}"
+    os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} {own}"
     os.environ["NNI_GUARD"] = json.dumps(guard)
 
 
@@ -71,6 +76,8 @@ def start(experiment, port):
     folder, latest = root / experiment.id, root / "_latest"
     is_new = not folder.exists()
     before = os.readlink(latest) if latest.is_symlink() else None
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)  # also of one to be resumed: NNI lets everybody write below it
     with patience() as started:
         try:
             experiment.start(port, run_mode=RunMode.Detach)
