@@ -71,13 +71,14 @@ function guard(server, isWelcome, isOpen) {
 }
 
 // Listen on ::1, which localhost may mean first, and hand what comes there to the server; then call
-// back. Nobody else can have it afterwards; if somebody has, the server fails.
+// back. Nobody else can have it afterwards; if somebody has it already, the manager ends.
 function listenOnIPv6(server, port, then) {
     const six = net.createServer({ allowHalfOpen: true }, (s) => server.emit("connection", s));
     six.once("listening", then);
     six.once("error", (error) => {
-        if (["EADDRNOTAVAIL", "EAFNOSUPPORT"].includes(error.code)) then(); // there is no IPv6
-        else server.emit("error", error);
+        if (["EADDRNOTAVAIL", "EAFNOSUPPORT"].includes(error.code)) return then(); // no IPv6 here
+        console.error(error.message);
+        process.exit(1);
     });
     bind.call(six, port, "::1").unref();
 }
