@@ -19,10 +19,8 @@ from pathlib import Path
 import nni
 from nni.experiment import Experiment, rest
 from nni.experiment.config.utils import load_experiment_config
-from nni.tools.nnictl.config_utils import Experiments
-from nni.tools.nnictl.nnictl_utils import update_experiment
 
-from nnisearch import checks, choose, gpus, progress, signals
+from nnisearch import checks, choose, gpus, progress, recovery, signals
 from nnisearch import config as configuration
 from nnisearch.rehearsal import rehearse
 from nnisearch.start import experiment_folder, launch, prepare_environment
@@ -30,19 +28,20 @@ from nnisearch.start import experiment_folder, launch, prepare_environment
 
 def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
-    update_experiment()  # NNI's list: which experiments still run
-    known = Experiments().get_all_experiments()
+    known = recovery.list_experiments()
     if args.resume and args.resume not in known:
         allowed = ", ".join(known) or "none, since NNI lists no experiment"
         raise ValueError(f"--resume is {args.resume!r}; allowed: {allowed}")
-    if args.resume and known[args.resume]["status"] != "STOPPED":
+    if args.resume and recovery.is_running(known[args.resume]):
         port = known[args.resume]["port"]
         params = rest.get(port, "/experiment")["params"]
         return args.resume, port, load_experiment_config(params)
     if args.resume:
-        folder = Path(known[args.resume]["logDir"], args.resume)
+        known = known[args.resume]
+        folder = Path(known["logDir"], args.resume)
         experiment = Experiment(configuration.load_stored(args.resume, folder))
         experiment.id, experiment._action = args.resume, "resume"
+        recovery.prepare(known)
     else:
         path, reason = (args.config, args.config) if args.config else default_config()
         print(f"Configuration: {reason}")

@@ -27,7 +27,8 @@ def patience():
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and started[-1].poll() is None:
             with contextlib.suppress(psutil.Error):
-                listening = [c.laddr.port for c in server.net_connections() if c.status == "LISTEN"]
+                ports = server.net_connections("tcp4")  # which it opens after IPv6's (guard.js)
+                listening = [c.laddr.port for c in ports if c.status == "LISTEN"]
                 if port in listening:  # our own server, not another's that has the port
                     return
             time.sleep(0.1)

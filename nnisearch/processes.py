@@ -1,17 +1,68 @@
 """Processes of searches: which live, and how they are ended."""
 
 import contextlib
+import itertools
+import os
 
 import psutil
 
 
+def own_processes():
+    """Return this user's processes that live, as opposed to zombies, on this machine."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            is_own = process.uids().real == os.getuid()
+            if is_own and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def manager_of(id):
+    """Return the process of the experiment's manager, or None if there is none that lives.
+
+    NNI asks whether a process has the number that it has noted, which may be another program, after
+    a restart of the machine, or a zombie. The arguments of NNI's main.js name the experiment.
+    """
+    for process in own_processes():
+        with contextlib.suppress(psutil.Error):
+            arguments = process.cmdline()
+            is_manager = any(argument.endswith("nni_node/main.js") for argument in arguments[:5])
+            if is_manager and ("--experiment-id", id) in itertools.pairwise(arguments):
+                return process
+    return None
+
+
+def processes_of(id, folder):
+    """Return what the experiment's manager has started and what that has started, by NNI's marks.
+
+    folder is the experiment's. Never this process and those that it descends from: a search may be
+    resumed from a shell that one of its trials has started.
+    """
+    found = set()
+    for process in own_processes():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            is_trial = environment.get("NNI_EXP_ID") == id
+            is_tuner = environment.get("NNI_LOG_DIRECTORY") == f"{folder}/log"
+            is_gpu_collector = environment.get("METRIC_OUTPUT_DIR", "").startswith(f"{folder}/")
+            if is_trial or is_tuner or is_gpu_collector:
+                found |= {process, *process.children(recursive=True)}
+    this = psutil.Process()
+    return found - {this, *this.parents()}
+
+
+def end(processes):
+    """End processes as NNI ends trials: they have five seconds, and then no choice."""
+    for how in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                how(process)
+        _, processes = psutil.wait_procs(processes, timeout=5)
+
+
 def stop(pid):
-    """End a process and all that it has started, as NNI does: in five seconds at most."""
+    """End a process, and all that it has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        family = [*parent.children(recursive=True), parent]
-        for how in (psutil.Process.terminate, psutil.Process.kill):
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    how(member)
-            _, family = psutil.wait_procs(family, timeout=5)
+        end([*parent.children(recursive=True), parent])

@@ -1,6 +1,7 @@
 """Start NNI's manager on a free port, or leave nothing behind."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -27,10 +28,12 @@ PRELOAD = Path(__file__).resolve().parent / "manager.js"
 
 def is_free(port):
     """Return whether nothing on this machine listens on the port."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError:
-        return False
+    for place, family in (("", socket.AF_INET), ("::", socket.AF_INET6)):
+        try:
+            socket.create_server((place, port), family=family).close()
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # there is no IPv6
+                return False
     return True
 
 

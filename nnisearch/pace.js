@@ -1,0 +1,114 @@
+// How NNI's manager goes on. As shipped it takes some 11 s from a trial's end to the next one's start,
+// loses a result that comes late, and resumes a search with too few trials and results twice. Loaded
+// by manager.js, this promises: the next trial starts within a second; what a trial has reported is
+// stored before it ends; a search that was killed and resumed has exactly the trials asked for.
+"use strict";
+const child_process = require("child_process");
+const fs = require("fs");
+const timers = require("timers/promises");
+const { promisify } = require("util");
+
+// The loops that see a trial's end, start the next one and read the GPUs' state: ms, for NNI's 5,000.
+// Not for other platforms than local, where NNI would note a trial before it knows its machine.
+const PAUSES = { manageTrials: 50, runJobLoop: 50, "GPUScheduler.run": 500 };
+
+function shortenPauses(mode) {
+    const pauses = mode === "local" ? PAUSES : {};
+    const { setTimeout: pause } = timers;
+    timers.setTimeout = (ms, ...rest) => {
+        const caller = ms === 5000 ? new Error().stack.split("\n")[2] : "";
+        return pause(pauses[Object.keys(pauses).find((name) => caller.includes(name))] ?? ms, ...rest);
+    };
+    const { setTimeout: wait } = global; // 10 s is how long NNI lets the tuner's process start
+    global.setTimeout = Object.assign((f, ms, ...rest) => wait(f, ms === 1e4 ? 12e4 : ms, ...rest), wait);
+}
+
+const ENDED = ["SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"];
+const isUnended = ({ status }) => !ENDED.includes(status);
+
+// Resuming runs the trials without an end anew, from their start.
+function resumeExactly(prototype) {
+    const { addRecoveredTrialJob, resumeExperiment } = prototype;
+    prototype.resumeExperiment = async function (isView) {
+        const database = this.dataStore.db.db;
+        const forget = promisify(database.run.bind(database));
+        const jobs = isView ? [] : (await this.dataStore.listTrialJobs()).filter(isUnended);
+        for (const { trialJobId } of jobs) // they will report again
+            await forget("delete from MetricData where trialJobId = ?", trialJobId);
+        return resumeExperiment.call(this, isView);
+    };
+    prototype.addRecoveredTrialJob = function (jobs) {
+        // NNI leaves out those that it had taken up, but not started, when it was killed again.
+        const unended = jobs.filter(isUnended).map((job) => ({ ...job, status: "WAITING" }));
+        addRecoveredTrialJob.call(this, unended);
+        this.currSubmittedTrialNum -= this.waitingTrials.length; // they are counted when they start
+        this.trialConcurrencyChange -= this.waitingTrials.length; // no sets ahead in their places
+        const numbers = jobs.map(({ sequenceId }) => sequenceId ?? -1); // NNI: of the unended only
+        this.experimentProfile.nextSequenceId = Math.max(-1, ...numbers) + 1;
+    };
+}
+
+// Since Python 3.14 asyncio makes no event loop by itself, and the runner of trials finds none.
+function giveRunnerItsLoop(prototype) {
+    const name = "nni.tools.trial_tool.trial_runner";
+    const runner = "import asyncio, runpy; asyncio.set_event_loop(asyncio.new_event_loop()); "
+        + `runpy.run_module('${name}', run_name='__main__', alter_sys=True)`;
+    const { getScript } = prototype;
+    prototype.getScript = function (environment) {
+        environment.command = environment.command.replace(`-m ${name}`, `-c "${runner}"`);
+        return getScript.call(this, environment);
+    };
+}
+
+module.exports = function ({ mode, python }) {
+    shortenPauses(mode);
+    const environments = "training_service/reusable/environments";
+    const unstored = {}; // trial: how many of its metrics are on their way to database and tuner
+    return {
+        "core/nnimanager.js": ({ NNIManager: { prototype } }) => {
+            const { onTrialJobMetrics } = prototype;
+            prototype.onTrialJobMetrics = function (metric) {
+                unstored[metric.id] = (unstored[metric.id] ?? 0) + 1;
+                return onTrialJobMetrics.call(this, metric).finally(() => unstored[metric.id]--);
+            };
+            resumeExactly(prototype);
+        },
+        "training_service/local/localTrainingService.js": ({ LocalTrainingService: { prototype } }) => {
+            const { getTrialJob, runTrialJob } = prototype;
+            prototype.getTrialJob = async function (id) {
+                const job = this.jobMap.get(id);
+                if (job?.status !== "RUNNING") return getTrialJob.call(this, id);
+                try {
+                    process.kill(job.pid, 0); // NNI starts a shell to ask
+                    return job;
+                } catch { // It has ended. So has its last metric's way, or it is lost, and TPE with it.
+                    const stream = this.jobStreamMap.get(id);
+                    const written = fs.statSync(stream.path, { throwIfNoEntry: false })?.size ?? 0;
+                    if (stream.bytesRead >= written && !unstored[id]) return getTrialJob.call(this, id);
+                    stream.dataAvailable = true;
+                    stream.read(0);
+                    return job;
+                }
+            };
+            prototype.runTrialJob = function (id, ...rest) {
+                const { workingDirectory } = this.jobMap.get(id);
+                // The reports and the exit status of its run before the resume, which NNI would read.
+                fs.rmSync(`${workingDirectory}/.nni`, { recursive: true, force: true });
+                return runTrialJob.call(this, id, ...rest);
+            };
+        },
+        [`${environments}/localEnvironmentService.js`]:
+            ({ LocalEnvironmentService: { prototype } }) => giveRunnerItsLoop(prototype),
+        [`${environments}/remoteEnvironmentService.js`]:
+            ({ RemoteEnvironmentService: { prototype } }) => giveRunnerItsLoop(prototype),
+        "training_service/common/util.js": (util) => {
+            const patience = "sleep = time.sleep; time.sleep = lambda _: sleep(2)"; // s, for NNI's 5
+            const collector = `${python} -c "import time; ${patience}; `
+                + 'from nni.tools.gpu_tool.gpu_metrics_collector import main; main([])"';
+            util.runGpuMetricsCollector = (folder) => child_process.exec(
+                util.getGpuMetricsCollectorBashScriptContent(`'${folder}'`)
+                    .replace(/python3 \S+ \S+/, collector),
+                { shell: "/bin/bash" });
+        },
+    };
+};

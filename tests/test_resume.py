@@ -1,0 +1,185 @@
+"""A search whose manager or tuner was killed, at any moment, and that is resumed: it is exact."""
+
+import contextlib
+import sqlite3
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from experiment import UNCHECKED, Experiment, metric_value, processes_at
+
+TRIALS, REPORTS = 9, 5
+TRIAL = f"""
+import time, nni
+nni.get_next_parameter()
+for number in range({REPORTS}):
+    nni.report_intermediate_result(number)
+    time.sleep(0.3)
+nni.report_final_result(0.5)
+"""
+CONFIG = {
+    "experimentName": "killed",
+    "trialCommand": "python3 trial.py",
+    "trialConcurrency": 2,
+    "maxTrialNumber": TRIALS,
+    "tuner": {"name": "Random"},
+    "trainingService": {"platform": "local"},
+    "searchSpace": {"x": {"_type": "uniform", "_value": [0, 1]}},
+}
+
+
+@pytest.fixture
+def search(tmp_path, environment):
+    """Start the search above with changes; of which nothing is left when the test ends."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "trial.py").write_text(TRIAL)
+    (tmp_path / "killed.yml").write_text(yaml.safe_dump(CONFIG))
+
+    def start(**changes):
+        changes = {"trialCodeDirectory": str(tmp_path)} | changes
+        return Experiment(tmp_path / "killed.yml", home, environment, UNCHECKED, **changes)
+
+    yield start
+    for process in processes_at(home):
+        process.kill()
+
+
+def resuming(search):
+    """Return the command that resumes a search, and what it is started with."""
+    args = ["--resume", search.id, "-p", str(search.port), "--detach"]
+    how = {"env": search.environment, "cwd": search.home, "text": True}
+    return [sys.executable, *UNCHECKED, *args], how
+
+
+def resume(search):
+    """Resume a search and return what was printed."""
+    command, how = resuming(search)
+    return subprocess.run(
+        command, **how, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=300
+    ).stdout
+
+
+def manager(search):
+    (node,) = [p for p in processes_at(search.home) if p.name() == "node"]
+    return node
+
+
+def tuner(search):
+    """Return the tuner's process: the Python that runs `-m nni`, not the shell that started it."""
+    return next(
+        p
+        for p in processes_at(search.home)
+        if p.name().startswith("python") and "--exp_params" in p.cmdline()
+    )
+
+
+def trial_processes(search):
+    """Return the processes of a search's trials."""
+    found = []
+    for process in processes_at(search.home):
+        with contextlib.suppress(psutil.Error):
+            if "NNI_TRIAL_JOB_ID" in process.environ():
+                found.append(process)
+    return found
+
+
+def reports(search, trial):
+    """Return a trial's reports in their order, as pairs of their kind and value."""
+    metrics = search.get(f"metric-data/{trial['trialJobId']}")
+    return [(metric["type"], metric_value(metric)) for metric in metrics]
+
+
+def assert_is_exact(search):
+    """Assert that a search comes to its end with all that was asked for, each once."""
+    trials = search.wait(240)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * TRIALS
+    assert len({trial["sequenceId"] for trial in trials}) == TRIALS
+    assert len({trial["hyperParameters"][0] for trial in trials}) == TRIALS
+    once = [("PERIODICAL", number) for number in range(REPORTS)] + [("FINAL", 0.5)]
+    assert [reports(search, trial) for trial in trials] == [once] * TRIALS
+
+
+# When the search is broken off: how many trials have ended, and whether one under way has reported.
+MOMENTS = {
+    "at its first trial": lambda ended, has_reported: True,
+    "in the middle of a trial": lambda ended, has_reported: has_reported,
+    "in the middle": lambda ended, has_reported: ended >= 3 and has_reported,
+    "at its end": lambda ended, has_reported: ended >= TRIALS - 2 and has_reported,
+}
+
+
+def wait_for(search, moment):
+    """Wait until a search has come to the moment."""
+
+    def is_there(trials):
+        running = [trial for trial in trials if trial["status"] == "RUNNING"]
+        has_reported = any(1 <= len(reports(search, trial)) <= 2 for trial in running)
+        return running and moment(len([t for t in trials if "endTime" in t]), has_reported)
+
+    end = time.monotonic() + 120
+    while not is_there(search.get("trial-jobs")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("orphans", ["run on", "have ended"])
+@pytest.mark.parametrize("when", MOMENTS)
+def test_after_its_manager_is_killed_a_search_is_exact(search, when, orphans):
+    one = search()
+    wait_for(one, MOMENTS[when])
+    trials = trial_processes(one)
+    assert trials
+    manager(one).kill()
+    if orphans == "have ended":
+        psutil.wait_procs(trials, timeout=60)
+    resume(one)
+    assert not any(trial.is_running() for trial in trials)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+def test_after_its_tuner_is_killed_a_search_is_exact(search):
+    one = search(tuner={"name": "TPE"})
+    wait_for(one, MOMENTS["in the middle"])
+    tuner(one).kill()
+    time.sleep(5)
+    resume(one)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+def events(search):
+    """Return the events of a search's trials as NNI has stored them."""
+    path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        return [event for (event,) in database.execute("select event from TrialJobEvent")]
+
+
+def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search):
+    one = search()
+    wait_for(one, MOMENTS["in the middle"])
+    manager(one).kill()
+    command, how = resuming(one)
+    with subprocess.Popen(command, **how, stderr=subprocess.DEVNULL) as broken:
+        while "ADD_RESUMED" not in events(one):
+            assert broken.poll() is None
+        manager(one).kill()
+        assert broken.wait(60) == 1
+    assert events(one)[-1] == "ADD_RESUMED"  # killed before the first trial was started anew
+    resume(one)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+def test_a_search_that_was_stopped_and_resumed_twice_is_exact(search):
+    one = search()
+    for when in ("in the middle of a trial", "in the middle"):
+        wait_for(one, MOMENTS[when])
+        one.nnictl("stop", one.id)
+        resume(one)
+    assert_is_exact(one)
+    assert one.stop() == []
