@@ -237,10 +237,8 @@ def main(argv=None, prog="nnichoose", within=0.0):
 
 def show(args):
     """Do as the arguments say. Raises OSError, ValueError or ImportError."""
-    if args.file:
-        search = read_file(args.file)
-    else:
-        search = read_database(*find_database(args.experiment))
+    found = None if args.file else find_database(args.experiment)
+    search = read_database(*found) if found else read_file(args.file)
     everything = search["trials"]
     is_named = bool(search["name"])  # an experiment of NNI need not have a name
     title = one_line(search["name"] if is_named else search["experiment"])
