@@ -57,13 +57,13 @@ def begin(args, default_config, check):
         for line in checks.check(config):
             print(f"Warning: {line}")
         check(config)
-        prepare_environment(config, args.listen)
         if args.rehearsal:
             rehearsal = folder / "rehearsal"
             rehearse(config, rehearsal, leftover=rehearsal if args.resume else folder)
             shutil.rmtree(rehearsal)
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
+        prepare_environment(config, args.listen)
         port = launch(experiment, args.port)
     return experiment.id, port, config
 

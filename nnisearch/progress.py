@@ -1,62 +1,211 @@
 """How a search goes on: a bar over its trials, or a line for each where there is no terminal.
 
 It promises: each thing that a user should know, such as why a trial has failed or what the trials
-wait for, is said when it is known, and once.
+wait for, is said when it is known, and once; and a search that goes on no more is not waited for.
+What it reads of a search it reads once: a pass costs the same for the first and the last trial.
 """
 
 import collections
-import json
 import re
 import time
 from pathlib import Path
 
 from nni.experiment import rest
+from nni.experiment.config.utils import parse_time
 from tqdm import tqdm
 
 from nnisearch.config import is_local
+from nnisearch.direction import direction
 from nnisearch.gpus import waiting_for
+from nnisearch.life import Life, listed
+from nnisearch.output import may_be_closed
 from nnisearch.rehearsal import reason
-from nnisearch.results import finite
+from nnisearch.results import ENDED, NO_RESULT, Trials, has_result
+from nnisearch.text import one_line
 
-ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
+PATIENCE = 20  # s of a manager's silence before it is said
+QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
 
 
-def watch(id, port, config):
+def watch(id, port, config, resume=None):
     """Show how a search goes on until its trials have ended; return whether one has a result.
 
-    Raises RuntimeError if the search ends in another way.
+    resume is the command to go on with it, by default nnisearch's. Raises RuntimeError if the
+    search ends in another way.
     """
-    best_result = best_of(config)
-    notices = Notices(config, Path(config.experiment_working_directory, id))
-    shown = set()
-    with tqdm(total=config.max_trial_number, unit="trial", disable=None, dynamic_ncols=True) as bar:
+    folder = Path(config.experiment_working_directory, id)
+    with (
+        may_be_closed(),
+        tqdm(total=config.max_trial_number, unit="trial", disable=None, dynamic_ncols=True) as bar,
+    ):
+        search = Search(id, port, folder, resume or f"nnisearch --resume {id}")
+        shown = Shown(config, folder, bar)
         while True:
-            try:
-                what = ("check-status", "trial-jobs", "metric-data-latest")
-                status, trials, metrics = (rest.get(port, f"/{name}") for name in what)
-            except OSError:
-                raise RuntimeError(f"search {id} has been stopped") from None
-            for line in notices(trials, metrics):
-                tqdm.write(line)
-            ended = [trial for trial in trials if trial["status"] in ENDED]
-            values = {trial["trialJobId"]: final_result(trial) for trial in ended}
-            results = [value for value in values.values() if value is not None]
-            best = f"best {best_result(results):g}" if results else "no result yet"
-            for trial in ended if bar.disable else []:
-                if trial["trialJobId"] not in shown:
-                    value = values[trial["trialJobId"]]
-                    result = trial["status"] if value is None else f"{value:g}"
-                    tqdm.write(f"{title(trial)}: {result}; {best}")
-                    shown.add(trial["trialJobId"])
-            counts = collections.Counter(trial["status"].lower() for trial in trials)
-            bar.n = len(ended)
-            bar.set_postfix_str(", ".join([best, *(f"{n} {state}" for state, n in counts.items())]))
-            if status["status"] == "ERROR":
-                raise RuntimeError(f"search {id}: {' '.join(status['errors'])}")
-            no_more = status["status"] in ("DONE", "TUNER_NO_MORE_TRIAL")
-            if no_more and len(ended) == len(trials):
-                return bool(results)
+            status, changed = search.ask()
+            if status is not None:
+                shown.show(search.trials.known, changed)
+                if search.is_done(status) and not shown.late:
+                    return shown.end()
+                search.check(status)
             time.sleep(1)
+
+
+class Search:
+    """A search that is watched: its state, its trials, and whether it still goes on."""
+
+    def __init__(self, id, port, folder, resume):
+        self.id, self.port, self.resume = id, port, resume
+        self.prefix = listed(id).get("prefixUrl")
+        self.trials = Trials(folder / "db" / "nni.sqlite")
+        self.life = Life(id, folder)
+        self.heard = self.changed = time.monotonic()
+        self.is_silent = False
+
+    def ask(self):
+        """Return the manager's status and the trials of which something is new.
+
+        They are None and [] while it does not answer. Raises RuntimeError once it has ended.
+        """
+        try:
+            status = rest.get(self.port, "/check-status", prefix=self.prefix)
+            changed = self.trials.update()
+        except OSError as error:
+            silence = time.monotonic() - self.heard
+            if self.life.is_over() or (self.life.manager is None and silence > PATIENCE):
+                raise RuntimeError(self.death()) from None
+            if silence > PATIENCE and not self.is_silent:
+                self.is_silent = True
+                tqdm.write(
+                    f"search {self.id} has not answered for {silence:.0f} s, and is asked on:"
+                    f" {one_line(error)}"
+                )
+            return None, []
+        self.heard, self.is_silent = time.monotonic(), False
+        if changed:
+            self.changed = self.heard
+        return status, changed
+
+    def is_done(self, status):
+        """Return whether all trials that the search will have have ended."""
+        if any(trial["status"] not in ENDED for trial in self.trials.known.values()):
+            return False
+        if status["status"] in ("DONE", "VIEWED"):
+            return True
+        if status["status"] != "TUNER_NO_MORE_TRIAL" or time.monotonic() - self.changed < QUIET:
+            return False
+        try:
+            profile = rest.get(self.port, "/experiment", prefix=self.prefix)
+        except OSError:
+            return False
+        started = [trial["trial"] for trial in self.trials.known.values()]
+        return profile["nextSequenceId"] <= 1 + max(started, default=-1)  # else one is in the queue
+
+    def check(self, status):
+        """Raise RuntimeError if the search does not go on, with why and how to go on with it."""
+        if status["status"] in ("STOPPING", "STOPPED"):
+            raise RuntimeError(f"search {self.id} has been stopped; to go on: {self.resume}")
+        if status["status"] == "VIEWED":
+            how = f"to go on with it: nnictl stop {self.id}; {self.resume}"
+            raise RuntimeError(f"search {self.id} is shown by nnictl view, and does not run; {how}")
+        is_dead = self.life.tuner_is_dead()
+        if is_dead or status["status"] == "ERROR":
+            words = self.life.tuners_words()
+            what = "the tuner has died" if words or is_dead else "NNI's manager has given up"
+            words = words or self.life.last_words() or one_line(" ".join(status["errors"]))
+            how = f"to go on: nnictl stop {self.id}; {self.resume}"
+            raise RuntimeError(f"search {self.id}: {what}: {words}; {how}")
+
+    def death(self):
+        """Return what has become of a search whose manager has ended."""
+        how = f"to go on: {self.resume}"
+        if listed(self.id).get("status") == "STOPPED":
+            return f"search {self.id} has been stopped; {how}"
+        if words := self.life.tuners_words():
+            return f"search {self.id}: the tuner has died: {words}; {how}"
+        words = self.life.last_words() or "without a word; was it killed?"
+        if "Tuner closed connection" in words:  # of which the manager dies
+            words = "without a word; was it killed?"
+            return (
+                f"search {self.id}: the tuner has died, and NNI's manager with it: {words}; {how}"
+            )
+        return f"search {self.id}: NNI's manager has died: {words}; {how}"
+
+
+class Shown:
+    """What has been shown of a search."""
+
+    def __init__(self, config, folder, bar):
+        self.best_result, self.bar = best_of(config), bar
+        self.notices, self.ending = Notices(config, folder), Endings(config, folder)
+        self.results, self.ended, self.late = [], {}, {}
+        self.total = config.max_trial_number
+
+    def show(self, known, changed):
+        """Show what is new, given all trials, {id: trial}, and those that have changed."""
+        for line in self.notices(known.values(), changed):
+            tqdm.write(line)
+        late, self.late = self.late, {}
+        for trial in [*late.values(), *changed]:
+            if trial["status"] not in ENDED or trial["id"] in self.ended:
+                continue
+            is_missing = trial["result"] is None and trial["reported"] is None
+            if trial["status"] == "SUCCEEDED" and is_missing and trial["id"] not in late:
+                self.late[trial["id"]] = trial  # its result may be on its way
+                continue
+            self.ended[trial["id"]] = how = self.ending(trial)
+            if has_result(trial):
+                self.results = [self.best_result([trial["result"], *self.results])]
+            if self.bar.disable:
+                tqdm.write(f"{title(trial)}: {how}; {self.best()}")
+        counts = collections.Counter(trial["status"].lower() for trial in known.values())
+        states = [f"{count} {one_line(state)}" for state, count in counts.items()]
+        self.bar.n = len(self.ended)
+        self.bar.set_postfix_str(", ".join([self.best(), *states]))
+
+    def best(self):
+        if self.results:
+            return f"best {self.results[0]:g}"
+        return "no result" if len(self.ended) == self.total else "no result yet"
+
+    def end(self):
+        """Say so if no trial has a result; return whether one has."""
+        if not self.results:
+            counts = collections.Counter(self.ended.values())
+            how = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
+            tqdm.write(f"None of {len(self.ended)} trials has a result: {how or 'none was there'}")
+        return bool(self.results)
+
+
+class Endings:
+    """How trials end, in words."""
+
+    def __init__(self, config, folder):
+        self.folder = folder
+        self.limit, self.assessor = config.max_trial_duration, config.assessor
+
+    def __call__(self, trial):
+        """Return the result of a trial that has ended, or what it has ended by instead."""
+        if has_result(trial):
+            return f"{trial['result']:g}"
+        if trial["status"] == "SUCCEEDED":
+            return f"without a result: it reported {one_line(trial['reported'] or 'none')}"
+        if trial["status"] == "EARLY_STOPPED":
+            limit = parse_time(str(self.limit)) if self.limit is not None else None
+            is_late = limit is not None and (trial["seconds"] or 0) >= limit
+            who = "the assessor" if self.assessor else "the tuner"
+            return f"ended by {f'maxTrialDuration ({self.limit})' if is_late else who}"
+        if trial["status"] == "FAILED" and (status := self.exit_status(trial)):
+            return f"FAILED with exit status {status}"
+        return one_line(trial["status"])
+
+    def exit_status(self, trial):
+        """Return the exit status of a trial on this machine, None where none was noted."""
+        try:
+            noted = (self.folder / "trials" / trial["id"] / ".nni" / "state").read_text()
+        except (OSError, ValueError):
+            return None
+        found = re.match(r"\s*(\d+)\s", noted)
+        return int(found[1]) if found else None
 
 
 class Notices:
@@ -64,35 +213,42 @@ class Notices:
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
+        self.ending = Endings(config, folder)
         self.said, self.failed = set(), set()
         self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
 
-    def __call__(self, trials, metrics):
-        """Return the lines that are new, given the trials and their latest metrics from NNI."""
+    def __call__(self, trials, changed):
+        """Return the lines that are new, given all trials and those that have changed."""
         found = {}
-        for trial in trials:
-            if trial["status"] == "FAILED" and trial["trialJobId"] not in self.failed:
-                self.failed.add(trial["trialJobId"])  # its stderr is read once
+        for trial in changed:
+            if trial["status"] == "FAILED" and trial["id"] not in self.failed:
+                self.failed.add(trial["id"])  # its stderr is read once
                 why = failure(trial, self.folder)
+                status = self.ending.exit_status(trial)
+                why += f" (exit status {status})" if status else ""
                 found[why] = f"{title(trial)} has FAILED: {why}"
+            if trial["status"] == "EARLY_STOPPED":
+                how = self.ending(trial)
+                found[how] = f"{title(trial)} was {how}"
+            if trial["status"] in ENDED and trial["reported"] is not None:
+                reported = one_line(trial["reported"])
+                found["reported", reported] = f"{title(trial)} reported {reported}, {NO_RESULT}"
         states = {trial["status"] for trial in trials}
         is_waiting = "WAITING" in states and "RUNNING" not in states
         if is_waiting and self.config.trial_gpu_number and is_local(self.config):
             holders = waiting_for(self.config.training_service)
             found[holders] = holders and f"trials wait for a GPU: {holders}"
         if not is_local(self.config):
-            found |= self.silent(trials, metrics)
+            found |= self.silent(trials)
         new = {about: line for about, line in found.items() if line and about not in self.said}
         self.said |= new.keys()
         return list(new.values())
 
-    def silent(self, trials, metrics):
+    def silent(self, trials):
         """Return {trial: line} for those that are silent for longer than any before."""
         found = {}
         for trial in trials:
-            id = trial["trialJobId"]
-            times = [metric["timestamp"] for metric in metrics if metric["trialJobId"] == id]
-            latest = max([trial.get("startTime", 0), *times])
+            id, latest = trial["id"], trial["heard"]
             self.longest = max(self.longest, latest - self.heard.get(id, latest))
             self.heard[id] = latest
             silence = time.time() * 1000 - latest
@@ -101,7 +257,7 @@ class Notices:
                 and self.longest
                 and silence > max(60_000, self.longest)
             ):
-                known = re.match(r"\w+://([^/:]+)", trial.get("logPath", ""))
+                known = re.match(r"\w+://([^/:]+)", trial["path"])
                 machine = known[1] if known else "its machine"
                 found[id] = (
                     f"{title(trial)} on {machine} has reported nothing for {silence / 1000:.0f} s;"
@@ -111,25 +267,19 @@ class Notices:
 
 
 def title(trial):
-    return f"trial {trial['sequenceId']} ({trial['trialJobId']})"
+    return f"trial {trial['trial']} ({trial['id']})"
 
 
 def failure(trial, folder):
     """Return why a trial has failed: from its stderr on this machine, else where to look."""
     try:
-        text = (folder / "trials" / trial["trialJobId"] / "stderr").read_text(errors="replace")
+        with open(folder / "trials" / trial["id"] / "stderr", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 100_000))  # the end says it, and is not endless
+            return one_line(reason(file.read().decode(errors="replace")))
     except OSError:
-        return f"its files are at {trial.get('logPath', 'no place that NNI knows')}"
-    return reason(text)
-
-
-def final_result(trial):
-    """Return a trial's final result as NNI lists it, a finite number, or None."""
-    for metric in trial.get("finalMetricData", []):
-        value = json.loads(json.loads(metric["data"]))
-        return finite(value.get("default") if isinstance(value, dict) else value)
+        return f"its files are at {one_line(trial['path'] or 'no place that NNI knows')}"
 
 
 def best_of(config):
     """Return which of its results is a search's best: min or max."""
-    return {"minimize": min}.get((config.tuner.class_args or {}).get("optimize_mode"), max)
+    return {"minimize": min, "maximize": max}[direction(config.json())]

@@ -1,27 +1,64 @@
 """A search as a table, from NNI's database or a file: the one reader of results for all."""
 
+import contextlib
 import json
 import math
 import sqlite3
 from pathlib import Path
 
-import pandas
+from nnisearch.direction import DIRECTIONS, direction
+from nnisearch.text import one_line
 
 EXPERIMENTS = Path("~/nni-experiments/.experiment")  # NNI's list of them: {ID: {...}}
 EVENTS = (
-    "SELECT trialJobId AS id, sequenceId, event, timestamp, data FROM TrialJobEvent WHERE event"
-    " NOT IN ('ADD_CUSTOMIZED', 'ADD_HYPERPARAMETER', 'IMPORT_DATA') ORDER BY rowid"
+    "SELECT rowid, trialJobId, sequenceId, event, timestamp, data, logPath FROM TrialJobEvent"
+    " WHERE rowid > ? AND trialJobId != '' AND event NOT IN ('ADD_HYPERPARAMETER', 'IMPORT_DATA')"
+    " ORDER BY rowid"
 )
-METRICS = "SELECT trialJobId AS id, type, data FROM MetricData ORDER BY sequence"
+METRICS = (
+    "SELECT rowid, trialJobId, type, sequence, timestamp, data FROM MetricData WHERE rowid > ?"
+    " ORDER BY rowid"
+)
 PROFILE = "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
+ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
+NNIS_NAMES = {"USER_TO_CANCEL": "USER_CANCELED", "ADD_RESUMED": "WAITING"}  # event: status
+NO_RESULT = "which is no result; allowed: a finite number, or an object whose default is one"
+# What json and a trial's strange ways can raise of a value that is not as NNI writes it.
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 
 
-def finite(value):
-    """Return value, of JSON or text, as a finite number, or None where it is none."""
-    try:
-        return float(value) if math.isfinite(float(value)) else None
-    except (TypeError, ValueError):
+def number(value):
+    """Return what a trial has reported as a finite float, or None where that is no result.
+
+    value is of JSON: a number, one of numpy's as NNI writes it (an array without dimensions), or
+    an object whose "default" is one.
+    """
+    if isinstance(value, dict) and "default" in value:
+        value = value["default"]
+    if isinstance(value, dict) and value.get("shape") == []:
+        value = value.get("__ndarray__")
+    if not isinstance(value, (int, float)):
         return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def read_result(text):
+    """Return (number, None), or (None, what it says instead) of JSON that holds a result."""
+    try:
+        value = json.loads(text)
+    except MALFORMED:
+        value = text
+    found = number(value)
+    shown = text if isinstance(text, str) else json.dumps(text)
+    return found, None if found is not None else one_line(shown[:60] + "…" * (len(shown) > 60))
+
+
+def has_result(trial):
+    """Return whether a trial counts: it has ended by itself and reported a result."""
+    return trial["status"] == "SUCCEEDED" and trial["result"] is not None
 
 
 def find_database(experiment):
@@ -40,84 +77,175 @@ def find_database(experiment):
     return experiment, Path(known[experiment]["logDir"]) / experiment / "db" / "nni.sqlite"
 
 
-def read_database(experiment, path):
-    """Return the search in NNI's database, in the form that --json prints.
+@contextlib.contextmanager
+def opened(path):
+    """Open NNI's database, and read one moment of it.
 
     Raises OSError, naming it, if it is no database of NNI 2.10 or stays locked for 5 seconds.
     """
     try:
         # Read-only, so that nothing is written beside NNI and a missing file is not created.
-        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        try:
-            profile = json.loads(database.execute(PROFILE).fetchone()[0])
-            events, metrics = (pandas.read_sql(query, database) for query in (EVENTS, METRICS))
-        finally:
-            database.close()
-        metrics["value"] = [finite(json.loads(json.loads(data))) for data in metrics["data"]]
-        trials = []
-        for id, rows in events.groupby("id", sort=False):
-            is_start = rows["event"].isin(["WAITING", "RUNNING"])  # RUNNING may be missed by NNI
-            start, end = rows[is_start]["timestamp"].max(), rows[~is_start]["timestamp"].max()
-            given = json.loads(rows[rows["event"] == "WAITING"]["data"].iloc[-1])
-            reported = metrics[metrics["id"] == id].astype(object).where(lambda x: x.notna(), None)
-            finals = reported[reported["type"] == "FINAL"]["value"].tolist()
-            trials.append(
-                {
-                    "trial": int(rows["sequenceId"].iloc[0]),
-                    "id": id,
-                    "status": rows["event"].iloc[-1],
-                    "accuracy": finals[-1] if finals else None,
-                    "losses": reported[reported["type"] != "FINAL"]["value"].tolist(),
-                    "hyperparameters": given["parameters"],
-                    "seconds": finite((end - start) / 1000),
-                }
-            )
-            measure(trials[-1])
-    except (sqlite3.Error, pandas.errors.DatabaseError, KeyError, TypeError) as error:
-        raise OSError(f"cannot read {path}: {error.__cause__ or error}") from error
-    name, command = profile.get("experimentName"), profile.get("trialCommand")
-    return {"experiment": experiment, "name": name, "command": command, "trials": trials}
+        address = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+            database.execute("BEGIN")
+            yield database
+    except (sqlite3.Error, *MALFORMED) as error:
+        raise OSError(f"cannot read {path}: {one_line(error)}") from error
+
+
+class Trials:
+    """The trials in NNI's database, {id: trial}, of which each update() reads what is new only.
+
+    A trial is a dict, as read_database() returns it, and start, end and heard, which are when it
+    started, ended and was last heard of, in ms since 1970, and path, where its files are.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.known, self.reports = {}, {}
+        self.last_event = self.last_metric = 0
+
+    def update(self):
+        """Read on; return the trials of which something is new. Raises OSError as opened()."""
+        changed = {}
+        with opened(self.path) as database:
+            for row, id, *event in database.execute(EVENTS, [self.last_event]):
+                changed[id] = self.note_event(id, *event)
+                self.last_event = row
+            for row, id, *metric in database.execute(METRICS, [self.last_metric]):
+                if id in self.known:
+                    changed[id] = self.note_metric(id, *metric)
+                self.last_metric = row
+        for id, trial in changed.items():
+            reports = sorted(self.reports[id], key=lambda report: report[0])
+            trial["intermediate"] = [value for _, value in reports]
+        return list(changed.values())
+
+    def note_event(self, id, sequence, event, time, data, path):
+        trial = self.known.setdefault(id, {"trial": sequence, "id": id} | UNSTARTED)
+        self.reports.setdefault(id, [])
+        trial["status"] = NNIS_NAMES.get(event, event)
+        trial["path"] = path or trial["path"]
+        if event == "WAITING":
+            trial["hyperparameters"] = json.loads(data)["parameters"]
+        if trial["status"] not in ENDED:  # NNI may miss that it was RUNNING
+            trial["start"] = trial["heard"] = time
+            trial["end"] = trial["seconds"] = None
+        elif trial["end"] is None:
+            trial["end"] = time
+            trial["seconds"] = None if time is None else (time - trial["start"]) / 1000
+        return trial
+
+    def note_metric(self, id, kind, sequence, time, data):
+        trial = self.known[id]
+        trial["heard"] = max(trial["heard"], time)
+        value, other = read_result(json.loads(data))
+        if kind != "FINAL":
+            self.reports[id].append((sequence, value))
+        elif trial["result"] is None and trial["reported"] is None:  # the first one, as for NNI
+            trial["result"], trial["reported"] = value, other
+        return trial
+
+
+UNSTARTED = {
+    "status": "WAITING",
+    "result": None,
+    "reported": None,
+    "intermediate": [],
+    "hyperparameters": {},
+    "seconds": None,
+    "start": 0,
+    "end": None,
+    "heard": 0,
+    "path": "",
+}
+KEYS = ("trial", "id", "status", "result", "reported", "intermediate", "hyperparameters", "seconds")
+
+
+def read_database(experiment, path):
+    """Return the search in NNI's database, in the form that --json prints.
+
+    A trial's result is a number or None; then reported is the text of what it gave instead, or
+    None. Raises OSError as opened() does.
+    """
+    with opened(path) as database:
+        profile = json.loads(database.execute(PROFILE).fetchone()[0])
+        search = {
+            "experiment": experiment,
+            "name": profile.get("experimentName"),
+            "command": profile.get("trialCommand"),
+            "direction": direction(profile),
+        }
+    trials = Trials(path)
+    trials.update()
+    search["trials"] = [{key: trial[key] for key in KEYS} for trial in trials.known.values()]
+    for trial in search["trials"]:
+        measure(trial)
+    return search
 
 
 def read_file(path):
     """Return the search in a file, which --json or nnictl's export has written.
 
-    nnictl exports only the trials with a result, without durations, and the losses only with -i.
+    nnictl exports only the trials with a result, without durations and which way is better, which
+    is then taken to be the greatest, and intermediate results only with -i.
     Raises OSError or ValueError, naming the file, if it is neither.
     """
     search = read_json(path)
     try:
         if not isinstance(search, dict):
-            trials = [
-                {
-                    "trial": number,
-                    "id": trial["trialJobId"],
-                    "status": "SUCCEEDED",
-                    "accuracy": finite(trial["value"]),
-                    "losses": [finite(loss) for loss in trial.get("intermediate", [])[:-1]],
-                    "hyperparameters": trial["parameter"],
-                    "seconds": None,
-                }
-                for number, trial in enumerate(search)
-            ]
+            trials = [exported(number, trial) for number, trial in enumerate(search)]
             search = {"experiment": None, "name": path.name, "command": None, "trials": trials}
-        search = {key: search[key] for key in ("experiment", "name", "command", "trials")}
-        for trial in search["trials"]:
-            measure(trial)
-        return search
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        found = {key: search[key] for key in ("experiment", "name", "command")}
+        found["direction"] = search.get("direction", DIRECTIONS[-1])
+        if found["direction"] not in DIRECTIONS:
+            raise ValueError(f"direction is {found['direction']!r}; allowed: {DIRECTIONS}")
+        found["trials"] = [checked(trial) for trial in search["trials"]]
+        return found
+    except MALFORMED as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise ValueError(f"{path} holds no results of --json or nnictl: {reason}") from error
 
 
-def measure(trial):
-    """Add to a trial its final loss and the area under its loss curve, over a width of 1.
+def exported(order, trial):
+    """Return a trial of nnictl's export, whose results are JSON in JSON, as --json has it."""
+    result, reported = read_result(trial["value"])
+    return {
+        "trial": order,
+        "id": trial["trialJobId"],
+        "status": "SUCCEEDED",
+        "result": result,
+        "reported": reported,
+        # The last one is the result again.
+        "intermediate": [read_result(text)[0] for text in trial.get("intermediate", [])[:-1]],
+        "hyperparameters": trial["parameter"],
+        "seconds": None,
+    }
 
-    The area is the mean of the losses, because each is the mean of its part of the trial.
+
+def checked(trial):
+    """Return a trial of --json whose values are of the types that they have to be."""
+    trial = {key: trial[key] for key in KEYS if key != "reported"} | {
+        "trial": int(trial["trial"]),
+        "id": str(trial["id"]),
+        "status": str(trial["status"]),
+        "result": number(trial["result"]),
+        "reported": trial.get("reported"),
+        "intermediate": [number(value) for value in trial["intermediate"]],
+        "seconds": number(trial["seconds"]),
+    }
+    measure(trial)
+    return trial
+
+
+def measure(trial):
+    """Add to a trial its last intermediate result and the area under their curve, of width 1.
+
+    The area is their mean, because each stands for its part of the trial.
     """
-    losses = trial["losses"]
-    trial["final_loss"] = losses[-1] if losses else None
-    trial["area"] = sum(losses) / len(losses) if losses and None not in losses else None
+    values = trial["intermediate"]
+    trial["last"] = values[-1] if values else None
+    trial["area"] = sum(values) / len(values) if values and None not in values else None
 
 
 def read_json(path):

@@ -1,0 +1,59 @@
+"""Which hyperparameters mattered, by Optuna's evaluators of importance."""
+
+import math
+
+LEAST = 10  # trials, below which the answer would be chance
+MOST_VALUES = 20  # of a hyperparameter that is no number
+
+
+def importances(trials):
+    """Return {hyperparameter: its share of 1}, the greatest first, from trials with a result.
+
+    It is {} where they cannot tell: too few trials, or all alike. A number counts by its rank, so
+    that a logarithmic scale is nothing else; whatever is no number is a category, also a missing
+    one. Texts that hardly ever repeat are left out: they would explain everything.
+    """
+    if len(trials) < LEAST or len({trial["result"] for trial in trials}) < 2:
+        return {}
+    import optuna  # not at the top: with its trees it takes two seconds, which --json need not
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Agrees with fANOVA on searches of 20 to 1,000 trials, and takes half a second for the minute
+    # that that takes of 1,000. PED-ANOVA is lost with some 20 trials.
+    evaluator = MeanDecreaseImpurityImportanceEvaluator(seed=0)
+    given = [as_dict(trial["hyperparameters"]) for trial in trials]
+    columns, distributions = {}, {}
+    for key in dict.fromkeys(key for values in given for key in values):
+        column = [values.get(key) for values in given]
+        is_ordered = all(type(x) in (int, float) and not math.isnan(x) for x in column)
+        column = column if is_ordered else list(map(repr, column))
+        different = sorted(set(column))
+        if len(different) < 2 or (not is_ordered and len(different) > MOST_VALUES):
+            continue
+        ranks = {value: rank / (len(different) - 1) for rank, value in enumerate(different)}
+        columns[key] = [ranks[value] for value in column] if is_ordered else column
+        distributions[key] = FloatDistribution(0, 1)
+        if not is_ordered:
+            distributions[key] = CategoricalDistribution(different)
+    if len(columns) < 2:
+        return {}
+    study = optuna.create_study()
+    study.add_trials(
+        optuna.create_trial(
+            params={key: column[number] for key, column in columns.items()},
+            distributions=distributions,
+            value=trial["result"],
+        )
+        for number, trial in enumerate(trials)
+    )
+    found = get_param_importances(study, evaluator=evaluator)
+    return {key: float(share) for key, share in found.items()}
+
+
+def as_dict(hyperparameters):
+    """Return what a tuner has given as {key: value}: one of the user's own may give a list."""
+    if isinstance(hyperparameters, dict):
+        return hyperparameters
+    return {"parameters": hyperparameters}
