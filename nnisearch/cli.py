@@ -24,6 +24,7 @@ from nnisearch import checks, choose, gpus, progress, recovery, signals
 from nnisearch import config as configuration
 from nnisearch.rehearsal import rehearse
 from nnisearch.start import experiment_folder, launch, prepare_environment
+from nnisearch.text import one_line
 
 
 def begin(args, default_config, check):
@@ -133,7 +134,7 @@ def main(
         sys.exit(f"{prog}: interrupted; no search has started")
     try:
         host = args.listen if args.listen not in (None, "0.0.0.0") else "127.0.0.1"
-        print(f"Search {id}: {config.experiment_name}")
+        print(f"Search {id}: {one_line(config.experiment_name or 'without a name')}")
         print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
         if args.listen:
             print(f"Warning: whoever reaches {args.listen}:{port} can run any command as you")
@@ -141,13 +142,13 @@ def main(
             print("Other users of this machine reach it, too: there is no /proc to tell them apart")
         if args.detach:
             return 0
-        has_result = progress.watch(id, port, config)
+        has_result = progress.watch(id, port, config, f"{prog} --resume {id}")
     except RuntimeError as error:
         sys.exit(f"{prog}: error: {error}")
     except KeyboardInterrupt:
         print(f"\nThe search goes on. To watch it again: {prog} --resume {id}")
         return 1
-    if has_result and progress.best_of(config) is max:
+    if has_result:
         choose.main([id], within=within)
         print(f"To keep the choice: {choose_prog} {id} --out best.json")
     return 0 if has_result else 1

@@ -74,14 +74,20 @@ module.exports = function ({ mode, python }) {
             resumeExactly(prototype);
         },
         "training_service/local/localTrainingService.js": ({ LocalTrainingService: { prototype } }) => {
-            const { getTrialJob, runTrialJob } = prototype;
+            const { getScript, getTrialJob, runTrialJob } = prototype;
+            prototype.getScript = function (folder) { // NNI quotes neither folder
+                const files = `1>${folder}/stdout 2>${folder}/stderr`;
+                return getScript.call(this, folder).map((line) => line
+                    .replace("cd $NNI_CODE_DIR", 'cd "$NNI_CODE_DIR"')
+                    .replace(files, () => `1>'${folder}/stdout' 2>'${folder}/stderr'`));
+            };
             prototype.getTrialJob = async function (id) {
                 const job = this.jobMap.get(id);
                 if (job?.status !== "RUNNING") return getTrialJob.call(this, id);
                 try {
                     process.kill(job.pid, 0); // NNI starts a shell to ask
                     return job;
-                } catch { // It has ended. So has its last metric's way, or it is lost, and TPE with it.
+                } catch { // It has ended. Its end counts once its last metric is stored: TPE dies of a later one.
                     const stream = this.jobStreamMap.get(id);
                     const written = fs.statSync(stream.path, { throwIfNoEntry: false })?.size ?? 0;
                     if (stream.bytesRead >= written && !unstored[id]) return getTrialJob.call(this, id);
