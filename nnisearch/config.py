@@ -120,7 +120,9 @@ def expand(config, folder):
     if not config.search_space:
         where = f"the code in {config.trial_code_directory} has no annotation"
         raise ValueError(f"useAnnotation is true; allowed: false, since {where}")
-    config.trial_code_directory = str(folder)
+    services = config.training_service
+    for part in (config, *(services if isinstance(services, list) else [services])):
+        part.trial_code_directory = str(folder)
     config.use_annotation = False
 
 
