@@ -5,17 +5,23 @@ images uint8 (N, 3, 32, 32), labels int64 (N,). What is read has been checked; w
 explained, with the ways on; a file is written whole or not at all.
 """
 
+import contextlib
+import fcntl
 import os
+import pwd
+import secrets
 import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 
 DATASETS = ("cifar10", "synthetic")
+SHAPES = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]  # of CIFAR-10
+PATIENCE = 10  # seconds to wait for another process before saying so
 
 
 def default_data_dir():
@@ -24,41 +30,77 @@ def default_data_dir():
 
 
 def load_cifar10(data_dir):
-    """Return CIFAR-10, of 50,000 and 10,000 images.
+    """Return CIFAR-10, of 50,000 and 10,000 images, from the folder that has or gets its files.
 
     It comes from a cache file beside the data set, which the first trial makes and all later ones
     map into memory, so that they share one copy. Raises FileNotFoundError, with the ways on, if the
     data set is neither there nor to be downloaded, and OSError if the cache cannot be written.
     """
+    folder = data_dir.absolute()
+    if folder.name == "cifar-10-batches-py" and (folder / "data_batch_1").exists():
+        data_dir = folder.parent  # the data set itself was named, not the folder that it is in
     cache = data_dir / "cifar10.pt"
-    if tensors := read_cache(cache):
-        return tensors
+    if cache.is_file():
+        if tensors := read_cache(cache):
+            return tensors
+        print(f"{cache} is damaged or not CIFAR-10, and not used", file=sys.stderr)
     data_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(data_dir, os.W_OK):
-        print(f"{data_dir} is read-only, so this run decodes CIFAR-10 for itself", file=sys.stderr)
+    try:
+        lock = acquire_lock(cache)
+    except OSError as problem:
+        print(f"{problem}, so this run decodes CIFAR-10 for itself", file=sys.stderr)
         return decode_cifar10(data_dir)
-    with FileLock(f"{cache}.lock"):
+    with lock:
         if tensors := read_cache(cache):  # made by another trial while this one waited for the lock
             return tensors
         for unfinished in data_dir.glob(f"{cache.name}.*.tmp"):  # a trial was killed at save()
-            unfinished.unlink()
+            with contextlib.suppress(OSError):  # another user's, which can stay
+                unfinished.unlink()
         tensors = decode_cifar10(data_dir)
         save({"tensors": tensors, "checksums": checksums(tensors)}, cache, tensors)
     return read_cache(cache) or tensors
 
 
+def acquire_lock(cache):
+    """Wait until no other process makes the cache; return a file, whose closing lets others do so.
+
+    Raises OSError, with the reason in one line, where no cache or no lock is to be had.
+    """
+    if cache.exists() and not cache.is_file():
+        raise OSError(f"{cache} is not a regular file")
+    if not os.access(cache.parent, os.W_OK):
+        raise OSError(f"{cache.parent} is read-only")
+    path = f"{cache}.lock"
+    try:
+        # A link that others have put there is not followed, and no file's content is touched.
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb", 0)
+        owner = os.fstat(lock.fileno()).st_uid
+        with contextlib.suppress(KeyError):  # in a container, users of the host have no names
+            owner = pwd.getpwuid(owner).pw_name
+        line = f"waiting for another process, which has locked {path}, a file of user {owner}"
+        notice = threading.Timer(PATIENCE, print, [line], {"file": sys.stderr})
+        notice.start()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        finally:
+            notice.cancel()
+    except OSError as error:  # such as ENOLCK, from a network's file system without locks
+        raise OSError(f"{path} cannot be locked ({error.strerror})") from error
+    return lock
+
+
 def read_cache(cache):
-    """Return the tensors in the cache file, mapped into memory, or None if missing or damaged."""
-    if not cache.exists():
+    """Return the tensors in the cache file, mapped into memory, or None if it is of no use."""
+    if not cache.is_file():  # to open a fifo would wait for who writes to it
         return None
     try:
-        content = torch.load(cache, mmap=True, weights_only=True)
-        if checksums(content["tensors"]) == content["checksums"]:
-            return content["tensors"]
+        content = torch.load(cache, map_location="cpu", mmap=True, weights_only=True)
+        tensors = content["tensors"]
+        kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        is_cifar10 = kinds == list(zip(SHAPES, [torch.uint8, torch.int64] * 2, strict=True))
+        return tensors if is_cifar10 and checksums(tensors) == content["checksums"] else None
     except Exception:  # what torch.load raises depends on what is damaged
-        pass
-    print(f"{cache} is damaged and not used", file=sys.stderr)
-    return None
+        return None
 
 
 def checksums(tensors):
@@ -71,15 +113,18 @@ def save(content, path, tensors):
 
     Raises OSError, naming the file, what it needs and what is free, if it cannot be written.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_file():  # /dev/null, say, would be replaced for everyone
+        raise OSError(f"cannot write {path}: it is not a regular file")
+    # "x" writes to new files only, so not to one, or through a link, that others have put there.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(unfinished, "wb") as file:
+        with open(unfinished, "xb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk
-        unfinished.unlink(missing_ok=True)  # it takes of what is free
+        unfinished.unlink(missing_ok=True)  # or it would count as used space in the message
         needed = sum(tensor.nbytes for tensor in tensors) / 1e6
         free = shutil.disk_usage(path.absolute().parent).free / 1e6
         room = f"it takes {needed:.1f} MB, and {free:.1f} MB are free"
@@ -142,8 +187,8 @@ def hold_out(images, labels):
 
     Of CIFAR-10's training images that is 500 of each class.
     """
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        places = (labels == label).nonzero()
-        held[places[len(places) * 9 // 10 :]] = True
-    return [images[~held], labels[~held], images[held], labels[held]]
+        indices = (labels == label).nonzero()
+        is_held_out[indices[len(indices) * 9 // 10 :]] = True
+    return [images[~is_held_out], labels[~is_held_out], images[is_held_out], labels[is_held_out]]

@@ -1,13 +1,23 @@
-"""CIFAR-10 and its cache: first use, many at once, damage, no network; and the synthetic images."""
+"""CIFAR-10 and its cache: first use, many at once, damage, no network; and the synthetic images.
 
+Also what others, who may write in the same folder, can have put there.
+"""
+
+import concurrent.futures
+import errno
+import fcntl
 import os
+import pwd
 import shutil
+import stat
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import tiny_cifar10
 import torch
+from conftest import nobody
 from torchvision.datasets import CIFAR10
 
 import cifar10
@@ -34,6 +44,7 @@ def archive(tmp_path, monkeypatch):
     """The archive of the tiny data set, which torchvision takes for CIFAR-10 in this test."""
     for name in ("train_list", "test_list", "meta", "tgz_md5", "url"):
         monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))
+    monkeypatch.setattr(cifar10, "SHAPES", cifar10.SHAPES)
     (tmp_path / "home").mkdir()
     archive = tiny_cifar10.write_archive(tmp_path / "home")
     tiny_cifar10.expect(archive)
@@ -110,7 +121,7 @@ def test_a_damaged_cache_is_made_anew(archive, folder, capsys, damage):
     good = cache.read_bytes()
     cache.write_bytes(damage(good))
     assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
-    assert f"{cache} is damaged" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
     assert cache.read_bytes() == good
 
 
@@ -122,13 +133,55 @@ def test_a_flipped_bit_in_the_cache_is_noticed(archive, folder, capsys):
     content[content.index(first_image) + 1000] ^= 1
     cache.write_bytes(content)
     assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
-    assert f"{cache} is damaged" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
 
 
-def test_a_cache_of_something_else_is_not_used(archive, folder):
+def with_checksums(tensors):
+    return {"tensors": tensors, "checksums": cifar10.checksums(tensors)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda tensors: {"weights": torch.zeros(3)},
+        lambda tensors: with_checksums(tensors[:2]),
+        lambda tensors: with_checksums([*tensors, tensors[1]]),
+        lambda tensors: with_checksums([tensors[0].float(), *tensors[1:]]),
+        lambda tensors: with_checksums([tensors[0], tensors[1].double(), *tensors[2:]]),
+        lambda tensors: with_checksums([tensors[0].transpose(1, 2).contiguous(), *tensors[1:]]),
+        lambda tensors: with_checksums([tensor[:8] for tensor in tensors]),
+        lambda tensors: with_checksums(tensors) | {"tensors": [x.to_sparse() for x in tensors]},
+    ],
+)
+def test_a_cache_of_something_else_is_not_used(archive, folder, capsys, other):
     tiny_cifar10.write(folder)
-    torch.save({"weights": torch.zeros(3)}, folder / "cifar10.pt")
+    tensors = cifar10.load_cifar10(folder)
+    cache = folder / "cifar10.pt"
+    torch.save(other([tensor.clone() for tensor in tensors]), cache)
     assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
+    assert_equals_torchvisions(cifar10.read_cache(cache), folder)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [os.mkfifo, Path.mkdir, lambda cache: cache.symlink_to("/dev/zero")],
+    ids=["fifo", "folder", "device"],
+)
+def test_a_cache_that_is_no_regular_file_is_left_alone(start, archive, folder, put):
+    tiny_cifar10.write(folder)
+    cache = folder / "cifar10.pt"
+    put(cache)
+    kind = stat.S_IFMT(cache.stat().st_mode)
+    with start(folder, archive, 0, code=LOAD) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()  # a fifo can hold it for ever
+    assert stdout == LENGTHS
+    assert stderr == f"{cache} is not a regular file, so this run decodes CIFAR-10 for itself\n"
+    assert stat.S_IFMT(cache.stat().st_mode) == kind
+    assert names(folder) == ["cifar-10-batches-py", "cifar10.pt"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("torch's")])
@@ -201,6 +254,154 @@ def test_a_read_only_folder(run, archive):
         assert result.stdout == LENGTHS, result.stderr
         assert f"{folder} is read-only" in result.stderr
         assert names(folder) == ["cifar-10-batches-py"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(archive, folder, capsys, monkeypatch, number):
+    def no_lock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    tiny_cifar10.write(folder)
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    problem = f"{folder}/cifar10.pt.lock cannot be locked ({os.strerror(number)})"
+    own = "so this run decodes CIFAR-10 for itself"
+    assert capsys.readouterr().err == f"{problem}, {own}\n"
+    assert not (folder / "cifar10.pt").exists()
+
+
+def test_a_lock_that_only_another_user_may_write(run, archive):
+    user = nobody()
+    with tempfile.TemporaryDirectory() as root:  # which the other user may enter
+        os.chmod(root, 0o755)
+        folder = Path(root, "data")
+        tiny_cifar10.write(folder)
+        folder.chmod(0o777)
+        (folder / "cifar10.pt.lock").touch(0o644)
+        result = run(folder, shutil.copy(archive, root), 0, user, code=LOAD)
+    assert result.stdout == LENGTHS, result.stderr
+    problem = f"{folder}/cifar10.pt.lock cannot be locked (Permission denied)"
+    assert result.stderr == f"{problem}, so this run decodes CIFAR-10 for itself\n"
+
+
+@pytest.mark.parametrize("whose", ["own", "nobody's", "nameless"])
+def test_who_waits_for_long_is_told_once_for_whose_file(
+    archive, folder, capsys, monkeypatch, whose
+):
+    tiny_cifar10.write(folder)
+    path = folder / "cifar10.pt.lock"
+    with concurrent.futures.ThreadPoolExecutor() as pool, open(path, "w") as file:
+        owner = pwd.getpwuid(os.getuid()).pw_name
+        if whose == "nobody's":
+            os.chown(path, nobody(), -1)
+            owner = pwd.getpwuid(nobody()).pw_name
+        elif whose == "nameless":
+            nobody()  # skips, unless this is root
+            owner = 1_234_567
+            os.chown(path, owner, -1)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        monkeypatch.setattr(cifar10, "PATIENCE", 0.01)
+        loading = pool.submit(cifar10.load_cifar10, folder)
+        while not (told := capsys.readouterr().err):
+            time.sleep(0.01)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert_equals_torchvisions(loading.result(), folder)
+    told += capsys.readouterr().err
+    assert told == f"waiting for another process, which has locked {path}, a file of user {owner}\n"
+
+
+@pytest.mark.parametrize("name", ["target", "missing"])
+def test_a_link_in_place_of_the_lock_is_not_followed(archive, folder, capsys, name):
+    tiny_cifar10.write(folder)
+    target = folder.parent / "target"
+    target.write_text("of the user")
+    target.chmod(0o600)
+    lock = folder / "cifar10.pt.lock"
+    lock.symlink_to(folder.parent / name)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert f"{lock} cannot be locked (" in capsys.readouterr().err
+    assert target.read_text() == "of the user"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert not (folder.parent / "missing").exists()
+
+
+def test_a_lock_file_keeps_what_it_holds(archive, folder):
+    tiny_cifar10.write(folder)
+    target = folder.parent / "target"
+    target.write_text("of the user")
+    target.chmod(0o600)
+    (folder / "cifar10.pt.lock").hardlink_to(target)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert target.read_text() == "of the user"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("how", ["by the process's number", "by guessing"])
+def test_a_link_in_place_of_an_unfinished_file_is_not_followed(tmp_path, monkeypatch, how):
+    foreseen = "guessed" if how == "by guessing" else str(os.getpid())
+    target = tmp_path / "target"
+    target.write_text("of the user")
+    path = tmp_path / "model.pt"
+    path.with_name(f"{path.name}.{foreseen}.tmp").symlink_to(target)
+    if how == "by guessing":
+        monkeypatch.setattr("secrets.token_hex", lambda length: foreseen)
+        with pytest.raises(OSError, match=f"cannot write {path}.*File exists"):
+            cifar10.save({}, path, [])
+    else:
+        cifar10.save({}, path, [])
+        assert torch.load(path) == {}
+    assert target.read_text() == "of the user"
+
+
+def test_an_unfinished_file_that_cannot_be_removed_stays(archive, folder):
+    tiny_cifar10.write(folder)
+    (folder / "cifar10.pt.1.tmp" / "of another user").mkdir(parents=True)
+    (folder / "cifar10.pt.2.tmp").touch()
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert names(folder) == [
+        "cifar-10-batches-py",
+        "cifar10.pt",
+        "cifar10.pt.1.tmp",
+        "cifar10.pt.lock",
+    ]
+
+
+def test_what_is_saved_is_for_those_whom_the_umask_allows(archive, folder):
+    tiny_cifar10.write(folder)
+    before = os.umask(0o027)
+    try:
+        cifar10.load_cifar10(folder)
+        cifar10.save({}, folder / "model.pt", [])
+    finally:
+        os.umask(before)
+    for name in ("cifar10.pt", "cifar10.pt.lock", "model.pt"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o640
+
+
+def test_save_replaces_regular_files_only(tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=f"cannot write {path}: it is not a regular file"):
+        cifar10.save({}, path, [])
+    assert path.is_fifo()
+    assert names(tmp_path) == ["fifo"]
+
+
+@pytest.mark.parametrize("data_dir", ["data folder/cifar-10-batches-py", "."])
+def test_the_folder_of_the_batch_files_may_be_named(archive, folder, monkeypatch, data_dir):
+    batches = tiny_cifar10.write(folder)
+    monkeypatch.chdir(batches if data_dir == "." else folder.parent)
+    before = names(batches)
+    assert_equals_torchvisions(cifar10.load_cifar10(Path(data_dir)), folder)
+    assert names(batches) == before
+    assert names(folder) == ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
+
+
+def test_a_folder_with_the_batch_files_name_may_hold_the_folder_of_them(archive, folder):
+    outer = folder / CIFAR10.base_folder
+    tiny_cifar10.write(outer)
+    assert_equals_torchvisions(cifar10.load_cifar10(outer), outer)
+    assert names(outer) == ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
 
 
 def test_synthetic_images_are_the_same_for_everyone():
