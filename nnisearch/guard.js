@@ -11,6 +11,7 @@ const crypto = require("crypto");
 const fs = require("fs");
 const net = require("net");
 const { listen: bind } = net.Server.prototype;
+const SYN_SENT = "02"; // a state in /proc/net/tcp: it wants a connection, and has none yet
 
 const ipv4 = (address) => address.replace(/^::ffff:/, "");
 
@@ -31,17 +32,20 @@ function entries(address, port) {
 }
 
 // Whether a process of this user, on this machine, is at the other end.
-function isOwn({ remoteAddress, remotePort, localAddress, localPort }) {
+function isOwn(socket) {
+    const { remoteAddress, remotePort, localAddress, localPort } = socket;
     if (!remoteAddress || !localAddress) return false; // it has hung up
     const tables = ["/proc/net/tcp", "/proc/net/tcp6"].filter((file) => fs.existsSync(file));
     if (tables.length === 0) return ipv4(remoteAddress).startsWith("127.") || remoteAddress === "::1";
     const [peer, here] = [entries(remoteAddress, remotePort), entries(localAddress, localPort)];
     const lines = tables.flatMap((file) => fs.readFileSync(file, "latin1").trim().split("\n"));
-    return lines.some((line) => {
-        const [, local, remote, , , , , uid, , inode] = line.trim().split(/\s+/);
-        const isPeer = peer.includes(local) && here.includes(remote);
+    const isListed = lines.some((line) => {
+        const [, local, remote, state, , , , uid, , inode] = line.trim().split(/\s+/);
+        const isPeer = peer.includes(local) && here.includes(remote) && state !== SYN_SENT;
         return isPeer && Number(uid) === process.getuid() && inode > 0; // 0: closed, its uid is no more
     });
+    // Had another user hung up meanwhile, a process of this user might have got the same port.
+    return isListed && socket._handle?.getpeername({}) === 0;
 }
 
 // Why a request is refused, or undefined. Browsers say in Origin and Sec-Fetch-Site whose page asks,

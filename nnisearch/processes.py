@@ -34,7 +34,7 @@ def manager_of(id):
 
 
 def processes_of(id, folder):
-    """Return what the experiment's manager has started and what that has started, by NNI's marks.
+    """Return what an experiment's manager has started, and what that has started, by NNI's marks.
 
     folder is the experiment's. Never this process and those that it descends from: a search may be
     resumed from a shell that one of its trials has started.
@@ -42,11 +42,13 @@ def processes_of(id, folder):
     found = set()
     for process in own_processes():
         with contextlib.suppress(psutil.Error):
-            environment = process.environ()
+            environment, arguments = process.environ(), process.cmdline()
             is_trial = environment.get("NNI_EXP_ID") == id
+            script = arguments[1] if arguments[:1] == ["bash"] and arguments[1:] else ""
+            is_shell = script.startswith(f"{folder}/") and script.endswith("/run.sh")
             is_tuner = environment.get("NNI_LOG_DIRECTORY") == f"{folder}/log"
             is_gpu_collector = environment.get("METRIC_OUTPUT_DIR", "").startswith(f"{folder}/")
-            if is_trial or is_tuner or is_gpu_collector:
+            if is_trial or is_shell or is_tuner or is_gpu_collector:
                 found |= {process, *process.children(recursive=True)}
     this = psutil.Process()
     return found - {this, *this.parents()}

@@ -149,7 +149,7 @@ def last_words(logs):
     """Return the last lines of the manager's stderr, and the errors in its and the tuner's log."""
     words = []
     for name, pattern in (
-        ("nnictl_stderr.log", r"^(?!-+$|Experiment \w+ start).+"),
+        ("nnictl_stderr.log", r"^(?!-+$|Experiment \w+ start|Thrown at:|\s+at ).+"),
         ("nnimanager.log", r".*(?:ERROR|CRITICAL).*"),
         ("dispatcher.log", r".*(?:ERROR|CRITICAL).*"),
     ):

@@ -15,10 +15,7 @@ import yaml
 from conftest import ENDLESS, ROOT, ask, nobody, outside_address
 from experiment import UNCHECKED, Experiment, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
-from test_remote import SSHD, Machine, make_key
-
-SOCKET = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
-SOCKET.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+from test_remote import SSHD, UPGRADE, Machine, make_key, writable
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def test_a_stranger_is_refused(guarded, tmp_path, who, what):
     file = tmp_path / "stranger"
     request = {
         "status": {},
-        "socket": {"path": "/tuner", "headers": SOCKET},
+        "socket": {"path": "/tuner", "headers": UPGRADE},
         "command": command(guarded, file),
     }[what]
     stranger = STRANGERS[who](guarded.port)
@@ -170,12 +167,6 @@ def test_the_request_of_the_strangers_is_one_that_runs_a_command(experiment, tmp
     while not file.exists():
         assert time.monotonic() < end
         time.sleep(0.1)
-
-
-def writable(folder):
-    """Return what below the folder everybody may write."""
-    command = ["find", folder, "-not", "-type", "l", "-perm", "/o+w"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_the_folder_is_the_users_alone(experiment, tmp_path):
@@ -310,3 +301,19 @@ def test_a_search_runs_whatever_localhost_is(start, tmp_path, hosts, commands):
     result = start("-p", free_port(), before=namespace(tmp_path, hosts, *commands))
     assert result.returncode == 0, result.stderr
     assert "1 of 1 trials have a result" in result.stdout
+
+
+def test_in_reuse_mode_the_runners_on_this_machine_report_and_nobody_else(experiment, tmp_path):
+    """They come from its outside address, to the port after the Web UI's."""
+    config = TINY | {"trainingService": {"platform": "local", "reuseMode": True}}
+    (tmp_path / "reuse.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "code").mkdir()
+    search = experiment(tmp_path / "reuse.yml", trialCodeDirectory=str(tmp_path / "code"))
+    outside = {"address": outside_address(), "path": "/"}
+    while ask(search.port + 1, **outside) is None:  # its second server starts last
+        time.sleep(0.5)
+    assert ask(search.port + 1, **outside, user=nobody()) is None
+    assert ask(search.port + 1, *UPGRADE, **outside) == 400  # without the secret
+    (trial,) = search.wait(120)
+    assert trial["status"] == "SUCCEEDED"
+    assert search.stop() == []

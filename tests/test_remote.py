@@ -1,9 +1,11 @@
 """A search over SSH: two machines on loopback addresses, and what happens when one of them dies."""
 
+import base64
 import contextlib
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,9 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, SPACE, ask, nobody, outside_address
-from experiment import metric_value, parameters
+from conftest import ENDLESS, ROOT, SPACE, ask, nobody, outside_address
+from experiment import metric_value, parameters, processes_at
 
+# A web socket's first request.
+UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+PASSPHRASE = "correct horse"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 COMMAND = "python3 train.py --dataset synthetic --device cpu --report-every 50"
 # As Debian has it since 13. NNI's Node has OpenSSL 1.1.1, which knows no providers.
@@ -32,8 +38,11 @@ default = default_sect
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
 
 
-def make_key(path):
-    subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", path], check=True)
+def make_key(path, passphrase=""):
+    # One round of what makes guessing a passphrase slow: NNI's Node stands still meanwhile.
+    rounds = ["-a", "1"]
+    command = ["ssh-keygen", "-qt", "ed25519", *rounds, "-N", passphrase, "-f", path]
+    subprocess.run(command, check=True)
 
 
 class Machine:
@@ -72,6 +81,7 @@ class Machine:
             "port": self.port,
             "user": getpass.getuser(),
             "sshKeyFile": str(key),
+            "sshPassphrase": PASSPHRASE,
             "pythonPath": str(Path(sys.executable).parent),
         }
 
@@ -91,7 +101,7 @@ def machines(tmp_path, environment):
     (tmp_path / "openssl.cnf").write_text(OPENSSL_CNF)
     environment["OPENSSL_CONF"] = str(tmp_path / "openssl.cnf")
     key = tmp_path / "key"
-    make_key(key)
+    make_key(key, PASSPHRASE)
     # As Python has it since 3.14: no event loop unless one is set.
     (tmp_path / "sitecustomize.py").write_text("import asyncio; asyncio.set_event_loop(None)")
     given = {
@@ -128,12 +138,27 @@ def search(experiment, machines):
 
     yield search
     for one in searches:
-        shutil.rmtree(remote_files(one), ignore_errors=True)
+        shutil.rmtree(remote_files(one).parents[1], ignore_errors=True)
 
 
 def remote_files(search):
     """Return NNI's folder on a machine: it is always below /tmp, and NNI leaves it there."""
-    return Path("/tmp/nni-experiments", search.id)
+    return Path(f"/tmp/nni-{search.id}", "nni-experiments", search.id)
+
+
+def writable(folder):
+    """Return what below the folder everybody may write."""
+    command = ["find", folder, "-not", "-type", "l", "-perm", "/o+w"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def tuner_arguments(search):
+    """Return what `ps` shows after --exp_params, of each process of the tuner."""
+    found = []
+    for process in processes_at(search.home):
+        with contextlib.suppress(psutil.Error):
+            found += re.findall(r"--exp_params (\S+)", " ".join(process.cmdline()))
+    return found
 
 
 def machine_of(trial):
@@ -147,7 +172,7 @@ def test_a_search_on_two_machines(search, machines):
     # The port that the machines report to is open to them and to nobody else.
     assert ask(demo.port + 1, path="/") == 426  # to this machine's user, who is one of them here
     assert ask(demo.port + 1, "Origin: http://example.com", path="/") == 403
-    assert ask(demo.port + 1, path="/", address=outside_address()) is None
+    assert ask(demo.port + 1, path="/", address=outside_address(), user=nobody()) is None
     assert ask(demo.port + 1, path="/", user=nobody()) is None
     trials = demo.wait(240)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 4
@@ -167,7 +192,65 @@ def test_a_search_on_two_machines(search, machines):
         assert all(f"loss: {loss:.3f}" in printed for _, loss in values[:-1])
     assert demo.stop() == []
     left = {path for path in set(Path("/tmp").iterdir()) - before if "nni" in path.name}
-    assert left <= {remote_files(demo).parent}
+    assert left <= {remote_files(demo).parents[1]}
+
+
+def test_nobody_else_writes_on_a_machine_or_reports_for_it(search, machines):
+    demo = search(2, searchSpace=ENDLESS)
+    folder = remote_files(demo).parents[1]
+    while not (settings := list(folder.rglob("settings.json"))):
+        time.sleep(0.1)
+    # The folder of all that NNI writes on a machine.
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert writable(folder) == []
+    # Who has read the runner's ID in ps, on a machine that may report, may not report for it.
+    assert ask(demo.port + 1, *UPGRADE, path="/") == 400
+    port, _, secret = json.loads(settings[0].read_text())["nniManagerPort"].partition("/")
+    assert int(port) == demo.port + 1
+    assert ask(demo.port + 1, *UPGRADE, path=f"/{secret}") == 101
+    shown = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
+    assert secret not in shown
+    # The tuner's arguments are the configuration, without what opens the machines.
+    (arguments,) = set(tuner_arguments(demo))
+    given = json.loads(base64.b64decode(arguments))
+    assert given["tuner"] == demo.get("experiment")["params"]["tuner"]
+    assert PASSPHRASE in json.dumps(demo.get("experiment"))
+    assert PASSPHRASE not in json.dumps(given)
+    assert demo.stop() == []
+
+
+def test_a_folder_that_another_user_has_made_on_a_machine_is_not_used(search):
+    """Its name is known once a search has started; a resumed one must not fall for that."""
+    demo = search(1, searchSpace=ENDLESS)
+    folder = remote_files(demo).parents[1]
+    while not folder.exists():
+        time.sleep(0.1)
+    demo.stop()
+    shutil.rmtree(folder)
+    folder.mkdir(0o700)
+    os.chown(folder, nobody(), nobody())
+    with contextlib.suppress(RuntimeError):  # by chance before or after search.py has seen it run
+        demo.resume()
+    log = demo.home / "nni-experiments" / demo.id / "log" / "nnictl_stderr.log"
+    while f"{folder} is not a folder of this user's alone" not in log.read_text():
+        time.sleep(0.1)
+    assert list(folder.iterdir()) == []
+
+
+def test_after_its_manager_is_killed_a_search_on_machines_is_exact(search, machines):
+    demo = search(5)
+    demo.wait_for(lambda trials: sum("endTime" in trial for trial in trials) >= 2, 240)
+    (node,) = [process for process in processes_at(demo.home) if process.name() == "node"]
+    node.kill()
+    demo.resume()
+    trials = demo.wait(240)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
+    assert len({trial["sequenceId"] for trial in trials}) == 5
+    for trial in trials:
+        metrics = demo.get(f"metric-data/{trial['trialJobId']}")
+        assert [metric["type"] for metric in metrics].count("FINAL") == 1
+        numbers = [metric["sequence"] for metric in metrics if metric["type"] == "PERIODICAL"]
+        assert numbers == list(range(len(numbers)))
 
 
 def test_when_a_machine_dies_the_other_goes_on_and_the_search_ends(search, machines):

@@ -1,6 +1,8 @@
 """A search whose manager or tuner was killed, at any moment, and that is resumed: it is exact."""
 
+import ast
 import contextlib
+import json
 import sqlite3
 import subprocess
 import sys
@@ -9,7 +11,10 @@ import time
 import psutil
 import pytest
 import yaml
+from conftest import nobody
 from experiment import UNCHECKED, Experiment, metric_value, processes_at
+
+from nnisearch import processes, recovery
 
 TRIALS, REPORTS = 9, 5
 TRIAL = f"""
@@ -78,12 +83,12 @@ def tuner(search):
 
 
 def trial_processes(search):
-    """Return the processes of a search's trials."""
+    """Return the processes of a search's trials: Python, and the shell that NNI starts."""
     found = []
     for process in processes_at(search.home):
         with contextlib.suppress(psutil.Error):
             if "NNI_TRIAL_JOB_ID" in process.environ():
-                found.append(process)
+                found += [process, process.parent()]
     return found
 
 
@@ -126,8 +131,15 @@ def wait_for(search, moment):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("orphans", ["run on", "have ended"])
-@pytest.mark.parametrize("when", MOMENTS)
+@pytest.mark.parametrize(
+    ("when", "orphans"),
+    [
+        ("at its first trial", "run on"),
+        ("in the middle of a trial", "have ended"),
+        ("in the middle", "run on"),
+        ("at its end", "have ended"),
+    ],
+)
 def test_after_its_manager_is_killed_a_search_is_exact(search, when, orphans):
     one = search()
     wait_for(one, MOMENTS[when])
@@ -165,9 +177,11 @@ def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search):
     manager(one).kill()
     command, how = resuming(one)
     with subprocess.Popen(command, **how, stderr=subprocess.DEVNULL) as broken:
+        while not (nodes := [p for p in processes_at(one.home) if p.name() == "node"]):
+            assert broken.poll() is None
         while "ADD_RESUMED" not in events(one):
             assert broken.poll() is None
-        manager(one).kill()
+        nodes[0].kill()
         assert broken.wait(60) == 1
     assert events(one)[-1] == "ADD_RESUMED"  # killed before the first trial was started anew
     resume(one)
@@ -183,3 +197,78 @@ def test_a_search_that_was_stopped_and_resumed_twice_is_exact(search):
         resume(one)
     assert_is_exact(one)
     assert one.stop() == []
+
+
+SLEEP = "import os, sys, time; {change}; print(flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def start_sleeper():
+    """Start a process that sleeps, with the arguments given, as root or as another user."""
+    sleepers = []
+
+    def start_sleeper(*args, change="pass"):
+        command = [sys.executable, "-c", SLEEP.format(change=change), *args]
+        sleepers.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        sleepers[-1].stdout.readline()
+        return sleepers[-1]
+
+    yield start_sleeper
+    for sleeper in sleepers:
+        sleeper.kill()
+        sleeper.communicate()
+
+
+def manager_arguments(id):
+    return ["/somewhere/nni_node/main.js", "--port", "8090", "--experiment-id", id]
+
+
+def statuses(home, environment, numbers):
+    """Return what nnisearch makes of NNI's list, of running experiments with these processes."""
+    listed = {id: {"id": id, "pid": pid, "status": "RUNNING"} for id, pid in numbers.items()}
+    (home / "nni-experiments").mkdir()
+    (home / "nni-experiments" / ".experiment").write_text(json.dumps(listed))
+    code = "from nnisearch import recovery; print(recovery.list_experiments())"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.check_output(command, env=environment | {"HOME": str(home)}, text=True)
+    return {id: known["status"] for id, known in ast.literal_eval(printed).items()}
+
+
+def test_alive_is_an_experiment_whose_manager_is(start_sleeper, tmp_path, environment):
+    zombie = start_sleeper(*manager_arguments("zombie"))
+    zombie.kill()
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.1)
+    numbers = {
+        "alive": start_sleeper(*manager_arguments("alive")).pid,
+        "another": start_sleeper(*manager_arguments("alive")).pid,
+        "recurred": start_sleeper("alive").pid,
+        "zombie": zombie.pid,
+        "gone": 2**22 + 1,
+    }
+    found = statuses(tmp_path, environment, numbers)
+    assert found == dict.fromkeys(numbers, "STOPPED") | {"alive": "RUNNING"}
+
+
+def test_alive_is_not_what_another_user_calls_so(start_sleeper, tmp_path, environment):
+    change = f"os.setuid({nobody()})"
+    numbers = {"feigned": start_sleeper(*manager_arguments("feigned"), change=change).pid}
+    assert statuses(tmp_path, environment, numbers) == {"feigned": "STOPPED"}
+
+
+def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line():
+    known = {"id": "abc", "port": 8090, "status": "VIEWED", "prefixUrl": None}
+    with pytest.raises(ValueError, match="is abc, but nnictl view shows it; allowed: "):
+        recovery.is_running(known)
+    known |= {"status": "RUNNING", "prefixUrl": "nni/one"}
+    with pytest.raises(ValueError, match="it runs at http://localhost:8090/nni/one; allowed: "):
+        recovery.is_running(known)
+    assert not recovery.is_running(known | {"status": "STOPPED"})
+    assert recovery.is_running(known | {"prefixUrl": None})
+
+
+def test_not_ended_is_what_only_reads_an_experiments_files(start_sleeper, tmp_path):
+    folder = tmp_path / "abc"
+    start_sleeper("less", f"{folder}/log/nnimanager.log")
+    start_sleeper(change="os.environ['NNI_EXP_ID'] = 'abcd'")
+    assert processes.processes_of("abc", folder) == set()
