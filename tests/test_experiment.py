@@ -56,12 +56,12 @@ def test_a_search_from_create_to_export(experiment):
     assert [trial["id"] for trial in results] == [trial["trialJobId"] for trial in trials]
     for ours, nnis in zip(results, trials, strict=True):
         assert ours["trial"] == nnis["sequenceId"]
-        assert ours["accuracy"] == accuracy(nnis)
+        assert ours["result"] == accuracy(nnis)
         assert ours["hyperparameters"] == parameters(nnis)
         duration = (nnis["endTime"] - nnis["startTime"]) / 1000
         assert ours["seconds"] == pytest.approx(duration, abs=0.01)
     exported = chosen(demo, "--file", demo.home / "out.json")["trials"]
-    keys = ("id", "accuracy", "losses", "hyperparameters")
+    keys = ("id", "result", "intermediate", "hyperparameters")
     by_id = {trial["id"]: {key: trial[key] for key in keys} for trial in exported}
     assert by_id == {trial["id"]: {key: trial[key] for key in keys} for trial in results}
 

@@ -18,7 +18,6 @@ from experiment import SEARCH, UNCHECKED, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 
 import search
-from nnisearch import checks, progress
 
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
 
@@ -121,16 +120,6 @@ def test_a_search_in_the_foreground(run_search, home):
     assert again.returncode == 0
     assert again.stdout.splitlines()[-8:] == printed[-8:]  # the table and what is below it
     nnictl(home, "stop", id)
-
-
-def test_the_same_failure_is_told_once_and_a_search_without_result_fails(run_search):
-    command = "python3 -c \"import nni; nni.get_next_parameter(); raise ValueError('no luck')\""
-    result = run_search(
-        "-p", free_port(), config=demo(trialCommand=command, maxTrialNumber=3, trialConcurrency=1)
-    )
-    assert result.returncode == 1
-    assert result.stdout.count("has FAILED: ValueError: no luck") == 1
-    assert result.stdout.count("FAILED; no result yet") == 3
 
 
 # What Node loads before NNI's manager, as a user may have asked for in NODE_OPTIONS.
@@ -278,62 +267,3 @@ def test_the_default_without_gpus_is_cpu_yml(monkeypatch, tmp_path):
         ROOT / "configs" / "cpu.yml",
         "configs/cpu.yml, since nvidia-smi lists no GPUs",
     )
-
-
-def test_a_trial_of_another_project_that_minimizes(run_search, home, tmp_path):
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "trial.py").write_text(
-        "import nni\n"
-        "x = nni.get_next_parameter()['x']\n"
-        "nni.report_final_result({'default': x * x})\n"
-    )
-    config = {
-        "searchSpace": {"x": {"_type": "uniform", "_value": [-1, 1]}},
-        "trialCommand": "python3 trial.py",
-        "trialCodeDirectory": str(project),
-        "trialConcurrency": 2,
-        "maxTrialNumber": 4,
-        "tuner": {"name": "Random", "classArgs": {"optimize_mode": "minimize"}},
-        "trainingService": {"platform": "local"},
-    }
-    result = run_search("-p", free_port(), config=config)
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("trial ")]
-    results = [float(line.split("): ")[1].split(";")[0]) for line in lines]
-    assert float(lines[-1].split("best ")[1]) == min(results)
-    assert "the choice" not in result.stdout  # choose.py's rule is that of an accuracy
-    nnictl(home, "stop", "--all")
-
-
-def remote_trial(number, status, start):
-    return {
-        "trialJobId": f"id{number}",
-        "sequenceId": number,
-        "status": status,
-        "startTime": start,
-        "logPath": f"file://192.0.2.{number}:/tmp/nni-experiments",
-    }
-
-
-def test_a_remote_trial_that_is_silent_for_longer_than_any_before_is_named_once(monkeypatch):
-    config = checks.load(ROOT / "config.yml")
-    config.training_service.platform = "remote"
-    notices = progress.Notices(config, Path("experiment"))
-    now, latest = [1_000_000.0], {}
-    monkeypatch.setattr("time.time", lambda: now[0] / 1000)
-    trials = [remote_trial(1, "RUNNING", now[0]), remote_trial(2, "RUNNING", now[0])]
-
-    def after(seconds, *reporting):
-        now[0] += 1000 * seconds
-        latest.update(dict.fromkeys(reporting, now[0]))
-        return notices(trials, [{"trialJobId": id, "timestamp": t} for id, t in latest.items()])
-
-    assert after(0) == []
-    assert after(100) == []  # nothing is known yet of how long a trial may be silent
-    assert after(20, "id1", "id2") == []  # 120 s after their start
-    assert after(110, "id1") == []
-    (line,) = after(20, "id1")
-    assert line.startswith("trial 2 (id2) on 192.0.2.2 has reported nothing for 1")
-    assert line.endswith("nnictl trial kill experiment -T id2")
-    assert after(20, "id1") == []
