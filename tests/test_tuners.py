@@ -72,7 +72,7 @@ def test_every_kind_of_search_space(sampler):
 
 
 def test_numbers_to_choose_from_are_ordered_and_names_are_not():
-    distributions = make(KINDS).distributions
+    distributions = make(KINDS).space.distributions
     assert (distributions["sizes"].low, distributions["sizes"].high) == (0, 2)
     assert distributions["names"].choices == (0, 1, 2)
     values = search(make({"sizes": KINDS["sizes"]}), 40, lambda values: -values["sizes"])
