@@ -79,7 +79,7 @@ def to_optuna(spec, value):
         raise wrong
     if spec.type == "randint":
         index = value - math.ceil(spec.values[0])
-        if index not in range(spec.size):
+        if index != int(index) or not 0 <= index < spec.size:
             raise wrong
         return int(index)
     if spec.normal_distributed:
