@@ -55,7 +55,8 @@ def costs_when(search, number, watcher):
     folder = search.home / "nni-experiments" / search.id / "trials"
     while not folder.exists() or len(list(folder.iterdir())) < number:
         if watcher.poll() is not None:
-            raise RuntimeError(f"search.py has ended before trial {number} has started")
+            said = Path(search.home, "watched").read_text()[-500:]
+            raise RuntimeError(f"search.py has ended before trial {number} has started: {said}")
         time.sleep(0.2)
     return costs(search.home)
 

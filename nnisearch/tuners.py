@@ -111,7 +111,7 @@ class OptunaTuner(Tuner):
     def receive_trial_result(self, parameter_id, parameters, value, **_):
         if parameter_id in self.running:
             self.study.tell(self.running.pop(parameter_id), number(value))
-        elif parameter_id in self.failed:  # its end came first, or it is of the space before
+        elif parameter_id in self.failed:  # its end came first
             self.failed.remove(parameter_id)
             self.add_results([{"parameter": parameters, "value": value}])
         # else it is a trial's second result, which NNI lets through
@@ -190,7 +190,6 @@ class Hyperband(hyperband_advisor.Hyperband):
     def __init__(self, budget="epochs", **arguments):
         hyperband_advisor._KEY = budget  # a global of NNI's; the tuner's process holds one tuner
         super().__init__(**arguments)
-
         self.outside = {None}  # IDs of trials of no bracket here; None: the user's own
 
     def handle_add_customized_trial(self, data):
