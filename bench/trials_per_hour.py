@@ -1,10 +1,11 @@
 """Measure how many trials an hour a search makes: by who starts it, and by how many run at a time.
 
-    python bench/trials_per_hour.py     # some 12 minutes on 2 cores
+    python bench/trials_per_hour.py     # some 16 minutes on 2 cores
 
 First the same trials of the demo by nnictl, by search.py and by Optuna with as many workers; then
-the write-up's best trial on CIFAR-10 by search.py, more of it at a time. The trials of a table
-differ in nothing but the last digits of lr: NNI ends a search whose space is used up.
+such trials by a tuner that thinks, GPSampler; then the write-up's best trial on CIFAR-10 by
+search.py, more of it at a time. The trials of the first and the last table differ in nothing but
+the last digits of lr: NNI ends a search whose space is used up.
 """
 
 import argparse
@@ -23,6 +24,20 @@ from experiment import NNICTL, ROOT, SEARCH, Experiment, accuracy
 
 DEMO = {"batch_size": 32, "lr": 0.01, "epochs": 5, "optimizer": "SGD", "momentum": 0.9}
 BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
+# To think about: as many dimensions as the demo has, but none by which a trial takes longer.
+SPACE = {key: {"_type": "choice", "_value": [DEMO[key]]} for key in ("batch_size", "epochs")} | {
+    "lr": {"_type": "loguniform", "_value": [0.001, 0.1]},
+    "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
+    "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
+    "weight_decay": {"_type": "uniform", "_value": [0, 0.001]},
+    "label_smoothing": {"_type": "uniform", "_value": [0, 0.2]},
+}
+SAMPLERS = {"TPESampler": {}, "GPSampler": {"n_startup_trials": 4}}  # with arguments
+SUGGEST = {  # by a parameter's type: Optuna's way to ask for it
+    "choice": lambda trial, key, values: trial.suggest_categorical(key, values),
+    "uniform": lambda trial, key, values: trial.suggest_float(key, *values),
+    "loguniform": lambda trial, key, values: trial.suggest_float(key, *values, log=True),
+}
 DEMO_COMMAND = "OMP_NUM_THREADS=1 python3 train.py --dataset synthetic --report-every 50"
 # An nvidia-smi with as many GPUs as there are workers, each busy while a trial runs on it.
 NVIDIA_SMI = r"""#!/bin/bash
@@ -38,12 +53,20 @@ echo "</nvidia_smi_log>"
 """
 
 
-def run_nni(config, parameters, trials, start=SEARCH, gpus=0, **changes):
-    """Run a search by NNI; return [(start, end, accuracy), ...] of its trials, in s and %."""
+def around(parameters):
+    """Return a search space that holds nothing else than these, but in the last digits of lr."""
     space = {key: {"_type": "choice", "_value": [value]} for key, value in parameters.items()}
     space["lr"] = {"_type": "uniform", "_value": [parameters["lr"], parameters["lr"] + 1e-6]}
+    return space
+
+
+def run_nni(config, space, trials, sampler, start=SEARCH, gpus=0, **changes):
+    """Run a search by NNI; return [(start, end, accuracy), ...] of its trials, in s and %."""
+    arguments = {"sampler": sampler, "sampler_args": SAMPLERS[sampler], "seed": 0}
+    tuner = {"className": "nnisearch.tuners.OptunaTuner", "classArgs": arguments}
     environment = dict(os.environ) | {"CIFAR10_DIR": os.environ.get("CIFAR10_DIR", f"{ROOT}/data")}
-    changes = changes | {"searchSpace": space, "maxTrialNumber": trials}
+    changes |= {"searchSpace": space, "maxTrialNumber": trials}
+    changes["tuner"] = tuner | {"codeDirectory": str(ROOT)}
     with tempfile.TemporaryDirectory() as home:
         if gpus:
             stand_in = Path(home, "nvidia-smi")
@@ -62,7 +85,7 @@ def run_nni(config, parameters, trials, start=SEARCH, gpus=0, **changes):
     return [(t["startTime"] / 1000, t["endTime"] / 1000, accuracy(t)) for t in ended]
 
 
-def run_optuna(command, parameters, trials, workers):
+def run_optuna(command, space, trials, sampler, workers):
     """Run the trial command by Optuna; return what run_nni() does."""
     import optuna
 
@@ -70,11 +93,14 @@ def run_optuna(command, parameters, trials, workers):
     rows = []
 
     def objective(trial):
-        lr = trial.suggest_float("lr", parameters["lr"], parameters["lr"] + 1e-6)
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in parameters.items()]
+        given = {
+            key: SUGGEST[entry["_type"]](trial, key, entry["_value"])
+            for key, entry in space.items()
+        }
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
         start = time.time()
         printed = subprocess.run(
-            f"{command} {' '.join(flags)} --lr={lr}",
+            f"{command} {' '.join(flags)}",
             shell=True,
             cwd=ROOT,
             check=True,
@@ -86,7 +112,8 @@ def run_optuna(command, parameters, trials, workers):
         rows.append((start, time.time(), percent))
         return percent
 
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler())
+    sampler = getattr(optuna.samplers, sampler)(seed=0, **SAMPLERS[sampler])
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     study.optimize(objective, n_trials=trials, n_jobs=workers)
     return rows
 
@@ -107,8 +134,9 @@ def row(name, rows, workers):
     print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 
-def head(parameters, trials):
-    print(f"\n{trials} trials a row: {json.dumps(parameters)}\n")
+def head(what, trials):
+    """Print the head of a table of that many trials a row, of parameters or of a search space."""
+    print(f"\n{trials} trials a row: {json.dumps(what)}\n")
     print("| | trials per hour | median trial, s | end to next start, s | busy % | accuracy % |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
 
@@ -126,15 +154,19 @@ def main():
 
     if args.demo_trials:
         head(DEMO, args.demo_trials)
-        demo = ("configs/demo.yml", DEMO, args.demo_trials)
+        demo = ("configs/demo.yml", around(DEMO), args.demo_trials, "TPESampler")
         at_once = {"trialConcurrency": cores, "trialCommand": DEMO_COMMAND}
         row("nnictl", run_nni(*demo, start=NNICTL, **at_once), cores)
         row("search.py", run_nni(*demo, **at_once), cores)
-        row("Optuna", run_optuna(DEMO_COMMAND, DEMO, args.demo_trials, cores), cores)
+        row("Optuna", run_optuna(DEMO_COMMAND, *demo[1:], cores), cores)
         on_cpu = at_once | {"trialCommand": f"{DEMO_COMMAND} --device cpu"}
         for name, start in (("nnictl", NNICTL), ("search.py", SEARCH)):
             rows = run_nni(*demo, start=start, gpus=cores, **on_cpu)
             row(f"{name}, scheduling {cores} GPUs of a stand-in nvidia-smi", rows, cores)
+        head(SPACE, 2 * args.demo_trials)
+        demo = ("configs/demo.yml", SPACE, 2 * args.demo_trials, "GPSampler")
+        row("search.py, GPSampler", run_nni(*demo, **at_once), cores)
+        row("Optuna, GPSampler", run_optuna(DEMO_COMMAND, *demo[1:], cores), cores)
 
     if args.trials:
         head(BEST, args.trials)
@@ -147,7 +179,7 @@ def main():
             else:
                 changes["trialCommand"] = f"OMP_NUM_THREADS={cores // n} python3 train.py"
                 name, config = f"{n} at a time, {cores // n} threads each", "configs/cpu.yml"
-            row(name, run_nni(config, BEST, args.trials, **changes), n)
+            row(name, run_nni(config, around(BEST), args.trials, "TPESampler", **changes), n)
 
 
 if __name__ == "__main__":

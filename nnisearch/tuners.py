@@ -1,24 +1,30 @@
 """Tuners that NNI lacks: Optuna's samplers, and NNI's Hyperband, mended.
 
-A configuration names one by `codeDirectory` (this folder) and `className`. OptunaTuner promises
-what NNI expects of a tuner: trials at the same time, trials that fail, resuming, and every kind of
-search space but nested ones. The same seed gives the same parameters.
+A configuration names one by `codeDirectory` (the folder that holds nnisearch/) and `className`.
+OptunaTuner promises what NNI expects of a tuner: trials at the same time, trials that fail,
+resuming, a search space that is changed under way, and every kind of search space but nested ones.
+The same seed gives the same parameters.
 """
 
+import collections
+import contextlib
+import functools
+import logging
 import math
-from statistics import NormalDist
+import os
 
 import optuna
+from nni import NoMoreTrialError
 from nni.algorithms.hpo import hyperband_advisor
-from nni.common.hpo_utils import deformat_parameters, format_parameters, format_search_space
+from nni.common import load
+from nni.runtime.msg_dispatcher import MsgDispatcher
 from nni.tuner import Tuner
-from nni.utils import extract_scalar_reward
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from nni.utils import OptimizeMode, extract_scalar_reward
+from optuna.trial import TrialState
 
+from nnisearch.optuna_space import Space
 
-def is_ordered(values):
-    """Return whether the values of a choice are numbers, whose order tells something."""
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+log = logging.getLogger("nni.tuners")  # below nni, whose lines reach dispatcher.log
 
 
 class OptunaTuner(Tuner):
@@ -32,93 +38,174 @@ class OptunaTuner(Tuner):
         if sampler not in optuna.samplers.__all__ or not sampler.endswith("Sampler"):
             names = [name for name in optuna.samplers.__all__ if name.endswith("Sampler")]
             raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(names)}")
+        # GPSampler's threads would wait for those of the trials. torch, which it imports when it
+        # first needs it, reads this then.
+        os.environ["OMP_NUM_THREADS"] = "1"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = getattr(optuna.samplers, sampler)(seed=seed, **(sampler_args or {}))
-        self.study = optuna.create_study(direction=optimize_mode, sampler=sampler)
-        self.running = {}
+        MsgDispatcher.handle_import_data = handle_import_data
+        self.seed = seed
+        self.make_sampler = functools.partial(
+            getattr(optuna.samplers, sampler), **(sampler_args or {})
+        )
+        self.direction = optimize_mode
+        self.study = self.make_study(seed)
+        self.space = None
+        self.running = {}  # parameter ID: the number of its trial in the study
+        self.ended = collections.deque()  # parameter IDs of which NNI has said so, to be looked at
+        self.failed = set()  # parameter IDs of trials that had no result when they were looked at
+
+    def make_study(self, seed):
+        """Return a study without trials, whose sampler has seen none."""
+        study = optuna.create_study(direction=self.direction, sampler=self.make_sampler(seed=seed))
+        self.is_used_up = False
+        study.stop = self.stop  # Optuna's refuses outside of its own loop
+        return study
+
+    def stop(self):
+        """Note that a sampler, such as BruteForceSampler, has tried all that there is."""
+        self.is_used_up = True
 
     def update_search_space(self, search_space):
-        for key, entry in search_space.items():
-            if entry["_type"] == "choice" and any(isinstance(v, dict) for v in entry["_value"]):
-                allowed = "values that are no objects"
-                raise ValueError(f"{key} is nested; allowed with Optuna: {allowed}")
-            if entry["_type"] == "choice" and is_ordered(entry["_value"]):
-                search_space = search_space | {key: entry | {"_value": sorted(entry["_value"])}}
-        self.space = format_search_space(search_space)
-        self.distributions = {spec.name: distribution(spec) for spec in self.space.values()}
+        """Search a space from now on, with what of the results so far fits it.
+
+        Raises ValueError for a first space that cannot be searched. A later one is left out, with
+        a line in dispatcher.log: it should not end a search that goes well.
+        """
+        try:
+            space = Space(search_space)
+        except ValueError as error:
+            if self.space is None:
+                raise
+            log.error("the new search space is not taken, the old one stays: %s", error)
+            return
+        former, before, self.space = self.study, self.space, space
+        if before is None:
+            return
+        # Samplers keep the space that they have seen, and studies refuse a choice of other values.
+        trials = former.get_trials(deepcopy=False)
+        seed = None if self.seed is None else self.seed + len(trials)  # not the first draws again
+        self.study = self.make_study(seed)
+        self.add_results(
+            {"parameter": before.values(trial.params), "value": trial.value}
+            for trial in trials
+            if trial.state == TrialState.COMPLETE
+        )
+        running, self.running = self.running, {}
+        for id, number in running.items():
+            with contextlib.suppress(ValueError):  # it runs on, but its result will not fit
+                self.add(before.values(trials[number].params))
+                self.running[id] = len(self.study.get_trials(deepcopy=False)) - 1
 
     def generate_parameters(self, parameter_id, **_):
-        trial = self.running[parameter_id] = self.study.ask(self.distributions)
-        numbers = {
-            key: from_optuna(spec, trial.params[spec.name]) for key, spec in self.space.items()
-        }
-        values = deformat_parameters(numbers, self.space)
-        for spec in self.space.values():
-            if spec.type == "loguniform":  # exp(log(0.1)) is above 0.1
-                values[spec.name] = min(max(values[spec.name], spec.values[0]), spec.values[1])
-        return values
+        while self.ended:
+            id = self.ended.popleft()
+            if id in self.running:
+                self.study.tell(self.running.pop(id), state=TrialState.FAIL)
+                self.failed.add(id)
+        if self.is_used_up:
+            raise NoMoreTrialError
+        trial = self.study.ask(self.space.distributions)
+        self.running[parameter_id] = trial.number
+        return self.space.values(trial.params)
 
     def receive_trial_result(self, parameter_id, parameters, value, **_):
-        self.tell(parameter_id, values=extract_scalar_reward(value))
+        if parameter_id in self.running:
+            self.study.tell(self.running.pop(parameter_id), number(value))
+        elif parameter_id in self.failed:  # its end came first
+            self.failed.remove(parameter_id)
+            self.add_results([{"parameter": parameters, "value": value}])
+        # else it is a trial's second result, which NNI lets through
 
     def trial_end(self, parameter_id, success, **_):
-        self.tell(parameter_id, state=optuna.trial.TrialState.FAIL)  # it has ended without a result
-
-    def tell(self, parameter_id, **result):
-        """Give the study a trial's first result or end; NNI may come with more of them."""
-        if trial := self.running.pop(parameter_id, None):
-            self.study.tell(trial, **result)
+        """Note the end: NNI tells it in a thread of its own, perhaps before it tells the result."""
+        self.ended.append(parameter_id)
 
     def import_data(self, data):
-        for record in data:
-            value = extract_scalar_reward(record["value"])
-            if math.isnan(value):  # which tell() takes for a failure, and create_trial() refuses
-                continue
-            values = dict(record["parameter"])
-            for spec in self.space.values():
-                if spec.log_distributed and values[spec.name] == 0:  # as q has rounded it
-                    values[spec.name] = spec.q / 4
-            numbers = format_parameters(values, self.space)
-            params = {key[0]: to_optuna(self.space[key], x) for key, x in numbers.items()}
-            distributions = self.distributions
-            trial = optuna.create_trial(params=params, distributions=distributions, value=value)
-            self.study.add_trial(trial)
+        """Learn from results, a list of {"parameter": {name: value}, "value": result}."""
+        self.add_results(data)
         self.study.sampler.reseed_rng()  # else a resumed search would repeat its first trials
 
+    def add(self, values, value=None):
+        """Add a trial with NNI's parameters to the study, one under way if it has no value.
 
-def distribution(spec):
-    """Return Optuna's distribution for NNI's specification of a parameter."""
-    if spec.type == "choice" and not is_ordered(spec.values):
-        return CategoricalDistribution(range(spec.size))
-    if spec.categorical:
-        return IntDistribution(0, spec.size - 1)
-    if spec.normal_distributed:  # by its quantile
-        return FloatDistribution(0.001, 0.999)
-    return FloatDistribution(spec.low, spec.high)  # of the logarithm, where NNI says so
+        Raises ValueError if they are not of the search space.
+        """
+        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+        params, distributions = self.space.params(values), self.space.distributions
+        self.study.add_trial(
+            optuna.create_trial(
+                state=state, params=params, distributions=distributions, value=value
+            )
+        )
+
+    def add_results(self, records):
+        """Add results, as import_data() takes them, to the study; log how many are left out."""
+        records = list(records)
+        reasons = []
+        for record in records:
+            try:
+                if not isinstance(record, dict) or not {"parameter", "value"} <= record.keys():
+                    raise ValueError(f"{record!r}; allowed: an object of parameter and value")
+                value = number(record["value"])
+                if math.isnan(value):
+                    raise ValueError(f"value is {record['value']!r}; allowed: a number")
+                self.add(record["parameter"], value)
+            except ValueError as error:
+                reasons.append(error)
+        if reasons:
+            log.warning("%d of %d results left out: %s", len(reasons), len(records), reasons[0])
 
 
-def from_optuna(spec, x):
-    """Return NNI's internal number for Optuna's."""
-    return NormalDist(spec.mu, spec.sigma).inv_cdf(x) if spec.normal_distributed else x
+def number(value):
+    """Return a result, as a trial has reported it, as a float: NaN where it is no number."""
+    try:
+        return float(extract_scalar_reward(value))
+    except (RuntimeError, OverflowError):  # text, None, an object without default; 400 digits
+        return math.nan
 
 
-def to_optuna(spec, x):
-    """Return Optuna's number for NNI's internal one, within the bounds of distribution()."""
-    if spec.normal_distributed:
-        return min(max(NormalDist(spec.mu, spec.sigma).cdf(x), 0.001), 0.999)
-    return x if spec.categorical else min(max(x, spec.low), spec.high)
+def handle_import_data(dispatcher, data):
+    """Give imported results to the tuner, in place of NNI's method, which dies of a value's lack
+    or of text that is no JSON before the tuner sees it."""
+    for record in data:
+        if isinstance(record, dict) and isinstance(record.get("value"), str):
+            try:
+                record["value"] = load(record["value"])
+            except ValueError:
+                continue  # it stays text, for the tuner to judge
+    dispatcher.tuner.import_data(data)
 
 
 class Hyperband(hyperband_advisor.Hyperband):
     """NNI's Hyperband, whose budget is the trial's epochs; R is the most, 1 the least.
 
-    As shipped it calls the budget TRIAL_BUDGET, and ends at its first result, because NNI compares
-    its IDs, which are text, with a number (https://github.com/microsoft/nni/issues/5263).
+    budget is the name by which a trial is given its budget among its parameters; a trial written
+    for NNI's own Hyperband calls it TRIAL_BUDGET. optimize_mode, R, eta and exec_mode are NNI's.
+
+    As shipped it ends at its first result, because NNI compares its IDs, which are text, with a
+    number (https://github.com/microsoft/nni/issues/5263), and at the end of a round in which too
+    many trials have reported nothing.
     """
 
-    def __init__(self, **arguments):
-        hyperband_advisor._KEY = "epochs"
+    def __init__(self, budget="epochs", **arguments):
+        hyperband_advisor._KEY = budget  # a global of NNI's; the tuner's process holds one tuner
         super().__init__(**arguments)
+        self.outside = {None}  # IDs of trials of no bracket here; None: the user's own
+
+    def handle_add_customized_trial(self, data):
+        """Note the trials that a resumed search runs again: the brackets that they are of are lost.
+
+        New brackets begin above theirs, so that no ID comes twice.
+        """
+        self.outside |= {trial["parameter_id"] for trial in data}
+        numbers = [int(id.split("-")[0]) for id in self.outside - {None}]
+        self.curr_hb = max(numbers, default=-1) + 1
 
     def is_created_in_previous_exp(self, param_id):
-        return False
+        return param_id in self.outside
+
+    def _handle_trial_end(self, parameter_id):
+        bracket_id, round, _ = parameter_id.split("_")
+        worst = -math.inf if self.optimize_mode is OptimizeMode.Maximize else math.inf
+        self.brackets[bracket_id].configs_perf[int(round)].setdefault(parameter_id, [-1, worst])
+        super()._handle_trial_end(parameter_id)

@@ -1,14 +1,19 @@
-"""tuner.py: Optuna's samplers and Hyperband, as NNI calls them and in real searches."""
+"""nnisearch/tuners.py: Optuna's samplers and Hyperband, as NNI calls them and in real searches."""
 
 import json
+import logging
 import math
+import subprocess
+import sys
 
+import nni
 import pytest
 import tuners
 from conftest import ROOT, SPACE
 from experiment import SEARCH, accuracy, parameters
+from nni.runtime.msg_dispatcher import MsgDispatcher
 
-from nnisearch.tuners import Hyperband, OptunaTuner
+from nnisearch.tuners import OptunaTuner
 
 KINDS = {
     "names": {"_type": "choice", "_value": ["a", None, True]},
@@ -72,7 +77,7 @@ def test_every_kind_of_search_space(sampler):
 
 
 def test_numbers_to_choose_from_are_ordered_and_names_are_not():
-    distributions = make(KINDS).distributions
+    distributions = make(KINDS).space.distributions
     assert (distributions["sizes"].low, distributions["sizes"].high) == (0, 2)
     assert distributions["names"].choices == (0, 1, 2)
     values = search(make({"sizes": KINDS["sizes"]}), 40, lambda values: -values["sizes"])
@@ -126,10 +131,159 @@ def test_trials_that_end_without_a_result_are_left_out():
         tuner.receive_trial_result(2, given[2], float("nan"))
     tuner.trial_end(2, True)
     tuner.receive_trial_result(1, given[1], 8.0)  # a second one, which NNI lets through
+    tuner.generate_parameters(4)
     states = [trial.state.name for trial in tuner.study.trials]
-    assert states == ["FAIL", "COMPLETE", "FAIL", "RUNNING"]
+    assert states == ["FAIL", "COMPLETE", "FAIL", "RUNNING", "RUNNING"]
     assert tuner.study.best_params["x"] == given[1]["x"]
     assert tuner.study.best_value == 7.0
+
+
+@pytest.mark.filterwarnings("ignore:The value nan is not acceptable")
+@pytest.mark.parametrize("value", ["good", None, {"loss": 1}, [1], 10**400, math.nan])
+def test_a_result_that_is_no_number_is_a_failure(value):
+    tuner = make()
+    tuner.receive_trial_result(0, tuner.generate_parameters(0), value)
+    assert [trial.state.name for trial in tuner.study.trials] == ["FAIL"]
+
+
+def test_a_result_that_comes_after_the_trials_end_counts():
+    tuner = make()
+    given = [tuner.generate_parameters(number) for number in range(2)]
+    tuner.trial_end(0, True)  # NNI has a thread for ends, another for results and parameters
+    tuner.generate_parameters(2)
+    tuner.receive_trial_result(0, given[0], 7.0)
+    tuner.receive_trial_result(0, given[0], 8.0)
+    states = [trial.state.name for trial in tuner.study.trials]
+    assert states == ["FAIL", "RUNNING", "RUNNING", "COMPLETE"]
+    assert tuner.study.best_params["x"] == given[0]["x"]
+    assert tuner.study.best_value == 7.0
+
+
+CHOICES = [
+    [[1, 2], [3], []],
+    [{"a": 1}, {"a": [2]}, {}],
+    [{"_name": "a", "x": 1}, "b", None],  # NNI takes it for nested only if all have a _name
+    [None, True, 1, 0.5, "1"],
+    [True, False],
+    [3, 1, 3, 2.5],
+    [10**400, 1],
+    ["one"],
+]
+
+
+@pytest.mark.parametrize("values", CHOICES, ids=lambda values: repr(values)[:30])
+@pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
+def test_a_choice_may_be_of_anything(sampler, values):
+    space = LINE | {"what": {"_type": "choice", "_value": values}}
+    tuner = make(space, sampler=sampler)
+    drawn = search(tuner, 14, lambda given: given["x"])
+    assert all(any(given["what"] is value for value in values) for given in drawn)
+    resumed = make(space, sampler=sampler)
+    resumed.import_data([{"parameter": given, "value": given["x"]} for given in drawn])
+    chosen = [resumed.space.values(trial.params)["what"] for trial in resumed.study.trials]
+    assert list(map(repr, chosen)) == [repr(given["what"]) for given in drawn]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "part"),
+    [
+        ("unifrom", [0, 1], "unsupported type"),
+        ("uniform", [1, 0], "high > low"),
+        ("uniform", [0], "2 values"),
+        ("uniform", ["1e-4", 1], "float values"),
+        ("uniform", [0, math.nan], "finite numbers"),
+        ("uniform", [-math.inf, 0], "finite numbers"),
+        ("uniform", [0, 10**400], "finite numbers"),
+        ("uniform", [None, 1], "float values"),
+        ("loguniform", [0, 1], "low > 0"),
+        ("quniform", [0, 1, 0], "a step above 0"),
+        ("qnormal", [0, 1, -1], "a step above 0"),
+        ("normal", [0, 0], "sigma > 0"),
+        ("randint", [0, 1.5], "int values"),
+        ("randint", [3, 3], "high > low"),
+        ("choice", [], "at least one value"),
+        ("choice", [1, math.nan], "finite numbers"),
+        ("choice", "ab", "not a list"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_in_a_line(kind, values, part):
+    with pytest.raises(ValueError, match=part) as error:
+        make({"rate": {"_type": kind, "_value": values}})
+    assert "rate" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("space", [{}, [1], None, {"x": 1}, {"x": {"_type": "uniform"}}])
+def test_what_is_no_space_is_refused_in_a_line(space):
+    with pytest.raises(ValueError, match=r"^searchSpace[^\n]*$"):
+        make(space)
+
+
+@pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler", "RandomSampler"])
+def test_a_space_that_changes_keeps_the_results_that_fit_it(sampler):
+    space = LINE | {"size": {"_type": "choice", "_value": [1, 2, 4]}}
+    tuner = make(space, sampler=sampler)
+    drawn = search(tuner, 14, lambda values: values["x"])
+    running = {id: tuner.generate_parameters(id) for id in (14, 15, 16, 17)}
+    tuner.update_search_space(LINE | {"size": {"_type": "choice", "_value": ["4", 2, 1]}})
+    kept = [values for values in drawn if values["size"] != 4]
+    on = [id for id, values in running.items() if values["size"] != 4]
+    assert 0 < len(kept) < 14
+    states = [trial.state.name for trial in tuner.study.trials]
+    assert states == ["COMPLETE"] * len(kept) + ["RUNNING"] * len(on)
+    assert [tuner.space.values(trial.params) for trial in tuner.study.trials[: len(kept)]] == kept
+    for id, values in running.items():
+        tuner.receive_trial_result(id, values, 10.0 + id)
+        tuner.trial_end(id, True)
+    results = [trial.value for trial in tuner.study.trials]
+    assert results == [*(values["x"] for values in kept), *(10.0 + id for id in on)]
+    later = search(tuner, 12, lambda values: values["x"])
+    assert {values["size"] for values in later} == {"4", 2, 1}
+    assert not [values for values in later if values in drawn]
+
+
+def test_a_changed_space_with_a_seed_repeats_itself():
+    def both():
+        tuner = make(seed=3)
+        first = search(tuner, 6, lambda values: values["x"])
+        tuner.update_search_space({"x": {"_type": "uniform", "_value": [-2, 2]}})
+        return first + search(tuner, 6, lambda values: values["x"])
+
+    assert both() == both()
+
+
+def test_a_narrower_space_leaves_out_what_lies_outside():
+    tuner = make()
+    drawn = search(tuner, 10, lambda values: values["x"])
+    tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})
+    kept = [values["x"] for values in drawn if values["x"] >= 0]
+    assert [trial.params["x"] for trial in tuner.study.trials] == kept
+    tuner.update_search_space(LINE | {"y": {"_type": "uniform", "_value": [0, 1]}})
+    assert tuner.study.trials == []
+    assert set(tuner.generate_parameters(10)) == {"x", "y"}
+
+
+def test_a_changed_space_that_cannot_be_searched_leaves_the_old_one(caplog):
+    tuner = make()
+    search(tuner, 4, lambda values: values["x"])
+    with caplog.at_level(logging.ERROR, logger="nni"):
+        tuner.update_search_space({"x": {"_type": "quniform", "_value": [0, 1, 0]}})
+    assert "the old one stays: searchSpace: x is [0, 1, 0]" in caplog.text
+    assert len(tuner.study.trials) == 4
+    assert -1 <= tuner.generate_parameters(4)["x"] <= 1
+
+
+@pytest.mark.parametrize("sampler", ["BruteForceSampler", "GridSampler"])
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_sampler_that_has_tried_everything_ends_the_search(sampler):
+    space = {"size": {"_type": "choice", "_value": [1, 2, 4]}}
+    arguments = {"GridSampler": {"search_space": {"size": [0, 1, 2]}}}
+    tuner = make(space, sampler=sampler, sampler_args=arguments.get(sampler))
+    drawn = search(tuner, 3, lambda values: values["size"], at_a_time=1)
+    assert sorted(values["size"] for values in drawn) == [1, 2, 4]
+    with pytest.raises(nni.NoMoreTrialError):
+        tuner.generate_parameters(3)
+    assert tuner.generate_multiple_parameters([3, 4]) == []
 
 
 @pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
@@ -145,6 +299,80 @@ def test_results_of_before_come_back_in(sampler):
         assert ours.params["loguniform"] == pytest.approx(theirs.params["loguniform"])
         assert ours.params["names"] == theirs.params["names"]
     assert resumed.generate_parameters(12) not in drawn
+
+
+FOREIGN = [
+    {"parameter": {"size": 1}, "value": 1},  # without rate
+    {"parameter": {"size": 3, "rate": 0.1}, "value": 1},  # a foreign value
+    {"parameter": {"size": True, "rate": 0.1}, "value": 1},
+    {"parameter": {"size": "1", "rate": 0.1}, "value": 1},
+    {"parameter": {"size": 1, "rate": 0.5}, "value": 1},  # outside
+    {"parameter": {"size": 1, "rate": 0}, "value": 1},
+    {"parameter": {"size": 1, "rate": "0.1"}, "value": 1},
+    {"parameter": {"size": 1, "rate": None}, "value": 1},
+    {"parameter": {"size": 1, "rate": [0.1]}, "value": 1},
+    {"parameter": {"size": 1, "rate": math.nan}, "value": 1},
+    {"parameter": {"size": [1], "rate": 0.1}, "value": 1},
+    {"parameter": "size 1", "value": 1},
+    {"parameter": None, "value": 1},
+    {"value": 1},
+    {"parameter": {"size": 1, "rate": 0.1}},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": "good"},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": None},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": {"loss": 1}},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": 10**400},
+    "size 1",
+    None,
+]
+FITTING = [
+    {"parameter": {"size": 1, "rate": 0.1}, "value": 0.25},
+    {"parameter": {"size": 2.0, "rate": 0.01, "more": 1}, "value": {"default": 0.5}},
+]
+
+
+def test_imported_results_that_do_not_fit_are_left_out_and_counted(caplog):
+    space = {
+        "size": {"_type": "choice", "_value": [1, 2, 4]},
+        "rate": {"_type": "loguniform", "_value": [0.001, 0.1]},
+    }
+    tuner = make(space)
+    with caplog.at_level(logging.WARNING, logger="nni"):
+        MsgDispatcher("ws://_unittest_", tuner).handle_import_data([*FOREIGN, *FITTING])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{len(FOREIGN)} of {len(FOREIGN) + 2} results left out: rate is missing"
+    assert [trial.value for trial in tuner.study.trials] == [0.25, 0.5]
+
+
+def test_values_that_a_step_has_rounded_fit():
+    tuner = make(KINDS)
+    rounded = {"quniform": 1, "qloguniform": 1, "qnormal": -1, "qlognormal": 0}
+    given = tuner.generate_parameters(0) | rounded
+    tuner.import_data([{"parameter": given, "value": 1}])
+    assert tuner.space.values(tuner.study.trials[-1].params) == pytest.approx(given)
+
+
+THINK = """
+import sys
+from nnisearch.tuners import OptunaTuner
+tuner = OptunaTuner(sys.argv[1], {"n_startup_trials": 2} if sys.argv[1] != "RandomSampler" else {})
+tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})
+for number in range(5):
+    values = tuner.generate_parameters(number)
+    tuner.receive_trial_result(number, values, values["x"])
+print(sys.modules["torch"].get_num_threads() if "torch" in sys.modules else "no torch")
+"""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "printed"),
+    [("GPSampler", "1"), ("TPESampler", "no torch"), ("RandomSampler", "no torch")],
+)
+def test_a_tuner_that_thinks_has_one_thread_and_the_others_no_torch(environment, sampler, printed):
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-W", "error", "-c", THINK, sampler]
+    thought = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert thought.stderr == ""  # where Optuna would say that it misses greenlet
+    assert thought.stdout.strip() == printed
 
 
 def tuner_config(name, **arguments):
@@ -172,6 +400,36 @@ def test_a_search_by_optuna_and_its_resumption(experiment):
     assert demo.stop() == []
 
 
+X_IS_THE_RESULT = """python3 -c '
+import time, nni
+values = nni.get_next_parameter()
+time.sleep(0.3)
+nni.report_final_result(values["x"])'
+"""
+
+
+def test_a_search_whose_space_changes_and_into_which_results_are_brought(experiment):
+    tuner = tuner_config("OptunaTuner", sampler="TPESampler", seed=0)
+    space = LINE | {"kind": {"_type": "choice", "_value": ["a", "b"]}}
+    changes = {"trialCommand": X_IS_THE_RESULT, "maxTrialNumber": 99}
+    search = experiment("configs/demo.yml", tuner=tuner, searchSpace=space, **changes)
+    search.wait_for(lambda trials: sum("endTime" in trial for trial in trials) >= 3, 60)
+    new = space | {"kind": {"_type": "choice", "_value": ["b", "c", None]}}
+    (search.home / "space.json").write_text(json.dumps(new))
+    search.nnictl("update", "searchspace", search.id, "-f", search.home / "space.json")
+    foreign = [{"parameter": {"x": 0}, "value": 1}, {"parameter": {"x": 0, "kind": "c"}}]
+    foreign += [{"parameter": {"x": 0, "kind": "c"}, "value": "good"}]
+    fitting = {"parameter": {"x": 0, "kind": None}, "value": 1}
+    (search.home / "results.json").write_text(json.dumps([*foreign, fitting]))
+    search.nnictl("experiment", "import", search.id, "-f", search.home / "results.json")
+    search.wait_for(lambda trials: {parameters(t)["kind"] for t in trials} >= {"c", None}, 90)
+    assert search.get("check-status")["status"] == "RUNNING"
+    log = (search.home / "nni-experiments" / search.id / "log" / "dispatcher.log").read_text()
+    assert "ERROR" not in log
+    assert "3 of 4 results left out: kind is missing" in log
+    assert search.stop() == []
+
+
 def test_hyperband_gives_the_best_more_epochs(experiment):
     space = {key: SPACE[key] for key in ("batch_size", "lr", "momentum")}
     tuner = tuner_config("Hyperband", optimize_mode="maximize", R=2, eta=2)
@@ -186,8 +444,58 @@ def test_hyperband_gives_the_best_more_epochs(experiment):
     assert demo.stop() == []
 
 
-def test_hyperband_takes_text_for_a_trials_id():
-    assert Hyperband.is_created_in_previous_exp(None, "0-1_0_3") is False
+@pytest.fixture
+def hyperband(monkeypatch):
+    """Make a Hyperband that keeps what it sends to NNI's manager in a list."""
+
+    def hyperband(**arguments):
+        advisor = tuners.HyperbandTuner(R=4, eta=2, seed=0, **arguments).advisor
+        advisor.sent = []
+        monkeypatch.setattr(advisor, "send", lambda command, data: advisor.sent.append(data))
+        advisor.handle_update_search_space(LINE)
+        return advisor
+
+    return hyperband
+
+
+def run_next(advisor, **reported):
+    """Let the next trial that an advisor gives out report that, or nothing, and end."""
+    advisor.handle_request_trial_jobs(1)
+    job = json.loads(advisor.sent[-1])
+    metric = {"parameter_id": job["parameter_id"], "trial_job_id": job["parameter_id"]}
+    if reported:
+        advisor.handle_report_metric_data(metric | {"type": "FINAL"} | reported)
+    end = {"trial_job_id": job["parameter_id"], "hyper_params": advisor.sent[-1]}
+    advisor.handle_trial_end(end | {"event": "SUCCEEDED" if reported else "FAILED"})
+    return job
+
+
+def test_hyperband_calls_its_budget_as_the_trial_does(hyperband):
+    assert run_next(hyperband(), value="1")["parameters"].keys() == {"x", "epochs"}
+    advisor = hyperband(budget="TRIAL_BUDGET")
+    assert run_next(advisor, value="1")["parameters"].keys() == {"x", "TRIAL_BUDGET"}
+
+
+def test_hyperband_survives_a_round_in_which_nothing_was_reported(hyperband):
+    advisor = hyperband()
+    jobs = [run_next(advisor) for _ in range(3)] + [run_next(advisor, value="0.5")]
+    assert [job["parameters"]["epochs"] for job in jobs] == [1] * 4
+    second = [run_next(advisor, value="0.5") for _ in range(2)]
+    assert [job["parameters"]["epochs"] for job in second] == [2, 2]
+    assert second[0]["parameters"]["x"] == jobs[3]["parameters"]["x"]
+
+
+def test_hyperband_resumed_takes_the_trials_of_before_for_no_ones(hyperband):
+    advisor = hyperband()
+    old = {"parameter_id": "0-2_1_3", "parameters": {"x": 0.5, "epochs": 2}}
+    advisor.handle_add_customized_trial([old, {"parameter_id": None, "parameters": {"x": 0}}])
+    for id in ("0-2_1_3", None):
+        metric = {"parameter_id": id, "trial_job_id": "a", "type": "FINAL", "value": "1"}
+        advisor.handle_report_metric_data(metric)
+        end = {"trial_job_id": "a", "hyper_params": json.dumps({"parameter_id": id})}
+        advisor.handle_trial_end(end | {"event": "SUCCEEDED"})
+    assert advisor.sent == []
+    assert run_next(advisor, value="1")["parameter_id"].startswith("1-2_0_")
 
 
 @pytest.mark.parametrize("name", tuners.TUNERS)

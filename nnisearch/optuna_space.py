@@ -1,0 +1,96 @@
+"""A search space of NNI for Optuna: its distributions, and parameters from one to the other."""
+
+import math
+from statistics import NormalDist
+
+from nni.common.hpo_utils import deformat_parameters, format_search_space
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from nnisearch.space import check_space, is_nested, is_number
+
+
+class Space:
+    """A search space of NNI as Optuna's distributions, {name: distribution}.
+
+    Raises ValueError, in one line, for a nested one and for one that check_space() refuses.
+    """
+
+    def __init__(self, search_space):
+        check_space(search_space)
+        for key, entry in search_space.items():
+            if entry["_type"] == "choice" and is_nested(entry["_value"]):
+                allowed = "values that are no objects with a _name"
+                raise ValueError(f"{key} is nested; allowed with Optuna: {allowed}")
+            if entry["_type"] == "choice" and all(map(is_number, entry["_value"])):
+                search_space = search_space | {key: entry | {"_value": sorted(entry["_value"])}}
+        self.specs = format_search_space(search_space)
+        self.distributions = {spec.name: distribution(spec) for spec in self.specs.values()}
+
+    def values(self, params):
+        """Return NNI's parameters for Optuna's."""
+        numbers = {key: from_optuna(spec, params[spec.name]) for key, spec in self.specs.items()}
+        values = deformat_parameters(numbers, self.specs)
+        for spec in self.specs.values():
+            if spec.type == "loguniform":  # exp(log(0.1)) is above 0.1
+                values[spec.name] = min(max(values[spec.name], spec.values[0]), spec.values[1])
+        return values
+
+    def params(self, values):
+        """Return Optuna's parameters for NNI's. Raises ValueError if they are of another space."""
+        if not isinstance(values, dict):
+            raise ValueError(f"parameter is {values!r}; allowed: an object")
+        missing = self.distributions.keys() - values.keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+        return {spec.name: to_optuna(spec, values[spec.name]) for spec in self.specs.values()}
+
+
+def distribution(spec):
+    """Return Optuna's distribution for NNI's specification of a parameter.
+
+    Numbers to choose from are ordered, which tells the sampler something.
+    """
+    if spec.type == "choice" and not all(map(is_number, spec.values)):
+        return CategoricalDistribution(range(spec.size))
+    if spec.categorical:
+        return IntDistribution(0, spec.size - 1)
+    if spec.normal_distributed:  # by its quantile
+        return FloatDistribution(0.001, 0.999)
+    return FloatDistribution(spec.low, spec.high)  # of the logarithm, where NNI says so
+
+
+def from_optuna(spec, x):
+    """Return NNI's internal number for Optuna's."""
+    return NormalDist(spec.mu, spec.sigma).inv_cdf(x) if spec.normal_distributed else x
+
+
+def to_optuna(spec, value):
+    """Return Optuna's number for a trial's value, within the bounds of distribution().
+
+    Raises ValueError for a value that the specification cannot give.
+    """
+    wrong = ValueError(f"{spec.name} is {value!r}; allowed: {spec.type} {spec.values}")
+    if spec.type == "choice":
+        for index, known in enumerate(spec.values):
+            if known == value and isinstance(known, bool) == isinstance(value, bool):
+                return index
+        raise wrong
+    if not is_number(value):
+        raise wrong
+    if spec.type == "randint":
+        index = value - math.ceil(spec.values[0])
+        if index != int(index) or not 0 <= index < spec.size:
+            raise wrong
+        return int(index)
+    if spec.normal_distributed:
+        low, high = (from_optuna(spec, quantile) for quantile in (0.001, 0.999))
+    else:
+        low, high = spec.low, spec.high
+    ends = (math.exp(low), math.exp(high)) if spec.log_distributed else (low, high)
+    rounding = (spec.q or 0) / 2 + 1e-9 * max(map(abs, ends))
+    if not ends[0] - rounding <= value <= ends[1] + rounding:
+        raise wrong
+    if spec.log_distributed:  # 0, of which there is no logarithm, has been rounded to a step
+        value = math.log(value or spec.q / 4)
+    value = min(max(value, low), high)
+    return NormalDist(spec.mu, spec.sigma).cdf(value) if spec.normal_distributed else value
