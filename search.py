@@ -54,10 +54,10 @@ def check(config):
 if __name__ == "__main__":
     sys.exit(
         cli.main(
-            prog="search.py",
+            command="python search.py",
+            choose_command="python choose.py",
             default_config=default_config,
             check=check,
-            choose_prog="python choose.py",
             within=0.5,
         )
     )

@@ -14,7 +14,6 @@ from nnisearch.config import check_code, is_local, known_algorithms, shipped_cla
 from nnisearch.gpus import check_gpus
 from nnisearch.text import one_line
 
-EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 NUMBERS = {"uniform": 2, "randint": 2, "loguniform": 2, "normal": 2, "lognormal": 2}
 NUMBERS |= {"quniform": 3, "qloguniform": 3, "qnormal": 3, "qlognormal": 3}
 # NNI's tuners whose search spaces are of another form.
@@ -58,8 +57,8 @@ def check_algorithms(config):
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {allowed}")
 
 
-def check_disk(folder):
-    """Check that NNI can write there, and has room for a search."""
+def check_disk(folder, size):
+    """Check that NNI can write there, and that so many MB are free. Raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -68,8 +67,8 @@ def check_disk(folder):
             f"experimentWorkingDirectory is '{folder}'; allowed: a folder to write to; {error}"
         ) from None
     free = shutil.disk_usage(folder).free / 1e6
-    if free < EXPERIMENT_SIZE:
-        room = f"allowed: a folder with {EXPERIMENT_SIZE} MB free; {free:.0f} MB are"
+    if free < size:
+        room = f"allowed: a folder with {size} MB free; {free:.0f} MB are"
         raise ValueError(f"experimentWorkingDirectory is '{folder}'; {room}")
 
 

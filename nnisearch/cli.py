@@ -26,6 +26,9 @@ from nnisearch.rehearsal import rehearse
 from nnisearch.start import experiment_folder, launch, prepare_environment
 from nnisearch.text import one_line
 
+EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
+LIST_SIZE = 1  # MB: NNI's list of experiments, of which nothing is left if the disk is full
+
 
 def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
@@ -51,7 +54,8 @@ def begin(args, default_config, check):
     is_scheduled = configuration.is_local(config) and config.trial_gpu_number
     if is_scheduled and (line := gpus.allow_visible(config.training_service)):
         print(line)
-    checks.check_disk(Path(config.experiment_working_directory))
+    checks.check_disk(Path(config.experiment_working_directory), EXPERIMENT_SIZE)
+    checks.check_disk(Path("~/nni-experiments").expanduser(), LIST_SIZE)
     with experiment_folder(experiment) as folder:
         if config.use_annotation:
             configuration.expand(config, folder / "code")
@@ -107,17 +111,19 @@ def parse_args(argv, prog, default_config):
 
 def main(
     argv=None,
-    prog="nnisearch",
+    command="nnisearch",
+    choose_command="nnichoose",
     default_config=None,
     check=lambda config: None,
-    choose_prog="nnichoose",
     within=0.0,
 ):
     """Start a search and watch it. Returns 0 if it is done and has a result, else 1.
 
-    default_config() returns the path to search by where argv names none, and why it is that one.
-    check(config) raises ValueError for what a project's own trial refuses. within is choose.main's.
+    The commands are those by which a user starts this, and chooses. default_config() returns the
+    path to search by where argv names none, and why it is that one. check(config) raises ValueError
+    for what a project's own trial refuses. within is choose.main's.
     """
+    prog = command.removeprefix("python ")
     args = parse_args(argv, prog, default_config)
     nni.silence_stdout()  # it names addresses that do not answer
     sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
@@ -125,7 +131,7 @@ def main(
     # The trials' python3 is this one, also where its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1".strip(",")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1,::1".strip(",")
     try:
         id, port, config = begin(args, default_config, check)
     except (ValueError, RuntimeError, OSError) as error:
@@ -137,20 +143,21 @@ def main(
         print(f"Search {id}: {one_line(config.experiment_name or 'without a name')}")
         print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
         if args.listen:
-            print(f"Warning: whoever reaches {args.listen}:{port} can run any command as you")
+            reach = f"whoever reaches {args.listen}:{port} can run any command as you"
+            print(f"Warning: {reach}; --listen gives up what else keeps others out")
         elif not Path("/proc/net/tcp").exists():
             print("Other users of this machine reach it, too: there is no /proc to tell them apart")
         if args.detach:
             return 0
-        has_result = progress.watch(id, port, config, f"{prog} --resume {id}")
+        has_result = progress.watch(id, port, config, f"{command} --resume {id}")
     except RuntimeError as error:
         sys.exit(f"{prog}: error: {error}")
     except KeyboardInterrupt:
-        print(f"\nThe search goes on. To watch it again: {prog} --resume {id}")
+        print(f"\nThe search goes on. To watch it again: {command} --resume {id}")
         return 1
     if has_result:
         choose.main([id], within=within)
-        print(f"To keep the choice: {choose_prog} {id} --out best.json")
+        print(f"To keep the choice: {choose_command} {id} --out best.json")
     return 0 if has_result else 1
 
 

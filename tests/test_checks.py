@@ -289,7 +289,7 @@ def test_a_home_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "below"
     with pytest.raises(ValueError) as error:
-        checks.check_disk(folder)
+        checks.check_disk(folder, 1)
     assert str(error.value).startswith(
         f"experimentWorkingDirectory is '{folder}'; allowed: a folder"
     )

@@ -18,16 +18,9 @@ def test_the_readmes_own_network_and_data_are_searched(tmp_path, environment):
 
     project = tmp_path / "project"
     project.mkdir()
-    for name in (
-        "cifar10.py",
-        "step.py",
-        "search.py",
-        "checks.py",
-        "progress.py",
-        "choose.py",
-        "manager.js",
-    ):
-        shutil.copy(ROOT / name, project)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, project)
+    shutil.copytree(ROOT / "nnisearch", project / "nnisearch")
     before = (ROOT / "train.py").read_text()
     after = re.sub(
         r"def load_data.*?\n\n\n", f"{ours.strip()}\n\n\n", before, count=1, flags=re.DOTALL

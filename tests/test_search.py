@@ -97,7 +97,7 @@ def refusal(result):
 def assert_nothing_is_left(home):
     assert processes_at(home) == []
     left = {path.name for path in (home / "nni-experiments").iterdir()}
-    assert left <= {".experiment", ".experiment.lock"}, left
+    assert left <= {".experiment", ".experiment.lock", ".nnisearch.lock"}, left
     assert json.loads((home / "nni-experiments" / ".experiment").read_text() or "{}") == {}
 
 
@@ -110,7 +110,7 @@ def test_a_search_in_the_foreground(run_search, home):
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()
     (id,) = re.findall(r"^Search (\w+): demo on synthetic images$", result.stdout, re.MULTILINE)
-    assert printed[3] == f"Web UI: http://127.0.0.1:{port}, until: nnictl stop {id}"
+    assert f"Web UI: http://127.0.0.1:{port}, until: nnictl stop {id}" in printed
     assert sum(line.startswith("trial ") and "; best " in line for line in printed) == 3
     assert "3 of 3 trials have a result" in printed
     assert printed[-1] == f"To keep the choice: python choose.py {id} --out best.json"
@@ -181,7 +181,7 @@ def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_sear
     folder = tmpfs(400, "disk")
     config = demo(experimentWorkingDirectory=str(folder))
     line = refusal(run_search(config=config))
-    assert f"experimentWorkingDirectory is '{folder}'; allowed: a folder with 52 MB free; " in line
+    assert f"experimentWorkingDirectory is '{folder}'; allowed: a folder with 50 MB free; " in line
     (folder / "fill").write_bytes(b"0" * (os.statvfs(folder).f_bavail * 4096 - 8192))
     result = run_search("-p", free_port(), config=config, how=UNCHECKED)
     assert result.returncode == 1
@@ -191,16 +191,30 @@ def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_sear
     assert [path.name for path in folder.iterdir()] == ["fill"]
 
 
-def test_two_that_start_at_the_same_moment_get_two_ports(start_search, home):
-    config = demo(maxTrialNumber=1, searchSpace=ENDLESS)
+def test_those_that_start_at_the_same_moment_get_a_port_each(start_search, home):
+    config = demo(maxTrialNumber=1, trialCommand="sleep 600")
     with contextlib.ExitStack() as stack:
-        starts = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(2)]
+        starts = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(4)]
         searches = [stack.enter_context(start) for start in starts]
-        printed = [process.communicate(timeout=120) for process in searches]
-    assert [process.returncode for process in searches] == [0, 0], printed
+        printed = [process.communicate(timeout=240) for process in searches]
+    assert [process.returncode for process in searches] == [0] * 4, printed
     ports = {stdout.split("http://127.0.0.1:")[1].split(",")[0] for stdout, _ in printed}
-    assert len(ports) == 2
+    assert len(ports) == 4
     nnictl(home, "stop", "--all")
+
+
+def test_a_full_home_refuses_a_search_and_keeps_nnis_list(run_search, home, tmpfs, tmp_path):
+    full = tmpfs(200, "full home")
+    (full / "nni-experiments").mkdir()
+    listed = full / "nni-experiments" / ".experiment"
+    listed.write_text("{}")
+    (full / "fill").write_bytes(b"0" * (os.statvfs(full).f_bavail * 4096 - 4096))
+    (tmp_path / "elsewhere").mkdir()
+    config = demo(experimentWorkingDirectory=str(tmp_path / "elsewhere"))
+    line = refusal(run_search(config=config, HOME=str(full)))
+    assert f"experimentWorkingDirectory is '{full}/nni-experiments'; allowed: a folder with" in line
+    assert listed.read_text() == "{}"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
