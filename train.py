@@ -6,16 +6,15 @@
 
 A trial reports the mean training loss of every 2,000 batches as intermediate results and the
 accuracy on the test images, in percent, as its final result. Network and training are those of
-https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html; the images come from
-cifar10.py, and what a step does, as fast as it can be done, is in step.py.
+https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html; main(), at the end, is the
+whole trial in order.
 """
 
-import gc
-
-gc.disable()  # While modules load it finds nothing to free, and would look for it a dozen times.
+import fast_start
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -30,23 +29,23 @@ from torch import nn
 from tqdm import tqdm
 
 import cifar10
+import hyperparameters
+import processes
 import step
-from step import LR_SCHEDULES, OPTIMIZERS
-
-gc.freeze()  # They stay to the end: the collector need not look at them again.
-gc.enable()
+from hyperparameters import Choice, Integer, NotAllowed, Number
+from optimizers import LR_SCHEDULES, OPTIMIZERS, learning_rates
 
 # The keys that a search space may use. Each is a flag, too: batch_size is --batch-size.
-HYPERPARAMETERS = {  # key: (default, what it is, what is allowed, the check of that)
-    "batch_size": (4, "images per step", "an integer >= 1", lambda v: v >= 1),
-    "lr": (0.001, "learning rate", "a finite number > 0", lambda v: 0 < v < math.inf),
-    "epochs": (2, "passes over the training set", "an integer >= 1", lambda v: v >= 1),
-    "optimizer": ("SGD", "algorithm", ", ".join(OPTIMIZERS), lambda v: v in OPTIMIZERS),
-    "momentum": (0.9, "or Adam's beta1", "a number in [0, 1)", lambda v: 0 <= v < 1),
-    "weight_decay": (0.0, "pull to 0", "a finite number >= 0", lambda v: 0 <= v < math.inf),
-    "label_smoothing": (0.0, "of the loss", "a number in [0, 1)", lambda v: 0 <= v < 1),
-    "lr_schedule": ("constant", "of lr", ", ".join(LR_SCHEDULES), lambda v: v in LR_SCHEDULES),
-    "augment": (0, "mirror, and shift by pixels", "an integer in [0, 16]", lambda v: 0 <= v <= 16),
+HYPERPARAMETERS = {
+    "batch_size": Integer(4, "how many images a step learns from", at_least=1),
+    "lr": Number(0.001, "the learning rate: how far a step goes", above=0),
+    "epochs": Integer(2, "how often each training image is learned from", at_least=1),
+    "optimizer": Choice("SGD", "how a step makes use of the gradients", OPTIMIZERS),
+    "momentum": Number(0.9, "how much earlier steps count; Adam's beta1", at_least=0, below=1),
+    "weight_decay": Number(0.0, "how strongly a step pulls the weights to 0", at_least=0),
+    "label_smoothing": Number(0.0, "the share of a label for all classes", at_least=0, below=1),
+    "lr_schedule": Choice("constant", "how the learning rate changes in time", LR_SCHEDULES),
+    "augment": Integer(0, "shift by so many pixels, and mirror", at_least=0, at_most=16),
 }
 
 
@@ -55,8 +54,10 @@ def load_data(args):
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,). Raises OSError if the data cannot be had.
     """
-    is_synthetic = args.dataset == "synthetic"
-    data = cifar10.make_synthetic() if is_synthetic else cifar10.load_cifar10(args.data_dir)
+    if args.dataset == "synthetic":
+        data = cifar10.make_synthetic()
+    else:
+        data = cifar10.load_cifar10(args.data_dir)
     return cifar10.hold_out(*data[:2]) if args.validate else data
 
 
@@ -82,6 +83,23 @@ class Net(nn.Module):
         return self.fc3(x)
 
 
+def train_step(model, optimizer, images, labels, args, index):
+    """Learn from one batch, the images with these indices; return its mean loss, a tensor ().
+
+    images: uint8 (N, 3, 32, 32), labels: int64 (N,), index: int64 (n,), on the model's device. The
+    loss stays there, too: to read it at every step, Python would wait for the GPU at every step.
+    """
+    inputs, targets = step.make_batch(images, labels, index, args.augment)
+    optimizer.zero_grad()
+    logits = model(inputs)
+    losses = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=args.label_smoothing)
+    loss = losses / len(index)
+    loss.backward()
+    processes.sum_gradients(model)  # does nothing unless several processes share the batch
+    optimizer.step()
+    return loss.detach()
+
+
 def train(model, optimizer, images, labels, args):
     """Train for args.epochs, printing and reporting to NNI the mean loss of each window of batches.
 
@@ -91,24 +109,27 @@ def train(model, optimizer, images, labels, args):
     the window in which the loss stopped being finite.
     """
     model.train()
-    train_step, running_loss = step.make_step(model, optimizer, images, labels, args)
-    rates = iter(step.learning_rates(args, args.epochs * math.ceil(len(images) / args.batch_size)))
-    rank, world_size = step.rank_and_world_size()
+    learn = functools.partial(train_step, model, optimizer, images, labels, args)
+    if images.is_cuda and processes.count() == 1:  # Python would give a GPU its work too slowly
+        learn = step.as_cuda_graph(learn, min(args.batch_size, len(images)), images.device)
+    rates = learning_rates(args, args.epochs * math.ceil(len(images) / args.batch_size))
+    running_loss = torch.zeros((), device=images.device)
     for epoch in range(1, args.epochs + 1):
         batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
         window = min(args.report_every, len(batches))
         # disable=None shows the progress bar on a terminal only, so never in a trial.
-        progress = tqdm(batches, f"epoch {epoch}", leave=False, disable=rank > 0 or None)
+        disable = None if processes.is_first() else True
+        progress = tqdm(batches, f"epoch {epoch}", leave=False, disable=disable)
         for number, index in enumerate(progress, start=1):
             optimizer.lr.fill_(next(rates))
-            train_step(index)
+            running_loss += learn(index)
             if number % window == 0 or number == len(batches):
-                mean_loss = step.sum_over_processes(running_loss) / world_size / window
+                mean_loss = processes.total(running_loss) / window
                 running_loss.zero_()
                 if not math.isfinite(mean_loss):
                     place = f"epoch {epoch}, batch {number}"
                     raise FloatingPointError(f"the loss is {mean_loss} at {place}")
-                if number % window == 0 and rank == 0:
+                if number % window == 0 and processes.is_first():
                     tqdm.write(f"[{epoch}, {number:5d}] loss: {mean_loss:.3f}")
                     nni.report_intermediate_result(mean_loss)
 
@@ -121,30 +142,25 @@ def test(model, images, labels, tta=False):
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    images, labels = step.own_share(images), step.own_share(labels)
+    images, labels = processes.own_share(images), processes.own_share(labels)
     for x, y in zip(images.split(250), labels.split(250), strict=True):
         inputs = step.normalize(x)
         logits = sum(model(view) for view in step.views(inputs)) if tta else model(inputs)
         correct += (logits.argmax(1) == y).sum()
-    return step.sum_over_processes(correct)
+    return processes.total(correct)
 
 
 def train_and_test(args, data):
-    """Train and test on what load_data() returns; return the model and how much it gets right.
-
-    Raises MemoryError or RuntimeError if the device has too little memory.
-    """
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
+    """Train and test on what load_data() returns; return the model and how much it gets right."""
     train_images, train_labels, test_images, test_labels = (x.to(args.device) for x in data)
     model = Net().to(args.device)
-    rank, world_size = step.rank_and_world_size()
-    if train_images.is_cpu:
-        step.prepare_cpu(model, args.batch_size // world_size)
+    step.prepare(model, train_images.device, args.batch_size // processes.count())
+    optimizer = OPTIMIZERS[args.optimizer](args, model)
     try:
-        train(model, step.Optimizer(args, model), train_images, train_labels, args)
+        train(model, optimizer, train_images, train_labels, args)
     except FloatingPointError as error:
         # The trial goes on to its final result, so that the tuner learns how bad these values are.
-        if rank == 0:
+        if processes.is_first():
             print(f"Warning: training ends early: {error}", file=sys.stderr)
     return model, test(model, test_images, test_labels, args.tta)
 
@@ -152,32 +168,22 @@ def train_and_test(args, data):
 def set_hyperparameters(args, values, source):
     """Set in args the values, a dict of hyperparameters.
 
-    Raises ValueError, with one line that names source, key, value and what is allowed, for a key
-    that does not exist, a wrong type and a value out of range.
+    Raises NotAllowed, a ValueError, with one line that names source, key, value and what is
+    allowed, for a key that does not exist, a wrong type and a value out of range.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{source} is {values!r}; allowed: an object of hyperparameters")
+        raise NotAllowed(f"{source} is {values!r}; allowed: an object of hyperparameters")
     for key, value in values.items():
         if key not in HYPERPARAMETERS:
-            known = ", ".join(HYPERPARAMETERS)
-            raise ValueError(f"{source}: {key} is {value!r}; allowed keys: {known}")
-        _, _, allowed, accepts = HYPERPARAMETERS[key]
-        try:
+            keys = ", ".join(HYPERPARAMETERS)
+            raise NotAllowed(f"{source}: {key} is {value!r}; allowed keys: {keys}")
+        is_allowed = False
+        with contextlib.suppress(ValueError, OverflowError):  # merge_parameter's, for a wrong type
             merge_parameter(args, {key: value})
-            accepted = not isinstance(value, bool) and accepts(getattr(args, key))
-        except (ValueError, OverflowError):
-            accepted = False
-        if not accepted:
-            raise ValueError(f"{source}: {key} is {value!r}; allowed: {allowed}")
-
-
-def read_params(path):
-    """Return the hyperparameters in a JSON file: an object of them, or as choose.py writes it."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--params is {path}; allowed: a JSON file; {error}") from error
-    return values.get("hyperparameters", values) if isinstance(values, dict) else values
+            is_allowed = HYPERPARAMETERS[key].accepts(getattr(args, key))
+        if not is_allowed or isinstance(value, bool):
+            allowed = HYPERPARAMETERS[key].allowed
+            raise NotAllowed(f"{source}: {key} is {value!r}; allowed: {allowed}")
 
 
 def parse_args(argv):
@@ -189,46 +195,41 @@ def parse_args(argv):
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # an error is one line, without the usage above it
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    for key, (default, meaning, allowed, _) in HYPERPARAMETERS.items():
-        text = f"{meaning}: {allowed} (default: {default})"
-        add("--" + key.replace("_", "-"), default=argparse.SUPPRESS, help=text)
-    add("--params", type=Path, metavar="FILE", help="JSON of hyperparameters; flags override it")
+    for key, entry in HYPERPARAMETERS.items():
+        flag = "--" + key.replace("_", "-")
+        text = f"{entry.meaning}: {entry.allowed} (default: {entry.default})"
+        add(flag, type=entry.from_text, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+    add("--params", type=Path, metavar="FILE", help="take hyperparameters from this JSON file")
     add("--dataset", default="cifar10", choices=cifar10.DATASETS, help="synthetic: no download")
     add("--data-dir", default=cifar10.default_data_dir(), type=Path, help="has or gets CIFAR-10")
-    add("--seed", type=int, default=0, help="of the initial weights and the order of the images")
+    add("--seed", type=int, default=0, help="draws the initial weights and the images' order")
     add("--device", default=step.default_device(), help="where to train, as torch names it")
-    add("--report-every", type=int, default=2000, help="batches in a reported mean loss")
+    add("--report-every", type=int, default=2000, help="how many batches a reported loss is of")
     add("--validate", action="store_true", help="hold out training images and test on those")
     add("--tta", action="store_true", help="test each image mirrored and shifted, too")
     add("--save", type=Path, metavar="FILE", help="write the trained weights there, a state dict")
     args, unknown = parser.parse_known_args(argv)
     flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}
-    for key, (default, *_) in HYPERPARAMETERS.items():
-        setattr(args, key, default)
-        with contextlib.suppress(KeyError, ValueError):  # not given, or text that will be refused
-            flags[key] = type(default)(flags[key])
+    for key, entry in HYPERPARAMETERS.items():
+        setattr(args, key, entry.default)
     try:
         if unknown:
             words = " ".join(" ".join(unknown).split())  # one line, whatever they hold
-            raise ValueError(f"unknown: {words}; allowed: the flags in --help")
+            raise NotAllowed(f"unknown: {words}; allowed: the flags in --help")
         if args.params:
-            set_hyperparameters(args, read_params(args.params), args.params)
+            set_hyperparameters(args, hyperparameters.read(args.params), args.params)
         set_hyperparameters(args, flags, "command line")
         if not 0 <= args.seed < 2**63:
-            raise ValueError(f"--seed is {args.seed}; allowed: an integer from 0 to 2**63 - 1")
+            raise NotAllowed(f"--seed is {args.seed}; allowed: an integer from 0 to 2**63 - 1")
         if args.report_every < 1:
-            raise ValueError(f"--report-every is {args.report_every}; allowed: an integer >= 1")
+            raise NotAllowed(f"--report-every is {args.report_every}; allowed: an integer >= 1")
         if args.save and (args.save.is_dir() or not args.save.absolute().parent.is_dir()):
-            raise ValueError(f"--save is {args.save}; allowed: a file in a folder that exists")
-        torch.zeros(1, device=args.device).item()
-    except (OSError, ValueError) as error:
+            raise NotAllowed(f"--save is {args.save}; allowed: a file in a folder that exists")
+        step.check_device(args.device)
+    except (OSError, NotAllowed) as error:
         parser.error(error)
-    except (RuntimeError, AssertionError) as error:  # torch's, some of several lines
-        problem = str(error).splitlines()[0]
-        parser.error(f"--device is {args.device}; allowed: one that torch finds; {problem}")
     return args
 
 
@@ -236,42 +237,30 @@ def main(argv=None):
     """Run one trial with argv, by default the command line, and return its accuracy in percent."""
     nni.silence_stdout()  # by itself the script would print each result twice, once in NNI's words
     args = parse_args(argv)
-    step.start_processes()
-    rank, world_size = step.rank_and_world_size()
-    try:
-        # Only one process talks to NNI. It tells the others what the tuner has chosen.
-        tuned = step.from_first_process(nni.get_next_parameter() if rank == 0 else None)
-        set_hyperparameters(args, tuned, "tuner")
-        if args.batch_size % world_size:
-            allowed = f"a multiple of {world_size}, the processes of the trial"
-            raise ValueError(f"batch_size is {args.batch_size}; allowed: {allowed}")
-    except ValueError as error:
-        sys.exit(f"train.py: error: {error}")
+    processes.start()
     torch.manual_seed(args.seed)
     try:
         data = load_data(args)
-        if rank == 0:
+        # What the tuner has chosen. Only the first process asks NNI, and tells the others.
+        tuned = nni.get_next_parameter() if processes.is_first() else None
+        set_hyperparameters(args, processes.from_first(tuned), "tuner")
+        processes.check_batch_size(args.batch_size)
+        if processes.is_first():
             print("Hyperparameters:", json.dumps({key: vars(args)[key] for key in HYPERPARAMETERS}))
-            others = f", one of {world_size} processes" * (world_size > 1)
-            print(f"Training on {args.device}{others}")
-        model, correct = train_and_test(args, data)
+            print(f"Training on {args.device}{processes.note()}")
+        with hyperparameters.limited_by_memory(args):
+            model, correct = train_and_test(args, data)
         accuracy = 100 * correct / len(data[3])
-        if rank == 0:
+        if processes.is_first():
             name = "Validation acc" if args.validate else "Acc"
             print(f"{name}: {accuracy:.3f}% ({correct}/{len(data[3])})")
             nni.report_final_result(accuracy)
             if args.save:
                 state = model.cpu().state_dict()
                 cifar10.save(state, args.save, state.values())
-    except OSError as error:  # of the data, or of a file that cannot be written
+    except (OSError, NotAllowed) as error:  # of a file, or of a value: the line says it all
         sys.exit(f"train.py: error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not step.is_out_of_memory(error):
-            raise
-        problem = str(error).splitlines()[0]
-        allowed = f"as many images as {args.device} has memory for; {problem}"
-        sys.exit(f"train.py: error: batch_size is {args.batch_size}; allowed: {allowed}")
-    step.end_processes()
+    processes.end()
     return accuracy
 
 

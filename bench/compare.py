@@ -4,12 +4,14 @@
     python bench/compare.py --quick     # 1 run of one epoch
     python bench/compare.py --processes 2      # instead: one process against two of torchrun
     python bench/compare.py --ladder    # instead: seconds to 64.28, 70, 75 and 78 %, 25 minutes
+    python bench/compare.py --busy      # instead: docs/fast.json on idle and on busy cores
 
 They run in turn, so that a machine that grows slower is slower for all of them; the figures
 are medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import platform
@@ -82,8 +84,8 @@ def measure(command, batch_size, epochs, seed):
     lines, costs = run_timed([*command, *flags])
     losses = []  # of each loss when it was printed, and after how many steps
     for seconds, line in lines:
-        if found := re.match(r"\[(\d+), +(\d+)\] loss", line):
-            epoch, number = map(int, found.groups())
+        if printed := re.match(r"\[(\d+), +(\d+)\] loss", line):
+            epoch, number = map(int, printed.groups())
             losses.append((seconds, (epoch - 1) * -(-50_000 // batch_size) + number))
     (first_time, first), (last_time, last) = losses[0], losses[-1]
     step = (last_time - first_time) / (last - first) if last > first else float("nan")
@@ -128,6 +130,50 @@ def ladder(runs):
         print(f"| {name} |", " | ".join(cells), "|")
 
 
+@contextlib.contextmanager
+def busy_cores():
+    """Keep each core busy with a process that does nothing else, until the block ends."""
+    command = [sys.executable, "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+
+
+def busy(runs):
+    """Print the seconds of docs/fast.json with idle and with busy cores, by how its threads wait.
+
+    The numbers of threads show which is best there; for train.py as it is, train.py chooses.
+    """
+    cores = len(os.sched_getaffinity(0))
+    environments = {
+        "train.py": {},
+        "spinning as long as libgomp does by itself": {"GOMP_SPINCOUNT": "300000"},
+        "sleeping at once": {"OMP_WAIT_POLICY": "passive"},
+    }
+    threads = 1
+    while threads <= cores:
+        environments[f"threads: {threads}"] = {"OMP_NUM_THREADS": str(threads)}
+        threads *= 2
+    situations = {"idle": contextlib.nullcontext, "busy": busy_cores}
+    seconds = {(name, situation): [] for name in environments for situation in situations}
+    for seed in range(runs):
+        for situation, surroundings in situations.items():
+            with surroundings():
+                for name, environment in environments.items():
+                    command = [*TRAIN, *LADDER[64.28], "--seed", seed]
+                    _, costs = run_timed(command, **environment)
+                    seconds[name, situation].append(costs["seconds"])
+    print(f"| | seconds, idle cores | beside {cores} busy processes |")
+    print("| --- | --- | --- |")
+    for name in environments:
+        cells = [f"{median(seconds[name, situation]):.1f}" for situation in situations]
+        print(f"| {name} |", " | ".join(cells), "|")
+
+
 def hardware():
     """Return a line about the machine and the versions."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -145,6 +191,7 @@ def main():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--processes", type=int, metavar="N", help="measure 1 against N of them")
     parser.add_argument("--ladder", action="store_true", help="measure seconds to an accuracy")
+    parser.add_argument("--busy", action="store_true", help="measure on idle and on busy cores")
     args = parser.parse_args()
     commands = COMMANDS
     if n := args.processes:
@@ -152,11 +199,13 @@ def main():
     names = list(commands)
     runs, epochs = (1, 1) if args.quick else (args.runs, 2)
     print(f"{hardware()}\n{runs} runs of each in turn, seeds 0 to {runs - 1}")
-    if not args.ladder:
+    if not args.ladder and not args.busy:
         print(f"{epochs} epochs")
     print("Medians; of the accuracy the mean and the standard deviation\n")
     if args.ladder:
         return ladder(runs)
+    if args.busy:
+        return busy(runs)
     print("| batch size | |", " | ".join(heading for heading, _ in COLUMNS.values()), "|")
     print("| --- " * (len(COLUMNS) + 2) + "|")
     for batch_size in args.batch_sizes:

@@ -4,7 +4,7 @@
 
 The first places are trained anew for 1 epoch and for each number of epochs in the space, the others
 for one such number, drawn as well; on all but the held-out images, a thread to a training and as
-many at a time as there are cores. docs/table.json gets a row for each: what it was given, its
+many at a time as there are cores. docs/table.json gets a row for each: its hyperparameters, its
 losses, its accuracy on the held-out and on the test images, in percent, and its CPU seconds. What
 stands there already is kept, so a recording that was interrupted goes on.
 """
@@ -28,15 +28,15 @@ from nnisearch.choose import write
 TABLE = ROOT / "docs" / "table.json"
 
 
-def record(given, tested):
-    """Train with given hyperparameters, the seed 0 and held-out images; return the table's row.
+def record(values, tested):
+    """Train with these hyperparameters, the seed 0 and held-out images; return the table's row.
 
     tested holds the images and the labels to test on, by the name of the row's entry.
     """
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     with tempfile.TemporaryDirectory() as folder:
         model, lines, costs = seeds.run(0, [*flags, "--validate"], Path(folder))
-    row = {"hyperparameters": given}
+    row = {"hyperparameters": values}
     row["losses"] = [float(line.split("loss: ")[1]) for _, line in lines if " loss: " in line]
     for name, (images, labels) in tested.items():
         row[name] = 100 * train.test(model, images, labels) / len(labels)
@@ -62,13 +62,13 @@ def main():
     places = draw(space, args.places, seed=0)
     wanted = [place | {"epochs": number} for place in places for number in epochs] + others
     rows = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
-    known = [row["hyperparameters"] for row in rows]
-    wanted = [given for given in wanted if given not in known]
+    recorded = [row["hyperparameters"] for row in rows]
+    wanted = [values for values in wanted if values not in recorded]
     data = cifar10.load_cifar10(train.parse_args([]).data_dir)
     tested = {"held_out": cifar10.hold_out(*data[:2])[2:], "test": data[2:]}
     machine = hardware()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for row in pool.map(lambda given: record(given, tested), wanted):
+        for row in pool.map(lambda values: record(values, tested), wanted):
             rows.append(row)
             lines = ",\n".join(map(json.dumps, rows))
             write(TABLE, f'{{"hardware": "{machine}", "rows": [\n{lines}\n]}}\n'.encode())

@@ -60,8 +60,8 @@ if os.environ["RANK"] != "0":
     result = run(tuned, *flags, "--report-every", "50", code=only_the_first + code, processes=2)
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()
-    given = json.loads(printed[0].removeprefix("Hyperparameters: "))
-    assert (given["batch_size"], given["lr"]) == (100, 0.02)
+    printed_values = json.loads(printed[0].removeprefix("Hyperparameters: "))
+    assert (printed_values["batch_size"], printed_values["lr"]) == (100, 0.02)
     sent = json.loads(printed[-1])
     assert [metric["type"] for metric in sent] == ["PERIODICAL", "PERIODICAL", "FINAL"]
     assert printed[-2].startswith(f"Acc: {sent[-1]['value']:.3f}%")
@@ -69,11 +69,11 @@ if os.environ["RANK"] != "0":
 
 def test_all_end_when_one_fails(run):
     code = """
-import os, sys, step, train
+import os, sys, train
 def fail(*_):
     raise RuntimeError("the second process has no memory left")
 if os.environ["RANK"] == "1":
-    step.Optimizer = fail
+    train.train_step = fail
 train.main(sys.argv[1:])
 """
     result = run(*QUICK, code=code, processes=2)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from conftest import settings
 from torch import nn
 
-import step
 import train
+from optimizers import SGD
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def linear_model():
 def train_linear_model(images, labels, batch_size, report_every, epochs=1):
     model = linear_model()
     args = settings(batch_size=batch_size, report_every=report_every, epochs=epochs, lr=1e-4)
-    train.train(model, step.Optimizer(args, model), images, labels, args)
+    train.train(model, SGD(args, model), images, labels, args)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_loss_that_is_no_number_ends_the_training(reported, report_every):
         model[1].weight.fill_(torch.inf)
     args = settings(batch_size=4, report_every=report_every, epochs=1)
     with pytest.raises(FloatingPointError, match="epoch 1, batch"):
-        train.train(model, step.Optimizer(args, model), images, labels, args)
+        train.train(model, SGD(args, model), images, labels, args)
     assert reported == []
 
 
@@ -100,7 +100,7 @@ def test_a_loss_that_ends_being_a_number_after_the_last_window_is_noticed(report
     model = BreaksAtTheEnd(3072, 10)
     args = settings(batch_size=4, report_every=10, epochs=1)
     with pytest.raises(FloatingPointError, match="nan at epoch 1, batch 25"):
-        train.train(model, step.Optimizer(args, model), images, labels, args)
+        train.train(model, SGD(args, model), images, labels, args)
     assert len(reported) == 2
 
 

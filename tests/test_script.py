@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import os
+import pickle
 import pty
 import struct
 import subprocess
@@ -129,7 +130,8 @@ def test_save_replaces_a_file_whole_or_not_at_all(tmp_path):
     path = tmp_path / "model.pt"
     cifar10.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
     before = path.read_bytes()
-    with pytest.raises(AttributeError):  # a function of a function cannot be pickled
+    # A function of a function cannot be pickled; Python 3.14 has another error for that.
+    with pytest.raises((AttributeError, pickle.PicklingError)):
         cifar10.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

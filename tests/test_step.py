@@ -1,6 +1,7 @@
 """The training step: what it computes is what the plain loop of torch computes, only faster."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cifar10
+import optimizers
 import step
 import train
+from optimizers import orthogonalize
 
-OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has, too
+OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those whose steps are torch.optim's
 SCHEDULERS = {
     "cosine": lambda optimizer, lr, steps: torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, steps
@@ -46,22 +49,27 @@ def batches(images, batch_size, steps):
     return [batch for epoch in index for batch in epoch][:steps]
 
 
-def losses_and_weights(args, data, prepare=False):
+def optimizer_and_step(model, images, labels, args):
+    """Return the optimizer that args names, and train.py's step as a function of the index."""
+    optimizer = optimizers.OPTIMIZERS[args.optimizer](args, model)
+    return optimizer, functools.partial(train.train_step, model, optimizer, images, labels, args)
+
+
+def losses_and_weights(args, data, prepare=False, graph=True):
     """Train with train.py's step; return the loss of each step and the trained parameters."""
     images, labels = data
     torch.manual_seed(0)
     model = train.Net().to(images.device)
     if prepare:
         step.prepare_cpu(model, args.batch_size)
-    optimizer = step.Optimizer(args, model)
-    train_step, running_loss = step.make_step(model, optimizer, images, labels, args)
+    optimizer, learn = optimizer_and_step(model, images, labels, args)
+    if images.is_cuda and graph:
+        learn = step.as_cuda_graph(learn, args.batch_size, images.device)
     losses = []
-    rates = step.learning_rates(args, 200)
+    rates = optimizers.learning_rates(args, 200)
     for index, rate in zip(batches(images, args.batch_size, 200), rates, strict=True):
         optimizer.lr.fill_(rate)
-        train_step(index.to(images.device))
-        losses.append(running_loss.item())
-        running_loss.zero_()
+        losses.append(learn(index.to(images.device)).item())
     return losses, list(model.parameters())
 
 
@@ -125,10 +133,25 @@ def test_weight_decay_label_smoothing_and_schedule_are_torchs(data, double, opti
     assert_agree(losses_and_weights(args, data), reference(args, data))
 
 
+@pytest.mark.parametrize("lr_schedule", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 11, 1000])
+def test_a_schedule_is_torchs_scheduler(lr_schedule, steps):
+    args = settings(lr=0.5, lr_schedule=lr_schedule)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.lr)
+    scheduler = SCHEDULERS[lr_schedule](optimizer, args.lr, steps)
+    expected = []
+    for _ in range(steps):
+        expected += scheduler.get_last_lr()
+        optimizer.step()
+        if len(expected) < steps:
+            scheduler.step()
+    assert list(optimizers.learning_rates(args, steps)) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("lr_schedule", ["constant", *SCHEDULERS])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_a_schedule_has_a_positive_rate_for_each_of_a_few_steps(lr_schedule, steps):
-    rates = list(step.learning_rates(settings(lr=0.5, lr_schedule=lr_schedule), steps))
+    rates = list(optimizers.learning_rates(settings(lr=0.5, lr_schedule=lr_schedule), steps))
     assert len(rates) == steps
     assert all(0 < rate <= 0.5 for rate in rates)
 
@@ -136,23 +159,23 @@ def test_a_schedule_has_a_positive_rate_for_each_of_a_few_steps(lr_schedule, ste
 def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_about_1():
     matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    values = left.T @ step.orthogonalize(matrix) @ right.T
+    values = left.T @ orthogonalize(matrix) @ right.T
     assert torch.all((values.diag() > 0.65) & (values.diag() < 1.25))
     torch.testing.assert_close(values, values.diag().diag(), rtol=0, atol=1e-9)
 
 
 def test_orthogonalize_takes_a_matrix_of_any_shape_and_a_zero_one():
     matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(step.orthogonalize(matrix.T), step.orthogonalize(matrix).T)
-    torch.testing.assert_close(step.orthogonalize(1e6 * matrix), step.orthogonalize(matrix))
-    assert torch.equal(step.orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
+    torch.testing.assert_close(orthogonalize(matrix.T), orthogonalize(matrix).T)
+    torch.testing.assert_close(orthogonalize(1e6 * matrix), orthogonalize(matrix))
+    assert torch.equal(orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
 def test_muon_does_two_steps_by_its_definition(double):
     args = quick(optimizer="Muon", weight_decay=0.1)
     torch.manual_seed(0)
     model = train.Net().to(memory_format=torch.channels_last)
-    optimizer = step.Optimizer(args, model)
+    optimizer = optimizers.Muon(args, model)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     momenta = [torch.zeros_like(weight) for weight in weights]
     for _ in range(2):
@@ -161,7 +184,7 @@ def test_muon_does_two_steps_by_its_definition(double):
             momenta[place] = args.momentum * momenta[place] + parameter.grad
             change = parameter.grad + args.momentum * momenta[place]
             if parameter.ndim > 1:
-                matrix = step.orthogonalize(change.reshape(len(change), -1))
+                matrix = orthogonalize(change.reshape(len(change), -1))
                 change = matrix.reshape(change.shape)
             weights[place] -= args.lr * (change + args.weight_decay * weights[place])
         optimizer.step()
@@ -272,13 +295,20 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
     seen = []
 
     def noted_step(index):
-        RecordedGraph.run(lambda: seen.append(index.tolist()))
+        total = torch.zeros((), dtype=torch.int64)
+
+        def work():
+            seen.append(index.tolist())
+            total.copy_(index.sum())
+
+        RecordedGraph.run(work)
+        return total
 
     replayed = step.as_cuda_graph(noted_step, batch_size, "cpu")
     expected = [index.tolist() for index in batches(range(20), batch_size, 30)]
-    for index in expected:
-        replayed(torch.tensor(index))
+    results = [replayed(torch.tensor(index)).item() for index in expected]
     assert seen == expected
+    assert results == [sum(index) for index in expected]
 
 
 class Capture(TorchDispatchMode):
@@ -295,15 +325,15 @@ class Capture(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("optimizer", step.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_a_step_is_what_a_cuda_graph_can_record(optimizer):
     args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1, augment=2)
     with torch.device("meta"):
         images, labels = torch.empty(99, 3, 32, 32, dtype=torch.uint8), torch.empty(99).long()
         index, model = torch.empty(args.batch_size).long(), train.Net()
-    train_step, _ = step.make_step(model, step.Optimizer(args, model), images, labels, args)
+    _, learn = optimizer_and_step(model, images, labels, args)
     with Capture():
-        train_step(index)
+        learn(index)
     with pytest.raises((RuntimeError, AssertionError)), Capture():
         labels[0].item()
     with pytest.raises(AssertionError), Capture():
@@ -311,14 +341,13 @@ def test_a_step_is_what_a_cuda_graph_can_record(optimizer):
 
 
 @needs_cuda
-@pytest.mark.parametrize("optimizer", step.OPTIMIZERS)
-def test_the_graph_of_a_step_computes_what_the_step_does(monkeypatch, data, double, optimizer):
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
+def test_the_graph_of_a_step_computes_what_the_step_does(data, double, optimizer):
     on_gpu = [tensor.cuda() for tensor in data]
     args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1)
     args.lr_schedule = "one_cycle"
     replayed = losses_and_weights(args, on_gpu)
-    monkeypatch.setattr("step.as_cuda_graph", lambda step, *_: step)
-    assert_agree(replayed, losses_and_weights(args, on_gpu))
+    assert_agree(replayed, losses_and_weights(args, on_gpu, graph=False))
     assert_agree(replayed, losses_and_weights(args, data))
 
 
@@ -327,14 +356,16 @@ def test_nothing_waits_for_the_gpu_between_two_reports(data):
     images, labels = (tensor.cuda() for tensor in data)
     model = train.Net().cuda()
     args = quick(augment=2)
-    train_step, _ = step.make_step(model, step.Optimizer(args, model), images, labels, args)
+    _, learn = optimizer_and_step(model, images, labels, args)
+    learn = step.as_cuda_graph(learn, args.batch_size, images.device)
+    running_loss = torch.zeros((), device=images.device)
     index = [batch.cuda() for batch in batches(images, 8, 50)]
     for batch in index[:5]:  # until the graph is recorded
-        train_step(batch)
+        running_loss += learn(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in index[5:]:
-            train_step(batch)
+            running_loss += learn(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,0 +1,27 @@
+"""What train.py imports first, to start faster and to get on with others. No result depends on it.
+
+It imports NNI, torch and tqdm itself, because what it sets has to be set before or during that.
+"""
+
+import gc
+import os
+import threading
+
+# A thread of torch that waits for another one spins before it sleeps: by default for so long that,
+# on a machine which others use as well, it takes the time that the other thread is waiting for.
+# docs/speed.md has the seconds. What the user has set in the environment stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# While modules load, the garbage collector finds nothing to free, and would look for it 500 times:
+# 0.7 of 2 s. What they have made stays to the end, so it need not be looked at later, either.
+gc.disable()
+import nni
+import torch
+from tqdm import tqdm
+
+gc.freeze()
+gc.enable()
+
+# By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
+tqdm.set_lock(threading.RLock())

@@ -1,0 +1,78 @@
+"""What only several processes need that train together, one to a GPU, as torchrun starts them.
+
+    torchrun --standalone --nproc-per-node=gpu train.py
+
+Each holds the whole model and the whole data, does its share of each batch, and adds its gradients
+to those of the others, so that all take the same step. Where one process trains by itself, as an
+ordinary trial does, each function here does nothing, or returns what it is given.
+"""
+
+import torch
+from torch import distributed
+
+from hyperparameters import NotAllowed
+
+
+def start():
+    """Join the other processes of this trial, if torchrun has started it."""
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group()
+
+
+def count():
+    """Return how many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_first():
+    """Return whether this is the process that prints, saves and talks to NNI."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def from_first(value):
+    """Return the value, any object, that the first process gives."""
+    values = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def check_batch_size(batch_size):
+    """Raise NotAllowed if a batch cannot be shared evenly."""
+    if batch_size % count():
+        allowed = f"a multiple of {count()}, the processes of the trial"
+        raise NotAllowed(f"batch_size is {batch_size}; allowed: {allowed}")
+
+
+def note():
+    """Return what a line about this process has to add about the others."""
+    return f", one of {count()} processes" if count() > 1 else ""
+
+
+def own_share(tensor):
+    """Return this process's share of tensor, along its first dimension."""
+    return tensor.tensor_split(count())[distributed.get_rank()] if count() > 1 else tensor
+
+
+def total(value):
+    """Return the sum of value, a tensor (), over the processes, as a number."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+    return value.item()
+
+
+def sum_gradients(model):
+    """Replace each gradient by its sum over the processes."""
+    if count() > 1:
+        gradients = [parameter.grad for parameter in model.parameters()]
+        message = torch.cat([gradient.flatten() for gradient in gradients])  # one, as each waits
+        distributed.all_reduce(message)
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, summed in zip(gradients, message.split(sizes), strict=True):
+            gradient.copy_(summed.view(gradient.shape))
+
+
+def end():
+    """Leave the other processes."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
