@@ -4,7 +4,7 @@
 
 The first places are trained anew for 1 epoch and for each number of epochs in the space, the others
 for one such number, drawn as well; on all but the held-out images, a thread to a training and as
-many at a time as there are cores. docs/table.json gets a row for each: its hyperparameters, its
+many at a time as there are cores. bench/table.json gets a row for each: its hyperparameters, its
 losses, its accuracy on the held-out and on the test images, in percent, and its CPU seconds. What
 stands there already is kept, so a recording that was interrupted goes on.
 """
@@ -25,7 +25,7 @@ import cifar10
 import train
 from nnisearch.choose import write
 
-TABLE = ROOT / "docs" / "table.json"
+TABLE = ROOT / "bench" / "table.json"
 
 
 def record(values, tested):

@@ -4,8 +4,8 @@
     python bench/tuners.py --tuners random "Optuna's GPSampler" --plot docs/tuners.png     # some
 
 A search trains nothing: what a trial reports, and the seconds that it takes, come from a model of
-the trainings in docs/table.json, which bench/record.py records. The model's error is printed first,
-as predicted for trainings at places that it has not seen. Two trials run at a time.
+the trainings in bench/table.json, which bench/record.py records. The model's error is printed
+first, as predicted for trainings at places that it has not seen. Two trials run at a time.
 """
 
 import argparse

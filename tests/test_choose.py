@@ -289,14 +289,14 @@ def test_a_database_in_use_is_read_and_one_that_stays_locked_is_not(run, tmp_pat
 
 
 def test_the_exported_searches_in_docs_are_read(run):
-    docs = ROOT / "docs"
+    searches = ROOT / "docs" / "searches"
     printed = {}
     for name in ("cpu", "default", "early_stop", "validate", "wide"):
-        result = run("--file", docs / f"{name}.json")
+        result = run("--file", searches / f"{name}.json")
         assert result.returncode == 0, result.stderr
         assert "* the choice" in result.stdout
         printed[name] = result.stdout
-    best = json.loads((docs / "best.json").read_text())
+    best = json.loads((searches / "wide_choice.json").read_text())
     assert best["id"] in printed["wide"]
-    args = train.parse_args(["--params", str(docs / "best.json")])
+    args = train.parse_args(["--params", str(searches / "wide_choice.json")])
     assert args.epochs == best["hyperparameters"]["epochs"]
