@@ -308,6 +308,7 @@ def test_in_reuse_mode_the_runners_on_this_machine_report_and_nobody_else(experi
     config = TINY | {"trainingService": {"platform": "local", "reuseMode": True}}
     (tmp_path / "reuse.yml").write_text(yaml.safe_dump(config))
     (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "empty").touch()  # NNI sends the folder along, and fails for want of files
     search = experiment(tmp_path / "reuse.yml", trialCodeDirectory=str(tmp_path / "code"))
     outside = {"address": outside_address(), "path": "/"}
     while ask(search.port + 1, **outside) is None:  # its second server starts last
