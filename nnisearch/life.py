@@ -93,7 +93,9 @@ class Life:
         """Return the last error that the manager or the tuner has printed since, or None."""
         self.errors.read_on()
         found = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
-        return one_line(found[-1]) if found else None
+        # That the tuner finds no manager any more is no reason for the manager's end.
+        causes = [line for line in found if not re.search("Connect call|Connection ?lost", line)]
+        return one_line(causes[-1]) if causes else None
 
 
 class Log:

@@ -225,12 +225,12 @@ def exported(order, trial):
 
 def checked(trial):
     """Return a trial of --json whose values are of the types that they have to be."""
-    trial = {key: trial[key] for key in KEYS if key != "reported"} | {
+    trial = {"reported": None} | trial
+    trial = {key: trial[key] for key in KEYS} | {
         "trial": int(trial["trial"]),
         "id": str(trial["id"]),
         "status": str(trial["status"]),
         "result": number(trial["result"]),
-        "reported": trial.get("reported"),
         "intermediate": [number(value) for value in trial["intermediate"]],
         "seconds": number(trial["seconds"]),
     }
