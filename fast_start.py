@@ -10,8 +10,9 @@ import threading
 # A thread of torch that waits for another one spins before it sleeps: by default for so long that,
 # on a machine which others use as well, it takes the time that the other thread is waiting for.
 # docs/speed.md has the seconds. What the user has set in the environment stays.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+is_users = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+spin = {} if is_users else {"GOMP_SPINCOUNT": "10000"}
+os.environ.update(spin)
 
 # While modules load, the garbage collector finds nothing to free, and would look for it 500 times:
 # 0.7 of 2 s. What they have made stays to the end, so it need not be looked at later, either.
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 gc.freeze()
 gc.enable()
+for name in spin:  # torch has read it, and what this process starts may be something else
+    del os.environ[name]
 
 # By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
 tqdm.set_lock(threading.RLock())

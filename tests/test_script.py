@@ -269,3 +269,41 @@ def test_the_views_are_the_image_shifted_by_up_to_2_pixels_and_all_that_mirrored
         assert torch.equal(view[:, :, 2:6, 2:6], inner)
     for view, mirrored in zip(views[:25], views[25:], strict=True):
         assert torch.equal(view.flip(3), mirrored)
+
+
+def test_a_trial_has_its_data_before_it_asks_for_hyperparameters(run):
+    code = """
+import sys, cifar10, nni, train
+real, order = cifar10.make_synthetic, []
+cifar10.make_synthetic = lambda: order.append("data") or real()
+nni.get_next_parameter = lambda: order.append("NNI") or {}
+train.main(sys.argv[1:])
+assert order == ["data", "NNI"], order
+"""
+    result = run(*QUICK, code=code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("theirs", "spin"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_spin_briefly_unless_the_user_has_set_how_they_wait(run, environment, theirs, spin):
+    environment.update(theirs, OMP_DISPLAY_ENV="VERBOSE")
+    result = run(code="import os, train; print(os.environ.get('GOMP_SPINCOUNT'))")
+    if "GOMP_SPINCOUNT" not in result.stderr:
+        pytest.skip("torch's threads are not those of GNU's OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{spin}'" in result.stderr
+    assert result.stdout == f"{theirs.get('GOMP_SPINCOUNT')}\n"
+
+
+def test_modules_load_without_the_garbage_collector_which_then_works(run):
+    code = """
+import gc
+before = gc.get_stats()[2]["collections"]
+import train
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+assert gc.get_stats()[2]["collections"] == before
+"""
+    result = run(code=code)
+    assert result.returncode == 0, result.stderr
