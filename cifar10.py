@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 DATASETS = ("cifar10", "synthetic")
 SHAPES = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]  # of CIFAR-10
 PATIENCE = 10  # seconds to wait for another process before saying so
+PRIVATE = "cifar10.download."  # how the name of a folder to download and unpack in begins
 
 
 def default_data_dir():
@@ -53,9 +55,12 @@ def load_cifar10(data_dir):
     with lock:
         if tensors := read_cache(cache):  # made by another trial while this one waited for the lock
             return tensors
-        for unfinished in data_dir.glob(f"{cache.name}.*.tmp"):  # a trial was killed at save()
-            with contextlib.suppress(OSError):  # another user's, which can stay
+        # What trials left that were killed, at save() or while they unpacked. Another user's stays.
+        for unfinished in data_dir.glob(f"{cache.name}.*.tmp"):
+            with contextlib.suppress(OSError):
                 unfinished.unlink()
+        for private in data_dir.glob(f"{PRIVATE}*"):
+            shutil.rmtree(private, ignore_errors=True)
         tensors = decode_cifar10(data_dir)
         save({"tensors": tensors, "checksums": checksums(tensors)}, cache, tensors)
     return read_cache(cache) or tensors
@@ -98,6 +103,7 @@ def read_cache(cache):
         tensors = content["tensors"]
         kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
         is_cifar10 = kinds == list(zip(SHAPES, [torch.uint8, torch.int64] * 2, strict=True))
+        is_cifar10 &= all(labels.min() >= 0 and labels.max() <= 9 for labels in tensors[1::2])
         return tensors if is_cifar10 and checksums(tensors) == content["checksums"] else None
     except Exception:  # what torch.load raises depends on what is damaged
         return None
@@ -134,23 +140,23 @@ def save(content, path, tensors):
 
 
 def decode_cifar10(data_dir):
-    """Return what load_cifar10 does, from torchvision, which verifies or downloads the data set."""
+    """Return what load_cifar10 does, from the batch files, which are unpacked first if need be."""
     # Not at the top: it takes a second, which a trial that finds the cache need not wait.
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    # Seconds. torchvision's download sets no limit and would wait for ever for a silent server.
-    socket.setdefaulttimeout(30)
+    batches = data_dir.absolute() / CIFAR10.base_folder
+    files = [*CIFAR10.train_list, *CIFAR10.test_list]
+    files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
+    missing = [name for name, md5 in files if not check_integrity(batches / name, md5)]
     try:
-        splits = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+        if missing:
+            unpack_cifar10(data_dir.absolute() / CIFAR10.filename, batches)
+        splits = [CIFAR10(data_dir, train=train) for train in (True, False)]
     except Exception as error:  # of the network, the disk or the data: the message says which
-        folder = data_dir.absolute() / CIFAR10.base_folder
-        files = [*CIFAR10.train_list, *CIFAR10.test_list]
-        files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
-        missing = [name for name, md5 in files if not check_integrity(folder / name, md5)]
         free = shutil.disk_usage(data_dir).free / 1e6
         raise FileNotFoundError(
-            f"CIFAR-10 cannot be loaded. Missing or damaged in {folder}: {', '.join(missing)}\n"
+            f"CIFAR-10 cannot be loaded. Missing or damaged in {batches}: {', '.join(missing)}\n"
             f"What failed: {type(error).__name__}: {error}\n"
             f"It takes 550 MB there, archive and cache included; {free:.0f} MB are free.\n"
             "Three ways on:\n"
@@ -161,6 +167,32 @@ def decode_cifar10(data_dir):
     images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
     labels = [torch.tensor(split.targets) for split in splits]
     return [images[0], labels[0], images[1], labels[1]]
+
+
+def unpack_cifar10(archive, batches):
+    """Fill the folder batches from the archive, which is downloaded if it is missing or damaged.
+
+    torchvision writes through links that others may have put there, so it works in a private
+    folder, which goes in the end, and whole files are moved from it. Raises OSError, and what
+    torchvision does.
+    """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
+    if batches.is_symlink():
+        raise OSError(f"{batches} is a link, and nothing is written to where it leads")
+    # Seconds. torchvision's download sets no limit and would wait for ever for a silent server.
+    socket.setdefaulttimeout(30)
+    with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=archive.parent) as private:
+        is_there = check_integrity(archive, CIFAR10.tgz_md5)
+        if is_there:
+            shutil.copy(archive, private)
+        download_and_extract_archive(CIFAR10.url, private, None, archive.name, CIFAR10.tgz_md5)
+        if not is_there:
+            os.replace(Path(private, archive.name), archive)
+        batches.mkdir(exist_ok=True)
+        for file in Path(private, batches.name).iterdir():
+            os.replace(file, batches / file.name)
 
 
 def make_synthetic():

@@ -150,6 +150,8 @@ def with_checksums(tensors):
         lambda tensors: with_checksums([tensors[0], tensors[1].double(), *tensors[2:]]),
         lambda tensors: with_checksums([tensors[0].transpose(1, 2).contiguous(), *tensors[1:]]),
         lambda tensors: with_checksums([tensor[:8] for tensor in tensors]),
+        lambda tensors: with_checksums([tensors[0], tensors[1] + 1, *tensors[2:]]),
+        lambda tensors: with_checksums([*tensors[:3], tensors[3] - 1]),
         lambda tensors: with_checksums(tensors) | {"tensors": [x.to_sparse() for x in tensors]},
     ],
 )
@@ -197,6 +199,89 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(archive, folder, error):
             cifar10.load_cifar10(folder)
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt.lock"]
     assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+
+
+@pytest.mark.parametrize("name", ["target", "missing"])
+@pytest.mark.parametrize("place", [CIFAR10.filename, f"{CIFAR10.base_folder}/data_batch_3"])
+def test_a_link_in_place_of_what_is_downloaded_is_not_followed(archive, folder, place, name):
+    target = folder.parent / "target"
+    target.write_text("of the user")
+    link = folder / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folder.parent / name)
+    with tiny_cifar10.server(archive) as (port, _):
+        tiny_cifar10.expect(archive, port)
+        assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert target.read_text() == "of the user"
+    assert not (folder.parent / "missing").exists()
+    assert not link.is_symlink()
+
+
+def test_a_link_in_place_of_the_batch_files_folder_is_told_and_not_followed(archive, folder):
+    (target := folder.parent / "target").mkdir()
+    (target / "data_batch_1").write_text("of the user")
+    folder.mkdir()
+    shutil.copy(archive, folder)
+    (folder / CIFAR10.base_folder).symlink_to(target)
+    with pytest.raises(FileNotFoundError, match=f"{folder}/{CIFAR10.base_folder} is a link"):
+        cifar10.load_cifar10(folder)
+    assert names(target) == ["data_batch_1"]
+    assert (target / "data_batch_1").read_text() == "of the user"
+
+
+def test_links_of_the_user_to_a_good_data_set_are_followed_and_stay(archive, folder):
+    folder.mkdir()
+    (folder / CIFAR10.filename).symlink_to(archive)
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert (folder / CIFAR10.filename).readlink() == archive
+    elsewhere = shutil.move(folder / CIFAR10.base_folder, folder.parent)
+    (folder / CIFAR10.base_folder).symlink_to(elsewhere)
+    (folder / "cifar10.pt").unlink()
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert (folder / CIFAR10.base_folder).is_symlink()
+
+
+@pytest.mark.parametrize("is_damaged_before", [False, True])
+def test_a_download_that_fails_leaves_all_as_it_was(archive, folder, is_damaged_before):
+    folder.mkdir()
+    before = []
+    if is_damaged_before:
+        (folder / CIFAR10.filename).write_text("brought by hand, damaged")
+        before = [CIFAR10.filename]
+    with tiny_cifar10.server(archive, cut=True) as (port, _):
+        tiny_cifar10.expect(archive, port)
+        with pytest.raises(FileNotFoundError, match="Three ways on"):
+            cifar10.load_cifar10(folder)
+    assert names(folder) == [*before, "cifar10.pt.lock"]
+    if is_damaged_before:
+        assert (folder / CIFAR10.filename).read_text() == "brought by hand, damaged"
+
+
+def test_other_files_beside_restored_batch_files_stay(archive, folder):
+    batches = tiny_cifar10.write(folder)
+    shutil.copy(archive, folder)
+    (batches / "test_batch").unlink()
+    (batches / "notes").write_text("of the user")
+    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert (batches / "notes").read_text() == "of the user"
+    assert names(batches) == sorted([*tiny_cifar10.FILES, "notes"])
+
+
+def test_private_folders_of_killed_trials_go_unless_they_are_links(archive, folder):
+    tiny_cifar10.write(folder)
+    (folder / "cifar10.download.1").mkdir(0o700)
+    (folder / "cifar10.download.1" / CIFAR10.filename).write_bytes(b"half")
+    (target := folder.parent / "target").mkdir()
+    (target / "file").write_text("of the user")
+    (folder / "cifar10.download.2").symlink_to(target)
+    cifar10.load_cifar10(folder)
+    assert names(target) == ["file"]
+    assert names(folder) == [
+        "cifar-10-batches-py",
+        "cifar10.download.2",
+        "cifar10.pt",
+        "cifar10.pt.lock",
+    ]
 
 
 def test_a_truncated_batch_file_is_restored_from_the_archive(archive, folder):

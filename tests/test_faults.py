@@ -75,6 +75,34 @@ def test_after_a_sigkill_the_next_trial_makes_the_cache_and_tidies_up(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_trial_that_is_killed_while_it_downloads(start, run, archive, tmp_path, number):
+    folder = tmp_path / "data"
+    code = "import pathlib, runpy, sys, tiny_cifar10\n"
+    code += "tiny_cifar10.expect(pathlib.Path(sys.argv.pop(1)), sys.argv.pop(1))\n"
+    code += f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    with (
+        tiny_cifar10.server(archive, stalls=True) as (port, _),
+        start(archive, port, "--data-dir", folder, code=code) as process,
+    ):
+        while not list(folder.rglob(archive.name)):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert names(folder) == ["cifar10.pt.lock"]
+    with tiny_cifar10.server(archive) as (port, _):
+        assert run(folder, archive, port, code=LOAD).stdout == LENGTHS
+    assert names(folder) == [
+        "cifar-10-batches-py",
+        "cifar-10-python.tar.gz",
+        "cifar10.pt",
+        "cifar10.pt.lock",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_model_saved_before_outlives_a_trial_killed_while_it_saves(
     start, run, archive, tmp_path, number
 ):
