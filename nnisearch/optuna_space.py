@@ -17,12 +17,17 @@ class Space:
 
     def __init__(self, search_space):
         check_space(search_space)
+        if not search_space:
+            raise ValueError("searchSpace is {}; allowed with Optuna: at least one parameter")
         for key, entry in search_space.items():
-            if entry["_type"] == "choice" and is_nested(entry["_value"]):
+            kind, values = entry["_type"], entry["_value"]
+            if kind != "choice":
+                check_range(key, kind, values)
+            elif is_nested(values):
                 allowed = "values that are no objects with a _name"
                 raise ValueError(f"{key} is nested; allowed with Optuna: {allowed}")
-            if entry["_type"] == "choice" and all(map(is_number, entry["_value"])):
-                search_space = search_space | {key: entry | {"_value": sorted(entry["_value"])}}
+            elif all(map(is_number, values)):
+                search_space = search_space | {key: entry | {"_value": sorted(values)}}
         self.specs = format_search_space(search_space)
         self.distributions = {spec.name: distribution(spec) for spec in self.specs.values()}
 
@@ -43,6 +48,19 @@ class Space:
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
         return {spec.name: to_optuna(spec, values[spec.name]) for spec in self.specs.values()}
+
+
+def check_range(key, kind, values):
+    """Check the numbers of a parameter for what Optuna, unlike NNI's tuners, does not take."""
+    wrong = f"searchSpace: {key} is {values}; allowed with Optuna for {kind}"
+    if not all(map(is_number, values)) or (kind == "randint" and any(x % 1 for x in values)):
+        raise ValueError(f"{wrong}: {'integers' if kind == 'randint' else 'numbers'}")
+    if "normal" in kind and values[1] <= 0:
+        raise ValueError(f"{wrong}: a deviation above 0")
+    if "normal" not in kind and values[0] == values[1]:
+        raise ValueError(f"{wrong}: two different bounds")
+    if kind.startswith("q") and values[2] < 0:
+        raise ValueError(f"{wrong}: a step above 0")
 
 
 def distribution(spec):

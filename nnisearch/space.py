@@ -1,10 +1,88 @@
-"""What a search space of NNI must hold: with less a search starts, and waits without a word."""
+"""What a search space of NNI must hold: with less its tuners go wrong without a word."""
 
 import math
-
-from nni.common.hpo_utils import validate_search_space
+import re
 
 from nnisearch.text import one_line
+
+# How many numbers a kind of parameter has as its _value.
+NUMBERS = {"uniform": 2, "randint": 2, "loguniform": 2, "normal": 2, "lognormal": 2}
+NUMBERS |= {"quniform": 3, "qloguniform": 3, "qnormal": 3, "qlognormal": 3}
+
+
+def check_space(space, where="searchSpace"):
+    """Check a search space, and those nested in it, for what NNI's and Optuna's tuners misread."""
+    if not isinstance(space, dict):
+        raise ValueError(f"{where} is {one_line(space)}; allowed: an object of parameters")
+    for key, entry in space.items():
+        at = f"{where}: {one_line(key)}"
+        if not isinstance(entry, dict) or not {"_type", "_value"} <= entry.keys():
+            raise ValueError(f"{at} is {one_line(entry)}; allowed: an object of _type and _value")
+        kind, values = entry["_type"], entry["_value"]
+        if kind == "choice":
+            check_choice(values, at)
+        elif kind in NUMBERS:
+            check_numbers(kind, values, at)
+        else:
+            kinds = ", ".join(["choice", *NUMBERS])
+            raise ValueError(f"{at}: _type is {one_line(kind)}; allowed: {kinds}")
+
+
+def check_choice(values, at):
+    """Check the values of a choice: anything, or objects that have a _name and parameters."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{at} is {one_line(values)}; allowed: a list of at least one value")
+    if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+        raise ValueError(f"{at} is {one_line(values)}; allowed: finite numbers")
+    if is_nested(values):
+        for value in values:
+            check_space(parameters_of(value), f"{at}: {one_line(value['_name'])}")
+
+
+def check_numbers(kind, values, at):
+    """Check the bounds, or mean and deviation, and the step of a parameter that is no choice."""
+    wrong = f"{at} is {one_line(values)}; allowed for {kind}"
+    if not isinstance(values, list) or len(values) != NUMBERS[kind]:
+        raise ValueError(f"{wrong}: a list of {NUMBERS[kind]} numbers")
+    try:
+        numbers = [float(value) for value in values]  # as NNI does, for text too
+    except (TypeError, ValueError):
+        raise ValueError(f"{wrong}: numbers") from None
+    except OverflowError:  # an integer of more than 308 digits
+        numbers = [math.inf]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{wrong}: finite numbers")
+    if "normal" not in kind:
+        if numbers[0] > numbers[1]:
+            raise ValueError(f"{wrong}: the lower bound first")
+        if "log" in kind and numbers[0] <= 0:
+            raise ValueError(f"{wrong}: a lower bound above 0")
+    if kind.startswith("q") and numbers[2] == 0:
+        raise ValueError(f"{wrong}: a step that is not 0 as the third")
+
+
+def is_nested(values):
+    """Return whether NNI takes the values of a choice for search spaces with names."""
+    return all(isinstance(value, dict) and "_name" in value for value in values)
+
+
+def parameters_of(value):
+    """Return the search space in a value of a nested choice."""
+    return {key: entry for key, entry in value.items() if key != "_name"}
+
+
+def texts(space, where):
+    """Yield a line for each number that YAML has taken for text, as it does with 1e-4."""
+    for key, entry in space.items():
+        values = entry["_value"]
+        at = f"{where}: {one_line(key)}"
+        for value in values:
+            if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+                number = re.sub(r"(?i)e", ".0e", value, count=1)
+                yield f"{at}: {value} is text to YAML; for a number write {number}"
+        if entry["_type"] == "choice" and is_nested(values):
+            for value in values:
+                yield from texts(parameters_of(value), f"{at}: {one_line(value['_name'])}")
 
 
 def is_number(value):
@@ -15,39 +93,3 @@ def is_number(value):
         return math.isfinite(value)
     except OverflowError:  # an integer of more than 308 digits
         return False
-
-
-def check_space(space, where="searchSpace"):
-    """Check a search space, and those nested in it, for what NNI's tuners and Optuna's cannot take.
-
-    Raises ValueError with one line that names the parameter, its value and what is allowed.
-    """
-    if not isinstance(space, dict) or not space:
-        raise ValueError(f"{where} is {space!r}; allowed: an object of parameters")
-    for key, entry in space.items():
-        values = entry.get("_value") if isinstance(entry, dict) else None
-        is_choice = isinstance(values, list) and entry.get("_type") == "choice"
-        if is_choice and not values:
-            raise ValueError(f"{where}: {key} is []; allowed: at least one value")
-        if is_choice:  # of any values: NNI's validator refuses None, lists and objects
-            wrong = [v for v in values if isinstance(v, float) and not math.isfinite(v)]
-        else:
-            try:
-                validate_search_space({key: entry}, raise_exception=True)
-            except ValueError as error:
-                raise ValueError(f"{where}: {one_line(error)}") from None
-            wrong = [value for value in values if not is_number(value)]
-        if wrong:
-            raise ValueError(f"{where}: {key} is {values}; allowed: finite numbers")
-        if entry["_type"].startswith("q") and values[2] <= 0:
-            raise ValueError(f"{where}: {key} is {values}; allowed: a step above 0 as the third")
-        if is_choice and is_nested(values):
-            for value in values:
-                part = {name: part for name, part in value.items() if name != "_name"}
-                if part:
-                    check_space(part, f"{where}: {key}: {value['_name']}")
-
-
-def is_nested(values):
-    """Return whether NNI takes the values of a choice for search spaces, of which it draws one."""
-    return all(isinstance(value, dict) and "_name" in value for value in values)
