@@ -22,6 +22,7 @@ from nni.experiment.config.utils import load_experiment_config
 
 from nnisearch import checks, choose, gpus, progress, recovery, signals
 from nnisearch import config as configuration
+from nnisearch.output import may_be_closed
 from nnisearch.rehearsal import rehearse
 from nnisearch.start import experiment_folder, launch, prepare_environment
 from nnisearch.text import one_line
@@ -109,6 +110,7 @@ def parse_args(argv, prog, default_config):
     return args
 
 
+@may_be_closed()
 def main(
     argv=None,
     command="nnisearch",
@@ -134,6 +136,8 @@ def main(
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1,::1".strip(",")
     try:
         id, port, config = begin(args, default_config, check)
+    except BrokenPipeError:
+        raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"{prog}: error: {error}")
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import psutil
 
+from nnisearch.processes import manager_of
 from nnisearch.results import EXPERIMENTS, read_json
 from nnisearch.text import one_line
 
@@ -46,12 +47,8 @@ class Life:
         self.errors = Log(errors, errors.stat().st_size if errors.exists() else 0)
 
     def find_manager(self):
-        """Return the process that NNI lists, if it is this search's manager, else None."""
-        with contextlib.suppress(psutil.Error, TypeError, ValueError):
-            process = psutil.Process(listed(self.id).get("pid"))
-            if self.id in process.cmdline():
-                return process
-        return None
+        """Return the process of the search's manager, or None if it is not seen here."""
+        return manager_of(self.id)
 
     def is_over(self):
         """Return whether the manager has ended. None is known of one that was not found."""
