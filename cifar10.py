@@ -38,11 +38,11 @@ def load_cifar10(data_dir):
     map into memory, so that they share one copy. Raises FileNotFoundError, with the ways on, if the
     data set is neither there nor to be downloaded, and OSError if the cache cannot be written.
     """
-    folder = data_dir.absolute()
-    if folder.name == "cifar-10-batches-py" and (folder / "data_batch_1").exists():
-        data_dir = folder.parent  # the data set itself was named, not the folder that it is in
+    data_dir = data_dir.absolute()
+    if data_dir.name == "cifar-10-batches-py" and (data_dir / "data_batch_1").exists():
+        data_dir = data_dir.parent  # the data set itself was named, not the folder that it is in
     cache = data_dir / "cifar10.pt"
-    if cache.is_file():
+    if cache.is_file():  # to open a fifo would wait for who writes to it
         if tensors := read_cache(cache):
             return tensors
         print(f"{cache} is damaged or not CIFAR-10, and not used", file=sys.stderr)
@@ -96,8 +96,6 @@ def acquire_lock(cache):
 
 def read_cache(cache):
     """Return the tensors in the cache file, mapped into memory, or None if it is of no use."""
-    if not cache.is_file():  # to open a fifo would wait for who writes to it
-        return None
     try:
         content = torch.load(cache, map_location="cpu", mmap=True, weights_only=True)
         tensors = content["tensors"]
@@ -132,7 +130,7 @@ def save(content, path, tensors):
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk
         unfinished.unlink(missing_ok=True)  # or it would count as used space in the message
         needed = sum(tensor.nbytes for tensor in tensors) / 1e6
-        free = shutil.disk_usage(path.absolute().parent).free / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6
         room = f"it takes {needed:.1f} MB, and {free:.1f} MB are free"
         raise OSError(f"cannot write {path}: {room}: {error}") from error
     finally:
@@ -145,13 +143,13 @@ def decode_cifar10(data_dir):
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    batches = data_dir.absolute() / CIFAR10.base_folder
-    files = [*CIFAR10.train_list, *CIFAR10.test_list]
-    files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
+    batches = data_dir / CIFAR10.base_folder
+    meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
+    files = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
     missing = [name for name, md5 in files if not check_integrity(batches / name, md5)]
     try:
         if missing:
-            unpack_cifar10(data_dir.absolute() / CIFAR10.filename, batches)
+            unpack_cifar10(data_dir / CIFAR10.filename, batches)
         splits = [CIFAR10(data_dir, train=train) for train in (True, False)]
     except Exception as error:  # of the network, the disk or the data: the message says which
         free = shutil.disk_usage(data_dir).free / 1e6
@@ -160,7 +158,7 @@ def decode_cifar10(data_dir):
             f"What failed: {type(error).__name__}: {error}\n"
             f"It takes 550 MB there, archive and cache included; {free:.0f} MB are free.\n"
             "Three ways on:\n"
-            f"  - put {CIFAR10.filename} from {CIFAR10.url} into {data_dir.absolute()}\n"
+            f"  - put {CIFAR10.filename} from {CIFAR10.url} into {data_dir}\n"
             f"  - point --data-dir or CIFAR10_DIR at a folder that holds {CIFAR10.base_folder}\n"
             "  - try --dataset synthetic, which needs no download"
         ) from error
@@ -187,7 +185,9 @@ def unpack_cifar10(archive, batches):
         is_there = check_integrity(archive, CIFAR10.tgz_md5)
         if is_there:
             shutil.copy(archive, private)
-        download_and_extract_archive(CIFAR10.url, private, None, archive.name, CIFAR10.tgz_md5)
+        download_and_extract_archive(
+            CIFAR10.url, private, filename=archive.name, md5=CIFAR10.tgz_md5
+        )
         if not is_there:
             os.replace(Path(private, archive.name), archive)
         batches.mkdir(exist_ok=True)
