@@ -18,19 +18,25 @@ def own_processes():
     return found
 
 
-def manager_of(id):
-    """Return the process of the experiment's manager, or None if there is none that lives.
+def managers():
+    """Return {ID: process} of the experiments whose manager lives.
 
     NNI asks whether a process has the number that it has noted, which may be another program, after
     a restart of the machine, or a zombie. The arguments of NNI's main.js name the experiment.
     """
+    found = {}
     for process in own_processes():
         with contextlib.suppress(psutil.Error):
             arguments = process.cmdline()
-            is_manager = any(argument.endswith("nni_node/main.js") for argument in arguments[:5])
-            if is_manager and ("--experiment-id", id) in itertools.pairwise(arguments):
-                return process
-    return None
+            if any(argument.endswith("nni_node/main.js") for argument in arguments[:5]):
+                given = dict(itertools.pairwise(arguments))
+                found[given.get("--experiment-id")] = process
+    return found
+
+
+def manager_of(id):
+    """Return the process of the experiment's manager, or None if there is none that lives."""
+    return managers().get(id)
 
 
 def processes_of(id, folder):

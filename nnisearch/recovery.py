@@ -8,14 +8,15 @@ from pathlib import Path
 
 from nni.tools.nnictl.config_utils import Experiments
 
-from nnisearch.processes import end, manager_of, processes_of
+from nnisearch.processes import end, manager_of, managers, processes_of
 
 
 def list_experiments():
     """Return NNI's list, {ID: what it knows}, in which STOPPED is whose manager does not live."""
     experiments = Experiments()
+    alive = managers()
     for id, known in experiments.get_all_experiments().items():
-        if known["status"] != "STOPPED" and manager_of(id) is None:
+        if known["status"] != "STOPPED" and id not in alive:
             experiments.update_experiment(id, "status", "STOPPED")
     return Experiments().get_all_experiments()
 
