@@ -19,7 +19,7 @@ from nni.tools.package_utils import get_all_algo_meta
 from nnisearch.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
-CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__"}  # of nni/common/serializer.py
+CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
 
 
 def load(path):
@@ -57,7 +57,7 @@ def load_stored(experiment, folder):
     """
     database = folder / "db" / "nni.sqlite"
     try:
-        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as rows:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as rows:
             (stored,) = rows.execute(
                 "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
             ).fetchone()

@@ -84,8 +84,8 @@ def opened(path):
     Raises OSError, naming it, if it is no database of NNI 2.10 or stays locked for 5 seconds.
     """
     try:
-        # Read-only, so that nothing is written beside NNI and a missing file is not created.
-        address = f"{path.absolute().as_uri()}?mode=ro"
+        # No file is created. Writable: what a killed manager left has to be rolled back first.
+        address = f"{path.absolute().as_uri()}?mode=rw"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
             database.execute("BEGIN")
             yield database

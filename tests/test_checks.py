@@ -152,7 +152,7 @@ def test_numbers_that_yaml_takes_for_text(load):
     ]
 
 
-@pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__"])
+@pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__", "__enum__"])
 @pytest.mark.parametrize(
     "tuner", [{"name": "TPE"}, {"className": "mine.Tuner", "codeDirectory": "."}]
 )

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import LENGTHS, LOAD, names
 
-import step
 import train
+from optimizers import LR_SCHEDULES, OPTIMIZERS
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "1000", "--epochs", "1"]
 
@@ -263,7 +263,7 @@ SCALARS = st.one_of(
     st.floats(),
     st.floats(0, 1),
     st.text(max_size=8),
-    st.sampled_from([*step.OPTIMIZERS, *step.LR_SCHEDULES, "1e-3", "0x10", "1_000", "nan", "٣"]),
+    st.sampled_from([*OPTIMIZERS, *LR_SCHEDULES, "1e-3", "0x10", "1_000", "nan", "٣"]),
 )
 VALUES = st.recursive(
     SCALARS,
@@ -306,9 +306,9 @@ def test_hyperparameters_are_accepted_or_refused_in_one_line(tmp_path, capfd, fl
         assert "\n" not in str(refusal)
         assert "allowed" in str(refusal)
     else:
-        for key, (default, _, _, accepts) in train.HYPERPARAMETERS.items():
-            assert type(getattr(args, key)) is type(default)
-            assert accepts(getattr(args, key))
+        for key, entry in train.HYPERPARAMETERS.items():
+            assert type(getattr(args, key)) is entry.kind
+            assert entry.accepts(getattr(args, key))
 
 
 def trial_processes(search, trial):
