@@ -70,7 +70,13 @@ def end(processes):
 
 
 def stop(pid):
-    """End a process, and all that it has started."""
+    """End a process, and all that it has started, also if it has ended before that."""
+    family = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        end([*parent.children(recursive=True), parent])
+        family |= {parent, *parent.children(recursive=True)}
+    for process in own_processes():
+        with contextlib.suppress(OSError):
+            if os.getsid(process.pid) == pid:  # the session that it has opened
+                family.add(process)
+    end(family)

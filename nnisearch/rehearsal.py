@@ -25,6 +25,7 @@ from websockets.sync.server import serve
 
 from nnisearch.config import is_local, shipped_class
 from nnisearch.gpus import free_gpus
+from nnisearch.processes import stop
 from nnisearch.signals import uninterrupted
 from nnisearch.text import last_line, one_line
 
@@ -72,6 +73,7 @@ def leashed(command, leftover, **how):
     finally:
         with uninterrupted():
             leash.communicate(b"It goes on.")
+            stop(process.pid)  # where the leash has failed
             process.wait()
 
 

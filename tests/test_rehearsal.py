@@ -136,8 +136,9 @@ def test_whoever_waits_is_told_for_what(rehearse, monkeypatch, capsys):
     assert "its last words: downloading" in printed
 
 
-def test_nothing_is_left_of_the_trial_that_was_tried(rehearse, tmp_path):
-    rehearse(trialCommand="sleep 987 & echo $! > pid; cat $NNI_SYS_DIR/parameter.cfg; sleep 987")
+@pytest.mark.parametrize("end", ["sleep 987", "exit 0"])
+def test_nothing_is_left_of_the_trial_that_was_tried(rehearse, tmp_path, end):
+    rehearse(trialCommand=f"sleep 987 & echo $! > pid; cat $NNI_SYS_DIR/parameter.cfg; {end}")
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
