@@ -173,7 +173,7 @@ def test_the_folder_is_the_users_alone(experiment, tmp_path):
     home = tmp_path / "home"
     stand_in_nvidia_smi(home, busy=[False])
     changes = {"trialGpuNumber": 1, "maxTrialNumber": 1, "searchSpace": ENDLESS}
-    search = experiment("config.yml", trialConcurrency=1, **changes)
+    search = experiment("config.yml", trialCommand="sleep 600", trialConcurrency=1, **changes)
     folder = home / "nni-experiments" / search.id
     end = time.monotonic() + 60
     while not list(folder.rglob("gpu_metrics")):
@@ -260,7 +260,7 @@ def test_a_port_that_another_has_in_ipv6_is_not_taken(start):
 # As if another took the port after the search had looked whether it is free.
 RACE = [
     "-c",
-    "import sys; from nnisearch import checks, cli, start; checks.check = lambda _: None;"
+    "import sys; from nnisearch import checks, cli, start; checks.check = lambda _: [];"
     "start.is_free = lambda port: True; sys.exit(cli.main())",
 ]
 

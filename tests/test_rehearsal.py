@@ -170,7 +170,10 @@ def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(tmp_path, env
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        # They end a command, also where the tests run in the background, or by nohup.
+        preexec_fn=lambda: [
+            signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)
+        ],
     )
     pids = tmp_path / "pid"
     while not (pids.exists() and len(pids.read_text().split()) == 2):
