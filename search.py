@@ -51,13 +51,16 @@ def check(config):
             train.set_hyperparameters(args, {key: value}, "searchSpace")
 
 
-if __name__ == "__main__":
-    sys.exit(
-        cli.main(
-            command="python search.py",
-            choose_command="python choose.py",
-            default_config=default_config,
-            check=check,
-            within=0.5,
-        )
+def main(argv=None):
+    return cli.main(
+        argv,
+        command="python search.py",
+        choose_command="python choose.py",
+        default_config=default_config,
+        check=check,
+        within=0.5,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -63,10 +63,9 @@ def begin(args, default_config, check):
         for line in checks.check(config):
             print(f"Warning: {line}")
         check(config)
-        if args.rehearsal:
-            rehearsal = folder / "rehearsal"
-            rehearse(config, rehearsal, leftover=rehearsal if args.resume else folder)
-            shutil.rmtree(rehearsal)
+        if args.rehearsal and not args.resume:  # else it has run before
+            rehearse(config, folder / "rehearsal", leftover=folder)
+            shutil.rmtree(folder / "rehearsal")
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
         prepare_environment(config, args.listen)

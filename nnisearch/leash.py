@@ -8,10 +8,12 @@ leaves then; if it has written a word before, it tidies up by itself.
 
 import shutil
 import sys
-
-from processes import stop  # run as a script: this folder comes first
+from pathlib import Path
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of this folder
+    from nnisearch.processes import stop
+
     pid, folder = sys.argv[1:]
     has_ended_well = sys.stdin.read()
     stop(int(pid))
