@@ -149,7 +149,8 @@ class Experiment:
         try:
             self.nnictl("stop", self.id)
         finally:
-            _, alive = psutil.wait_procs(processes_at(self.home), timeout=30)
+            psutil.wait_procs(processes_at(self.home), timeout=30)
+            alive = processes_at(self.home)  # without zombies, of which nothing is left but a number
             for process in alive:
                 process.kill()
         return alive
