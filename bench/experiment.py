@@ -150,7 +150,7 @@ class Experiment:
             self.nnictl("stop", self.id)
         finally:
             psutil.wait_procs(processes_at(self.home), timeout=30)
-            alive = processes_at(self.home)  # without zombies, of which nothing is left but a number
+            alive = processes_at(self.home)  # without zombies, which have ended
             for process in alive:
                 process.kill()
         return alive
