@@ -141,6 +141,57 @@ def test_a_tuner_of_ones_own_in_a_module_of_any_name(project, name):
     assert given == [{"x": 7, "space": space}] * 2  # the same combination twice
 
 
+def test_an_advisor_of_ones_own(project):
+    project.write(
+        "mine.py",
+        """
+        import json
+        from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
+        from nni.runtime.tuner_command_channel import CommandType
+
+        class Advisor(MsgDispatcherBase):
+            count = 0
+            def __init__(self):
+                import os
+                super().__init__(os.environ["NNI_TUNER_COMMAND_CHANNEL"])
+            def handle_initialize(self, data):
+                self.send(CommandType.Initialized, "")
+            def handle_request_trial_jobs(self, data):
+                for _ in range(data):
+                    given = {"parameter_id": self.count, "parameters": {"x": self.count}}
+                    self.count += 1
+                    self.send(CommandType.NewTrialJob, json.dumps(given))
+            def handle_report_metric_data(self, data):
+                pass
+            def handle_trial_end(self, data):
+                pass
+        """,
+    )
+    tuner = {"codeDirectory": ".", "className": "mine.Advisor"}
+    _, given = project.succeeds(tuner=tuner)
+    assert given == [{"x": 0}, {"x": 1}]
+
+
+def test_an_assessor_of_ones_own(project):
+    project.write(
+        "mine.py",
+        """
+        from nni.assessor import Assessor, AssessResult
+
+        class Patient(Assessor):
+            def __init__(self, patience):
+                self.patience = patience
+            def assess_trial(self, trial_job_id, trial_history):
+                return AssessResult.Good
+        """,
+    )
+    patient = {"codeDirectory": ".", "className": "mine.Patient"}
+    project.succeeds(assessor=patient | {"classArgs": {"patience": 3}})
+    project.home.joinpath("nni-experiments").rename(project.home / "before")
+    line = project.refused(assessor=patient)
+    assert "assessor is mine.Patient: TypeError: " in line
+
+
 def test_annotation(project):
     project.write(
         "trial.py",
