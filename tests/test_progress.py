@@ -265,7 +265,7 @@ def test_a_tuner_that_dies_is_noticed_with_its_last_words(run_search, when, word
     (line,) = search.stderr.splitlines()[-1:]
     assert words in line
     id = re.search(r"^Search (\w+)", search.stdout, re.MULTILINE)[1]
-    assert line.endswith(f"nnisearch --resume {id}")
+    assert line.endswith(f"python search.py --resume {id}")
 
 
 def test_a_manager_that_is_killed_is_not_called_stopped(start_search, home):
@@ -276,7 +276,10 @@ def test_a_manager_that_is_killed_is_not_called_stopped(start_search, home):
             manager.kill()
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "NNI's manager has died: without a word; was it killed?; to go on: nnisearch" in stderr
+    assert (
+        "NNI's manager has died: without a word; was it killed?; to go on: python search.py"
+        in stderr
+    )
 
 
 def test_what_was_stopped_is_called_stopped(start_search, home):
@@ -285,7 +288,9 @@ def test_what_was_stopped_is_called_stopped(start_search, home):
         nnictl(home, "stop", id)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert stderr.endswith(f"search {id} has been stopped; to go on: nnisearch --resume {id}\n")
+    assert stderr.endswith(
+        f"search {id} has been stopped; to go on: python search.py --resume {id}\n"
+    )
 
 
 @pytest.fixture
