@@ -49,7 +49,8 @@ def check_algorithms(config):
             names = ", ".join(sorted(name for name, _ in known.values()))
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {names}")
         if algorithm.name.lower() == "hyperband":
-            allowed = "className: nnisearch.tuners.Hyperband, since NNI's ends at its first result"
+            allowed = "className: nnisearch.tuners.Hyperband and codeDirectory: ., under tuner"
+            allowed += ", since NNI's ends at its first result"
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {allowed}")
 
 

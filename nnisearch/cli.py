@@ -46,10 +46,11 @@ def begin(args, default_config, check):
         folder = Path(known["logDir"], args.resume)
         experiment = Experiment(configuration.load_stored(args.resume, folder))
         experiment.id, experiment._action = args.resume, "resume"
+        experiment.config.experiment_working_directory = known["logDir"]
         recovery.prepare(known)
     else:
         path, reason = (args.config, args.config) if args.config else default_config()
-        print(f"Configuration: {reason}")
+        print(f"Configuration: {one_line(reason)}")
         experiment = Experiment(configuration.load(path))
     config = experiment.config
     is_scheduled = configuration.is_local(config) and config.trial_gpu_number
@@ -127,7 +128,8 @@ def main(
     prog = command.removeprefix("python ")
     args = parse_args(argv, prog, default_config)
     nni.silence_stdout()  # it names addresses that do not answer
-    sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
+    if sys.stdout:  # None where the shell has closed it
+        sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
     signals.end_by_exit()
     # The trials' python3 is this one, also where its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
@@ -138,7 +140,7 @@ def main(
     except BrokenPipeError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{prog}: interrupted; no search has started")
     try:
@@ -154,7 +156,7 @@ def main(
             return 0
         has_result = progress.watch(id, port, config, f"{command} --resume {id}")
     except RuntimeError as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {one_line(error)}")
     except KeyboardInterrupt:
         print(f"\nThe search goes on. To watch it again: {command} --resume {id}")
         return 1

@@ -6,6 +6,8 @@ import time
 import psutil
 from nni.experiment import launcher, rest
 
+from nnisearch.signals import uninterrupted
+
 PATIENCE = 120  # seconds; NNI gives its web server 3
 
 
@@ -19,7 +21,8 @@ def patience():
     start, wait, timeout = launcher._start_rest_server, launcher._check_rest_server, rest.timeout
 
     def start_and_note(*args):
-        started.append(start(*args))
+        with uninterrupted():  # else a process could be there that nobody knows of
+            started.append(start(*args))
         return started[-1]
 
     def wait_for_server(port, **_):

@@ -112,6 +112,7 @@ class Search:
             words = self.life.tuners_words()
             what = "the tuner has died" if words or is_dead else "NNI's manager has given up"
             words = words or self.life.last_words() or one_line(" ".join(status["errors"]))
+            words = words or "without a word; was it killed?"
             how = f"to go on: nnictl stop {self.id}; {self.resume}"
             raise RuntimeError(f"search {self.id}: {what}: {words}; {how}")
 

@@ -9,10 +9,16 @@ from pathlib import Path
 from nni.tools.nnictl.config_utils import Experiments
 
 from nnisearch.processes import end, manager_of, managers, processes_of
+from nnisearch.results import EXPERIMENTS, read_json
 
 
 def list_experiments():
     """Return NNI's list, {ID: what it knows}, in which STOPPED is whose manager does not live."""
+    listed = EXPERIMENTS.expanduser()
+    if listed.exists() and listed.stat().st_size:  # else NNI takes it for empty, and overwrites it
+        known = read_json(listed)
+        if not isinstance(known, dict) or not all(isinstance(one, dict) for one in known.values()):
+            raise ValueError(f"{listed} is damaged; allowed: an object of experiments, or no file")
     experiments = Experiments()
     alive = managers()
     for id, known in experiments.get_all_experiments().items():
@@ -44,8 +50,7 @@ def prepare(known):
     id = known["id"]
     if known.get("prefixUrl"):
         print(f"It goes on without its URL prefix, {known['prefixUrl']}")
-    manager = manager_of(id)
-    if manager:
+    if known["status"] == "ERROR" and (manager := manager_of(id)):
         end([manager])
     end(processes_of(id, Path(known["logDir"], id)))
     Experiments().update_experiment(id, "status", "STOPPED")  # else NNI does not resume it

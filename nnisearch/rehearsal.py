@@ -98,6 +98,9 @@ def rehearse(config, folder, leftover):
             return
         if not has_asked:
             break
+    if has_asked:
+        tried = " and ".join(json.dumps(json.loads(p)["parameters"]) for p in proposals[:2])
+        why += f"; tried with {one_line(tried)}; if others will do, --no-rehearsal starts"
     raise ValueError(f"trialCommand is {one_line(config.trial_command)!r}: {why}")
 
 
@@ -110,6 +113,8 @@ def rehearse_tuner(config, folder, leftover):
     """
     algorithms = config.json()
     space = algorithms.pop("searchSpace")
+    for key in ("trainingService", "sharedStorage"):  # ps shows it, and passwords stand there
+        algorithms.pop(key, None)
     # A tuner of the user's own may want results before it proposes more than NNI asks for at first.
     number = 5 if shipped_class(config.tuner) else config.trial_concurrency
     number = min(number, config.max_trial_number or number)

@@ -18,7 +18,7 @@ from nni.tools.nnictl.nnictl_utils import update_experiment
 
 from nnisearch.config import is_local
 from nnisearch.patches import PATIENCE, patience
-from nnisearch.processes import stop
+from nnisearch.processes import end, manager_of, processes_of, stop
 from nnisearch.signals import uninterrupted
 from nnisearch.text import one_line
 
@@ -48,11 +48,11 @@ def find_port(wanted, count):
     update_experiment()
     for id, known in Experiments().get_all_experiments().items():
         if known["port"] == wanted and known["status"] != "STOPPED":
-            holder = (
-                f"experiment {id} ({known['experimentName']}) has it: nnictl stop {id} ends that"
-            )
+            name = one_line(known["experimentName"])
+            holder = f"experiment {id} ({name}) has it: nnictl stop {id} ends that"
             raise ValueError(f"--port is {wanted}; allowed: a free one; {holder}")
-    raise ValueError(f"--port is {wanted}; allowed: a free one, with {count - 1} free after it")
+    after = ", and the next one free" if count > 1 else ""
+    raise ValueError(f"--port is {wanted}; allowed: a free one{after}")
 
 
 def prepare_environment(config, listen):
@@ -80,7 +80,7 @@ def experiment_folder(experiment):
     folder = Path(experiment.config.experiment_working_directory, experiment.id)
     latest = folder.with_name("_latest")
     before = os.readlink(latest) if latest.is_symlink() else None
-    is_new = not folder.exists()
+    is_new = experiment._action == "create"
     # NNI makes folders in it that all may write to, and runs what stands there.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -105,11 +105,15 @@ def launch(experiment, wanted):
     that is taken, and RuntimeError, with the manager's last words, if the start fails.
     """
     config = experiment.config
+    folder = Path(config.experiment_working_directory, experiment.id)
     needs_two = not is_local(config) or config.training_service.reuse_mode
     with patience() as started:
         try:
             # One start at a time: of two that look for a port, one would lose it to the other.
             with FileLock(Path("~/nni-experiments/.nnisearch.lock").expanduser()):
+                if manager_of(experiment.id):
+                    allowed = "one that does not run; another command has just resumed it"
+                    raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")
                 port = find_port(wanted, 2 if needs_two else 1)
                 if not wanted and port != PORT:
                     print(f"Port {PORT} is taken; {port} is the next free one")
@@ -121,10 +125,10 @@ def launch(experiment, wanted):
             with uninterrupted():
                 for process in started:
                     stop(process.pid)
-                Experiments().update_experiment(experiment.id, "status", "STOPPED")
+                    end(processes_of(experiment.id, folder))
+                    Experiments().update_experiment(experiment.id, "status", "STOPPED")
             if started and isinstance(error, Exception):
-                logs = Path(config.experiment_working_directory, experiment.id, "log")
-                words = "; ".join([one_line(error), *last_words(logs)])
+                words = "; ".join([one_line(error), *last_words(folder / "log")])
                 raise RuntimeError(f"the search does not start: {words}") from error
             raise
     return port
