@@ -1,9 +1,9 @@
 """End a process, and all that it has started, as soon as the standard input closes.
 
-    python leash.py PID FOLDER
+    python leash.py FOLDER
 
-A search holds the other end, so what it has tried ends with it, also by kill -9. FOLDER is what it
-leaves then; if it has written a word before, it tidies up by itself.
+Its first line is the process's number. A search holds the other end, so what it has tried ends with
+it, also by kill -9. FOLDER is what it leaves then; if more is written, it tidies up by itself.
 """
 
 import shutil
@@ -14,8 +14,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of this folder
     from nnisearch.processes import stop
 
-    pid, folder = sys.argv[1:]
+    pid = sys.stdin.readline()
     has_ended_well = sys.stdin.read()
-    stop(int(pid))
+    if pid:
+        stop(int(pid))
     if not has_ended_well:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(sys.argv[1], ignore_errors=True)

@@ -62,12 +62,12 @@ def leashed(command, leftover, **how):
     It is in a session of its own, and out of reach of Ctrl-C.
     """
     with uninterrupted():
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)
         leash = subprocess.Popen(
-            [sys.executable, LEASH, str(process.pid), leftover],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
+            [sys.executable, LEASH, leftover], stdin=subprocess.PIPE, start_new_session=True
         )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)
+        leash.stdin.write(b"%d\n" % process.pid)
+        leash.stdin.flush()
     try:
         yield process
     finally:

@@ -192,6 +192,9 @@ def test_an_assessor_of_ones_own(project):
     assert "assessor is mine.Patient: TypeError: " in line
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 14), reason="NNI's annotation reads ast.Constant.s, which 3.14 removed"
+)
 def test_annotation(project):
     project.write(
         "trial.py",
