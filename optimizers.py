@@ -61,7 +61,10 @@ class Adam(Optimizer):
     def __init__(self, args, model):
         super().__init__(args, model)
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.steps = [torch.zeros((), device=self.lr.device) for _ in self.parameters]
+        zero = torch.zeros(
+            (), dtype=torch.float32, device=self.lr.device
+        )  # as the functions want it
+        self.steps = [zero.clone() for _ in self.parameters]
 
     @torch.no_grad()
     def step(self):

@@ -55,7 +55,7 @@ def optimizer_and_step(model, images, labels, args):
     return optimizer, functools.partial(train.train_step, model, optimizer, images, labels, args)
 
 
-def losses_and_weights(args, data, prepare=False, graph=True):
+def losses_and_weights(args, data, prepare=False, graph=True, lr_type=torch.float64):
     """Train with train.py's step; return the loss of each step and the trained parameters."""
     images, labels = data
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def losses_and_weights(args, data, prepare=False, graph=True):
     losses = []
     rates = optimizers.learning_rates(args, 200)
     for index, rate in zip(batches(images, args.batch_size, 200), rates, strict=True):
-        optimizer.lr.fill_(rate)
+        optimizer.lr.fill_(torch.tensor(rate, dtype=lr_type))
         losses.append(learn(index.to(images.device)).item())
     return losses, list(model.parameters())
 
@@ -348,7 +348,8 @@ def test_the_graph_of_a_step_computes_what_the_step_does(data, double, optimizer
     args.lr_schedule = "one_cycle"
     replayed = losses_and_weights(args, on_gpu)
     assert_agree(replayed, losses_and_weights(args, on_gpu, graph=False))
-    assert_agree(replayed, losses_and_weights(args, data))
+    # A GPU's learning rate has 32 bits, and AdamW is off by 0.1 at the end if the rate is by 1e-10.
+    assert_agree(replayed, losses_and_weights(args, data, lr_type=torch.float32))
 
 
 @needs_cuda
