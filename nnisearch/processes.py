@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import time
 
 import psutil
 
@@ -12,8 +13,7 @@ def own_processes():
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            is_own = process.uids().real == os.getuid()
-            if is_own and process.status() != psutil.STATUS_ZOMBIE:
+            if process.uids().real == os.getuid() and lives(process):
                 found.append(process)
     return found
 
@@ -66,7 +66,16 @@ def end(processes):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 how(process)
-        _, processes = psutil.wait_procs(processes, timeout=5)
+        last = time.monotonic() + 5
+        while (processes := [*filter(lives, processes)]) and time.monotonic() < last:
+            time.sleep(0.02)
+
+
+def lives(process):
+    """Return whether a process has not ended; a zombie has, and waits for whoever started it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def stop(pid):
