@@ -10,10 +10,9 @@ https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html; main(),
 whole trial in order.
 """
 
-import fast_start
+import fast_start  # before torch and NNI, since it makes them load faster
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -41,11 +40,11 @@ HYPERPARAMETERS = {
     "lr": Number(0.001, "the learning rate: how far a step goes", above=0),
     "epochs": Integer(2, "how often each training image is learned from", at_least=1),
     "optimizer": Choice("SGD", "how a step makes use of the gradients", OPTIMIZERS),
-    "momentum": Number(0.9, "how much earlier steps count; Adam's beta1", at_least=0, below=1),
+    "momentum": Number(0.9, "how much past gradients count; Adam's beta1", at_least=0, below=1),
     "weight_decay": Number(0.0, "how strongly a step pulls the weights to 0", at_least=0),
-    "label_smoothing": Number(0.0, "the share of a label for all classes", at_least=0, below=1),
+    "label_smoothing": Number(0.0, "how much of a label all classes share", at_least=0, below=1),
     "lr_schedule": Choice("constant", "how the learning rate changes in time", LR_SCHEDULES),
-    "augment": Integer(0, "shift by so many pixels, and mirror", at_least=0, at_most=16),
+    "augment": Integer(0, "mirror, and shift by up to so many pixels", at_least=0, at_most=16),
 }
 
 
@@ -74,7 +73,7 @@ class Net(nn.Module):
         self.fc3 = nn.Linear(84, 10)
 
     def forward(self, x):
-        # The tutorial has relu before pool: the same numbers, but four times as many to look at.
+        # The tutorial has relu before pool: the same result, from four times as many numbers.
         x = F.relu(self.pool(self.conv1(x)))
         x = F.relu(self.pool(self.conv2(x)))
         x = torch.flatten(x, 1)
@@ -88,14 +87,15 @@ def train_step(model, optimizer, images, labels, args, index):
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), index: int64 (n,), on the model's device. The
     loss stays there, too: to read it at every step, Python would wait for the GPU at every step.
+    Of several processes each has its share of the batch, and returns its share of the loss.
     """
     inputs, targets = step.make_batch(images, labels, index, args.augment)
     optimizer.zero_grad()
     logits = model(inputs)
     losses = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=args.label_smoothing)
-    loss = losses / len(index)
+    loss = losses / len(index)  # of the whole batch, of which this process may have a share
     loss.backward()
-    processes.sum_gradients(model)  # does nothing unless several processes share the batch
+    processes.sum_gradients(model)  # does nothing where a process has the batch to itself
     optimizer.step()
     return loss.detach()
 
@@ -109,19 +109,23 @@ def train(model, optimizer, images, labels, args):
     the window in which the loss stopped being finite.
     """
     model.train()
+    # learn(index) is train_step() with all but the index filled in.
     learn = functools.partial(train_step, model, optimizer, images, labels, args)
-    if images.is_cuda and processes.count() == 1:  # Python would give a GPU its work too slowly
+    # A GPU computes faster than Python starts the parts of a step. A CUDA graph is a recorded step,
+    # whose parts start at once; several processes have to meet within a step, so they do without.
+    if images.is_cuda and processes.count() == 1:
         learn = step.as_cuda_graph(learn, min(args.batch_size, len(images)), images.device)
-    rates = learning_rates(args, args.epochs * math.ceil(len(images) / args.batch_size))
+    steps = args.epochs * math.ceil(len(images) / args.batch_size)
+    rates = learning_rates(args, steps)  # one for each step
     running_loss = torch.zeros((), device=images.device)
     for epoch in range(1, args.epochs + 1):
         batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
         window = min(args.report_every, len(batches))
         # disable=None shows the progress bar on a terminal only, so never in a trial.
         disable = None if processes.is_first() else True
-        progress = tqdm(batches, f"epoch {epoch}", leave=False, disable=disable)
+        progress = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=disable)
         for number, index in enumerate(progress, start=1):
-            optimizer.lr.fill_(next(rates))
+            optimizer.lr.fill_(next(rates))  # in place: a graph reads where it read before
             running_loss += learn(index)
             if number % window == 0 or number == len(batches):
                 mean_loss = processes.total(running_loss) / window
@@ -177,17 +181,18 @@ def set_hyperparameters(args, values, source):
         if key not in HYPERPARAMETERS:
             keys = ", ".join(HYPERPARAMETERS)
             raise NotAllowed(f"{source}: {key} is {value!r}; allowed keys: {keys}")
-        is_allowed = False
-        with contextlib.suppress(ValueError, OverflowError):  # merge_parameter's, for a wrong type
+        try:
             merge_parameter(args, {key: value})
             is_allowed = HYPERPARAMETERS[key].accepts(getattr(args, key))
-        if not is_allowed or isinstance(value, bool):
+        except (ValueError, OverflowError):  # the type is wrong
+            is_allowed = False
+        if not is_allowed or isinstance(value, bool):  # Python takes True for 1
             allowed = HYPERPARAMETERS[key].allowed
             raise NotAllowed(f"{source}: {key} is {value!r}; allowed: {allowed}")
 
 
 def parse_args(argv):
-    """Return the settings, with the hyperparameters of --params under those of the flags.
+    """Return the settings. A hyperparameter's flag wins over --params, which wins over its default.
 
     Exits with status 2, and one line on stderr, for a flag or a value that is not allowed.
     """
@@ -206,12 +211,12 @@ def parse_args(argv):
     add("--data-dir", default=cifar10.default_data_dir(), type=Path, help="has or gets CIFAR-10")
     add("--seed", type=int, default=0, help="draws the initial weights and the images' order")
     add("--device", default=step.default_device(), help="where to train, as torch names it")
-    add("--report-every", type=int, default=2000, help="how many batches a reported loss is of")
+    add("--report-every", type=int, default=2000, help="report the mean loss of so many batches")
     add("--validate", action="store_true", help="hold out training images and test on those")
     add("--tta", action="store_true", help="test each image mirrored and shifted, too")
     add("--save", type=Path, metavar="FILE", help="write the trained weights there, a state dict")
     args, unknown = parser.parse_known_args(argv)
-    flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}
+    flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}  # those given
     for key, entry in HYPERPARAMETERS.items():
         setattr(args, key, entry.default)
     try:
@@ -240,7 +245,7 @@ def main(argv=None):
     processes.start()
     torch.manual_seed(args.seed)
     try:
-        data = load_data(args)
+        data = load_data(args)  # before NNI is asked, so that search.py can wait for the download
         # What the tuner has chosen. Only the first process asks NNI, and tells the others.
         tuned = nni.get_next_parameter() if processes.is_first() else None
         set_hyperparameters(args, processes.from_first(tuned), "tuner")
@@ -258,13 +263,13 @@ def main(argv=None):
             if args.save:
                 state = model.cpu().state_dict()
                 cifar10.save(state, args.save, state.values())
-    except (OSError, NotAllowed) as error:  # of a file, or of a value: the line says it all
+    except (OSError, NotAllowed) as error:  # of a file or a value, which the error names
         sys.exit(f"train.py: error: {error}")
     processes.end()
     return accuracy
 
 
 if __name__ == "__main__":
-    # Python's own answer to SIGTERM, by which NNI kills a trial, would leave half a file behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # NNI kills a trial by SIGTERM. As an exit it lets main() remove a file that is half written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

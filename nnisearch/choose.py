@@ -11,7 +11,6 @@ greatest where they rise. The best result is the least if the tuner minimizes. T
 running, stopped or finished: what is read is the database that NNI keeps of it.
 """
 
-import argparse
 import collections
 import csv
 import io
@@ -21,7 +20,7 @@ import sys
 from pathlib import Path
 
 from nnisearch.importance import as_dict, importances
-from nnisearch.output import may_be_closed, write
+from nnisearch.output import Parser, may_be_closed, write
 from nnisearch.results import (
     NO_RESULT,
     find_database,
@@ -166,12 +165,7 @@ def plot(trials, choice, top, direction):
 
 
 def parse_args(argv, prog, within):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage=argparse.SUPPRESS,  # an error is one line, without the usage above it
-        allow_abbrev=False,
-        prog=prog,
-    )
+    parser = Parser(prog, __doc__.splitlines()[0])
     add = parser.add_argument
     latest = "default: the one last started, resumed or viewed by this user"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)

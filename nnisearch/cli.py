@@ -1,4 +1,4 @@
-"""The command: start any search of NNI, and watch it to its end.
+"""Start any search of NNI, and watch it to its end.
 
     nnisearch CONFIG           # starts a search, shows how it goes on, and the choice at its end
     nnisearch --resume ID      # go on with a stopped search, or watch one that runs
@@ -8,7 +8,6 @@ gets at the search (guard.js), which goes on when this command ends; and for nni
 experiment like any other. CONFIG may be any configuration of NNI, of any project.
 """
 
-import argparse
 import ipaddress
 import os
 import shutil
@@ -22,7 +21,7 @@ from nni.experiment.config.utils import load_experiment_config
 
 from nnisearch import checks, choose, gpus, progress, recovery, signals
 from nnisearch import config as configuration
-from nnisearch.output import may_be_closed
+from nnisearch.output import Parser, may_be_closed
 from nnisearch.rehearsal import rehearse
 from nnisearch.start import experiment_folder, launch, prepare_environment
 from nnisearch.text import one_line
@@ -35,7 +34,11 @@ def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
     known = recovery.list_experiments()
     if args.resume and args.resume not in known:
-        allowed = ", ".join(known) or "none, since NNI lists no experiment"
+        latest = [*known][-5:]
+        more = (
+            f" and {len(known) - 5} more in nnictl experiment list --all" if len(known) > 5 else ""
+        )
+        allowed = f"{', '.join(latest)}{more}" or "none, since NNI lists no experiment"
         raise ValueError(f"--resume is {args.resume!r}; allowed: {allowed}")
     if args.resume and recovery.is_running(known[args.resume]):
         port = known[args.resume]["port"]
@@ -75,14 +78,9 @@ def begin(args, default_config, check):
 
 
 def parse_args(argv, prog, default_config):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage=argparse.SUPPRESS,  # an error is one line, without the usage above it
-        allow_abbrev=False,
-        prog=prog,
-    )
+    parser = Parser(prog, __doc__.splitlines()[0])
     add = parser.add_argument
-    add("config", nargs="?", type=Path, help="of NNI")
+    add("config", nargs="?", type=Path, metavar="CONFIG", help="a configuration of NNI")
     add("-p", "--port", type=int, help="of the Web UI (default: the first free one from 8090 on)")
     add("--detach", action="store_true", help="return once the search has started")
     add("--listen", metavar="ADDRESS", help="open the Web UI to whoever reaches this address")

@@ -78,12 +78,13 @@ class Life:
         entries = THREAD_DIED.findall(self.dispatcher.text)
         return [text for t, text in entries if datetime.fromisoformat(t).timestamp() >= born]
 
-    def tuners_words(self):
-        """Return what ended the tuner: the last line of its thread's traceback, or None."""
+    def tuners_end(self):
+        """Return in words what ended the tuner, or the assessor in its process; None if unknown."""
         for text in self.fatal_entries()[:1]:
+            who = "assessor" if "self.assessor." in text else "tuner"
             last = text.split("Traceback (most recent call last):")[-1]
             lines = [line for line in last.splitlines() if re.match(r"[\w.]+(:|$)", line)]
-            return one_line(lines[0]) if lines else None
+            return f"the {who} has died: {one_line(lines[0])}" if lines else None
         return None
 
     def last_words(self):

@@ -1,10 +1,24 @@
 """What a command gives out: files whole or not at all, and lines that somebody still reads."""
 
+import argparse
 import contextlib
 import os
 import secrets
 import signal
 import sys
+
+from nnisearch.text import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's flags, each to be written out in full; an error is one line."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message):
+        """Exit with status 2 and the message."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def write(path, content):

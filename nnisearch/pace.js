@@ -75,11 +75,15 @@ module.exports = function ({ mode, python }) {
         },
         "training_service/local/localTrainingService.js": ({ LocalTrainingService: { prototype } }) => {
             const { getScript, getTrialJob, runTrialJob } = prototype;
-            prototype.getScript = function (folder) { // NNI quotes neither folder
-                const files = `1>${folder}/stdout 2>${folder}/stderr`;
-                return getScript.call(this, folder).map((line) => line
-                    .replace("cd $NNI_CODE_DIR", 'cd "$NNI_CODE_DIR"')
-                    .replace(files, () => `1>'${folder}/stdout' 2>'${folder}/stderr'`));
+            prototype.getScript = function (folder) {
+                const files = `1>${folder}/stdout 2>${folder}/stderr`; // NNI quotes neither folder
+                const given = `< /dev/null 1>'${folder}/stdout' 2>'${folder}/stderr'`;
+                // In a shell of its own, since NNI notes no status after an `exit` or `exec`. And NNI
+                // never writes to the input: a trial that reads it would wait for ever.
+                return getScript.call(this, folder).map((line) =>
+                    line.startsWith("eval ") && line.endsWith(files)
+                        ? `(${line.slice(0, -files.length)}) ${given}`
+                        : line.replace("cd $NNI_CODE_DIR", 'cd "$NNI_CODE_DIR"'));
             };
             prototype.getTrialJob = async function (id) {
                 const job = this.jobMap.get(id);

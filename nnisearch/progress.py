@@ -109,20 +109,21 @@ class Search:
             raise RuntimeError(f"search {self.id} is shown by nnictl view, and does not run; {how}")
         is_dead = self.life.tuner_is_dead()
         if is_dead or status["status"] == "ERROR":
-            words = self.life.tuners_words()
-            what = "the tuner has died" if words or is_dead else "NNI's manager has given up"
-            words = words or self.life.last_words() or one_line(" ".join(status["errors"]))
-            words = words or "without a word; was it killed?"
+            what = self.life.tuners_end()
+            if not what:
+                who = "the tuner has died" if is_dead else "NNI's manager has given up"
+                words = self.life.last_words() or one_line(" ".join(status["errors"]))
+                what = f"{who}: {words or 'without a word; was it killed?'}"
             how = f"to go on: nnictl stop {self.id}; {self.resume}"
-            raise RuntimeError(f"search {self.id}: {what}: {words}; {how}")
+            raise RuntimeError(f"search {self.id}: {what}; {how}")
 
     def death(self):
         """Return what has become of a search whose manager has ended."""
         how = f"to go on: {self.resume}"
         if listed(self.id).get("status") == "STOPPED":
             return f"search {self.id} has been stopped; {how}"
-        if words := self.life.tuners_words():
-            return f"search {self.id}: the tuner has died: {words}; {how}"
+        if what := self.life.tuners_end():
+            return f"search {self.id}: {what}; {how}"
         words = self.life.last_words() or "without a word; was it killed?"
         if "Tuner closed connection" in words:  # of which the manager dies
             words = "without a word; was it killed?"
@@ -138,7 +139,7 @@ class Shown:
     def __init__(self, config, folder, bar):
         self.best_result, self.bar = best_of(config), bar
         self.notices, self.ending = Notices(config, folder), Endings(config, folder)
-        self.results, self.ended, self.late = [], {}, {}
+        self.results, self.ended, self.late, self.early = [], {}, {}, set()
         self.total = config.max_trial_number
 
     def show(self, known, changed):
@@ -158,6 +159,9 @@ class Shown:
                 self.results = [self.best_result([trial["result"], *self.results])]
             if self.bar.disable:
                 tqdm.write(f"{title(trial)}: {how}; {self.best()}")
+            elif trial["status"] == "EARLY_STOPPED" and how not in self.early:
+                self.early.add(how)
+                tqdm.write(f"{title(trial)} was {how}")
         counts = collections.Counter(trial["status"].lower() for trial in known.values())
         states = [f"{count} {one_line(state)}" for state, count in counts.items()]
         self.bar.n = len(self.ended)
@@ -226,11 +230,11 @@ class Notices:
                 self.failed.add(trial["id"])  # its stderr is read once
                 why = failure(trial, self.folder)
                 status = self.ending.exit_status(trial)
-                why += f" (exit status {status})" if status else ""
+                if status:
+                    why += f" (exit status {status})"
+                elif is_local(self.config):
+                    why += " (no exit status: was it killed?)"
                 found[why] = f"{title(trial)} has FAILED: {why}"
-            if trial["status"] == "EARLY_STOPPED":
-                how = self.ending(trial)
-                found[how] = f"{title(trial)} was {how}"
             if trial["status"] in ENDED and trial["reported"] is not None:
                 reported = one_line(trial["reported"])
                 found["reported", reported] = f"{title(trial)} reported {reported}, {NO_RESULT}"

@@ -91,7 +91,7 @@ def rehearse(config, folder, leftover):
     if number and len(free) < number:
         return  # it would have to wait
     devices = None if number is None else ",".join(map(str, free[:number])) or "-1"
-    for number, proposal in enumerate(proposals[:2]):  # the first parameters may be at fault
+    for number, proposal in enumerate(proposals):  # the first parameters may be at fault
         trial = folder / f"trial{number}"
         why, has_asked = rehearse_trial(config, trial, proposal, devices, leftover)
         if why is None:
@@ -99,8 +99,10 @@ def rehearse(config, folder, leftover):
         if not has_asked:
             break
     if has_asked:
-        tried = " and ".join(json.dumps(json.loads(p)["parameters"]) for p in proposals[:2])
-        why += f"; tried with {one_line(tried)}; if others will do, --no-rehearsal starts"
+        tried = one_line(json.dumps(json.loads(proposals[0])["parameters"]))
+        if len(proposals) > 1:
+            tried = f"each of {len(proposals)} sets of parameters, such as {tried}"
+        why += f"; tried with {tried}; if others will do, --no-rehearsal starts"
     raise ValueError(f"trialCommand is {one_line(config.trial_command)!r}: {why}")
 
 
@@ -296,7 +298,11 @@ def rehearse_trial(config, folder, proposal, devices, leftover):
         if trial.returncode == 0:
             return None, has_asked
     words = errors.read_text(errors="replace") or output.read_text(errors="replace")
-    return f"it fails with status {trial.returncode}: {reason(words)}", has_asked
+    if trial.returncode < 0:
+        how = f"it is ended by signal {-trial.returncode}"
+    else:
+        how = f"it fails with status {trial.returncode}"
+    return f"{how}: {reason(words)}", has_asked
 
 
 @contextlib.contextmanager
@@ -326,7 +332,7 @@ def reason(text):
             found = number
     said = [line for line in lines if line.strip()]
     if not said:
-        return "it has printed nothing: was it killed?"
+        return "it has printed nothing"
     line = one_line(lines[found] if found >= 0 else said[-1])
     if re.fullmatch(r"\w+", line) and found > 0:  # an exception without words: what raised it
         code = [text for text in lines[:found] if text.strip(" ^~")]

@@ -240,6 +240,8 @@ def test_choices_of_lists_and_objects_and_nothing(project):
         "python3 trial.py > log 2>&1",
         "python3 trial.py | tee log",
         "python3 trial.py && true",
+        "exec python3 trial.py",
+        "python3 trial.py; cat; exit 0",  # its input is empty
         "python3 trial.py && touch $NNI_OUTPUT_DIR/out && test -d $NNI_OUTPUT_DIR",
         "python3 - <<EOF\nimport runpy\nrunpy.run_path('trial.py', run_name='__main__')\nEOF",
         'test "$(pwd)" = $NNI_CODE_DIR && python3 trial.py --data-dir ~/d "it\'s"',

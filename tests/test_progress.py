@@ -34,6 +34,7 @@ exec(parameters["do"])
 DYING = """
 import os, signal
 from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
+from nni.assessor import Assessor
 
 class Dying(GridSearchTuner):
     def __init__(self, when):
@@ -51,6 +52,10 @@ class Dying(GridSearchTuner):
             raise KeyError("what is that?")
         if self.when == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+
+class Judge(Assessor):
+    def assess_trial(self, *args):
+        raise ValueError("no idea")
 """
 
 
@@ -266,6 +271,12 @@ def test_a_tuner_that_dies_is_noticed_with_its_last_words(run_search, when, word
     assert words in line
     id = re.search(r"^Search (\w+)", search.stdout, re.MULTILINE)[1]
     assert line.endswith(f"python search.py --resume {id}")
+
+
+def test_an_assessor_that_dies_is_not_called_the_tuner(run_search):
+    judge = {"className": "dying.Judge", "codeDirectory": "."}
+    search = run_search("report(1.0); time.sleep(60)", assessor=judge)
+    assert "the assessor has died: ValueError: no idea; to go on: " in search.stderr
 
 
 def test_a_manager_that_is_killed_is_not_called_stopped(start_search, home):
