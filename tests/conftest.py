@@ -32,6 +32,8 @@ SPACE = {
     "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
     "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
 }
+# Where the search is tested, and not train.py: a trial that costs next to nothing.
+LIGHT_TRIAL = "python3 tests/light_trial.py"
 ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 

@@ -23,7 +23,7 @@ def guarded(tmp_path_factory):
     """A search whose one trial does not end, for all that only asks."""
     home = tmp_path_factory.mktemp("guarded")
     environment = {key: value for key, value in os.environ.items() if "CIFAR10" not in key}
-    changes = {"maxTrialNumber": 1, "searchSpace": ENDLESS}
+    changes = {"maxTrialNumber": 1, "searchSpace": ENDLESS, "trialCommand": "sleep 3600"}
     search = Experiment(ROOT / "configs" / "demo.yml", home, environment, UNCHECKED, **changes)
     yield search
     for process in processes_at(home):
@@ -160,7 +160,7 @@ def test_a_tunnel_gets_in(guarded, tmp_path):
 
 
 def test_the_request_of_the_strangers_is_one_that_runs_a_command(experiment, tmp_path):
-    search = experiment("configs/demo.yml", maxTrialNumber=1, searchSpace=ENDLESS)
+    search = experiment("configs/demo.yml", maxTrialNumber=1, trialCommand="sleep 600")
     file = tmp_path / "own"
     assert ask(search.port, **command(search, file)) == 200
     end = time.monotonic() + 30

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import tiny_cifar10
 import torch
-from conftest import ROOT, SPACE
+from conftest import ENDLESS, LIGHT_TRIAL, ROOT
 from experiment import processes_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -322,9 +322,12 @@ def trial_processes(search, trial):
 
 
 def test_a_search_goes_on_when_its_trials_are_killed(experiment):
-    endless = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
     search = experiment(
-        "configs/demo.yml", maxTrialNumber=5, trialConcurrency=4, searchSpace=endless
+        "configs/demo.yml",
+        trialCommand=LIGHT_TRIAL,
+        maxTrialNumber=5,
+        trialConcurrency=4,
+        searchSpace=ENDLESS,
     )
     trials = search.wait_for(
         lambda trials: len({m["trialJobId"] for m in search.get("metric-data")}) == 4, 180

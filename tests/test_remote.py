@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ENDLESS, ROOT, SPACE, ask, nobody, outside_address
+from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
 from experiment import metric_value, parameters, processes_at
 
 # A web socket's first request.
@@ -125,7 +125,7 @@ def search(experiment, machines):
     def search(trials, **changes):
         service = yaml.safe_load((ROOT / "configs" / "remote.yml").read_text())["trainingService"]
         settings = {
-            "trialCommand": COMMAND,
+            "trialCommand": LIGHT_TRIAL,
             "trialGpuNumber": 0,
             "maxTrialNumber": trials,
             "searchSpace": SPACE,
@@ -168,7 +168,7 @@ def machine_of(trial):
 
 def test_a_search_on_two_machines(search, machines):
     before = set(Path("/tmp").iterdir())
-    demo = search(4)
+    demo = search(4, trialCommand=COMMAND)
     # The port that the machines report to is open to them and to nobody else.
     assert ask(demo.port + 1, path="/") == 426  # to this machine's user, who is one of them here
     assert ask(demo.port + 1, "Origin: http://example.com", path="/") == 403
@@ -238,7 +238,7 @@ def test_a_folder_that_another_user_has_made_on_a_machine_is_not_used(search):
 
 
 def test_after_its_manager_is_killed_a_search_on_machines_is_exact(search, machines):
-    demo = search(5)
+    demo = search(5, searchSpace=SPACE | {"epochs": {"_type": "choice", "_value": [10]}})
     demo.wait_for(lambda trials: sum("endTime" in trial for trial in trials) >= 2, 240)
     (node,) = [process for process in processes_at(demo.home) if process.name() == "node"]
     node.kill()
@@ -257,7 +257,7 @@ def test_when_a_machine_dies_the_other_goes_on_and_the_search_ends(search, machi
     """NNI never notices: what ran on the dead machine stays RUNNING until maxTrialDuration."""
     dead, alive = (machine.settings["host"] for machine in machines)
     # A trial on the first machine cannot end by itself.
-    changes = {"trialCommand": f"{COMMAND} --epochs $EPOCHS", "maxTrialDuration": "90s"}
+    changes = {"trialCommand": f"{LIGHT_TRIAL} $EPOCHS", "maxTrialDuration": "90s"}
     changes["searchSpace"] = {key: SPACE[key] for key in SPACE if key != "epochs"}
     demo = search(3, **changes)
     both = {dead, alive}

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ENDLESS, ROOT, SPACE, ask, nobody, outside_address
+from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
 from experiment import SEARCH, UNCHECKED, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 
@@ -73,8 +73,9 @@ def run_search(start_search):
 
 
 def demo(**changes):
-    """Return configs/demo.yml with changes, for trials of a few seconds."""
-    return DEMO | {"trialCodeDirectory": str(ROOT), "searchSpace": SPACE} | changes
+    """Return configs/demo.yml with changes, for trials of a second."""
+    light = {"trialCodeDirectory": str(ROOT), "trialCommand": LIGHT_TRIAL, "searchSpace": SPACE}
+    return DEMO | light | changes
 
 
 def nnictl(home, *args):
@@ -138,7 +139,7 @@ def preload(home, name):
 
 def test_a_web_server_that_needs_twenty_seconds_is_waited_for(run_search, home):
     options = preload(home, "slow")
-    command = f"printenv NODE_OPTIONS; {DEMO['trialCommand']}"
+    command = f"printenv NODE_OPTIONS; {LIGHT_TRIAL}"
     config = demo(trialCommand=command, maxTrialNumber=1, trialConcurrency=1)
     result = run_search("-p", free_port(), config=config, NODE_OPTIONS=options)
     assert result.returncode == 0, result.stderr

@@ -9,7 +9,7 @@ import sys
 import nni
 import pytest
 import tuners
-from conftest import ROOT, SPACE
+from conftest import LIGHT_TRIAL, ROOT, SPACE
 from experiment import SEARCH, accuracy, parameters
 from nni.runtime.msg_dispatcher import MsgDispatcher
 
@@ -385,7 +385,8 @@ def tuner_config(name, **arguments):
 
 def test_a_search_by_optuna_and_its_resumption(experiment):
     tuner = tuner_config("OptunaTuner", sampler="GPSampler", seed=0)
-    demo = experiment("configs/demo.yml", SEARCH, tuner=tuner, searchSpace=SPACE, maxTrialNumber=6)
+    changes = {"tuner": tuner, "searchSpace": SPACE, "trialCommand": LIGHT_TRIAL}
+    demo = experiment("configs/demo.yml", SEARCH, maxTrialNumber=6, **changes)
     before = demo.wait_for(lambda trials: sum("endTime" in trial for trial in trials) >= 2, 120)
     demo.nnictl("stop", demo.id)
     demo.resume()
@@ -433,7 +434,8 @@ def test_a_search_whose_space_changes_and_into_which_results_are_brought(experim
 def test_hyperband_gives_the_best_more_epochs(experiment):
     space = {key: SPACE[key] for key in ("batch_size", "lr", "momentum")}
     tuner = tuner_config("Hyperband", optimize_mode="maximize", R=2, eta=2)
-    demo = experiment("configs/demo.yml", SEARCH, tuner=tuner, searchSpace=space, maxTrialNumber=5)
+    changes = {"tuner": tuner, "searchSpace": space, "trialCommand": LIGHT_TRIAL}
+    demo = experiment("configs/demo.yml", SEARCH, maxTrialNumber=5, **changes)
     trials = demo.wait(180)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
     given = {trial["trialJobId"]: parameters(trial) for trial in trials}

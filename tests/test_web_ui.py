@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SPACE
+from conftest import LIGHT_TRIAL, ROOT, SPACE
 from experiment import accuracy, metric_value, parameters, printed_parameters
 from PIL import Image
 from selenium import webdriver
@@ -85,7 +85,9 @@ def page():
 
 @needs_browser
 def test_what_a_user_looks_for_after_a_search(experiment, page):
-    demo = experiment("configs/demo.yml", maxTrialNumber=3, searchSpace=SPACE)
+    demo = experiment(
+        "configs/demo.yml", trialCommand=LIGHT_TRIAL, maxTrialNumber=3, searchSpace=SPACE
+    )
     trials = demo.wait(240)
     best = max(accuracy(trial) for trial in trials)
     page = page(demo.port)
