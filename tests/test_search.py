@@ -177,6 +177,23 @@ def test_a_start_that_is_interrupted_leaves_nothing(start_search, home):
     assert_nothing_is_left(home)
 
 
+def test_a_start_that_is_killed_leaves_no_manager(start_search, home):
+    (home / "nni-experiments").mkdir()
+    (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
+    with start_search(config=demo(), how=UNCHECKED, NODE_OPTIONS=preload(home, "slow")) as process:
+        while not any(p.name() == "node" for p in processes_at(home)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    end = time.monotonic() + 60
+    while processes_at(home):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert os.readlink(home / "nni-experiments" / "_latest") == "an-older-search"
+    (home / "nni-experiments" / "_latest").unlink()
+    assert_nothing_is_left(home)
+
+
 def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_search, home, tmpfs):
     folder = tmpfs(400, "disk")
     config = demo(experimentWorkingDirectory=str(folder))
