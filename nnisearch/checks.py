@@ -4,6 +4,7 @@ NNI is the judge of what it can run, by the rehearsal; here stands what it would
 Each check raises ValueError with one line that names the key, its value and what is allowed.
 """
 
+import os
 import shutil
 import sys
 import tempfile
@@ -54,16 +55,18 @@ def check_algorithms(config):
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {allowed}")
 
 
-def check_disk(folder, size):
-    """Check that NNI can write there, and that so many MB are free. Raises ValueError."""
+def check_disk(folder, size, key="experimentWorkingDirectory"):
+    """Check that NNI can write in a folder, or make it, and that so many MB are free there.
+
+    Raises ValueError, which names the key by which the folder was given. Nothing is left.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise ValueError(
-            f"experimentWorkingDirectory is '{folder}'; allowed: a folder to write to; {error}"
-        ) from None
-    free = shutil.disk_usage(folder).free / 1e6
+        why = error.strerror or error
+        raise ValueError(f"{key} is '{folder}'; allowed: a folder to write to; {why}") from None
+    free = shutil.disk_usage(there).free / 1e6
     if free < size:
         room = f"allowed: a folder with {size} MB free; {free:.0f} MB are"
-        raise ValueError(f"experimentWorkingDirectory is '{folder}'; {room}")
+        raise ValueError(f"{key} is '{folder}'; {room}")

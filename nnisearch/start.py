@@ -81,6 +81,7 @@ def experiment_folder(experiment):
     Raises OSError if it cannot be made.
     """
     folder = Path(experiment.config.experiment_working_directory, experiment.id)
+    made = [parent for parent in folder.parents if not parent.exists()]
     # NNI makes folders in it that all may write to, and runs what stands there.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -90,6 +91,9 @@ def experiment_folder(experiment):
         if experiment._action == "create":
             with uninterrupted():
                 shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # as one that another search is using, too
+                    for parent in made:
+                        parent.rmdir()
         raise
 
 

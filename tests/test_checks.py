@@ -48,6 +48,11 @@ def refusal(load, **changes):
     return str(error.value)
 
 
+# Two of them are refused, without a word on the password.
+MACHINE = {"host": "there", "user": "me", "password": "secret"}
+REMOTE = {"platform": "remote", "machineList": [MACHINE]}
+
+
 def entry(kind, *values):
     return {"lr": {"_type": kind, "_value": list(values)}}
 
@@ -63,11 +68,15 @@ def test_the_projects_configurations_pass(name):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"trialConcurrency": 0}, ["trial_concurrency is 0; allowed: trial_concurrency > 0"]),
-        ({"trialConcurrency": "two"}, ["trial_concurrency ('two')", "int"]),
-        ({"trialConcurrency": None}, ["trial_concurrency is not set"]),
+        ({"trialConcurrency": 0}, ["trialConcurrency is 0; allowed: trialConcurrency > 0"]),
+        ({"trialConcurrency": "two"}, ["trialConcurrency ('two')", "int"]),
+        ({"trialConcurrency": None}, ["trialConcurrency is not set"]),
         ({"trialConcurency": 2}, ["does not have field(s) trialconcurency"]),
-        ({"maxTrialDuration": "5x"}, ['"5x"', "d, h, m, s"]),
+        ({"maxTrialDuration": "5x"}, ["maxTrialDuration is '5x'; allowed: ", "90, 90s, 30m"]),
+        ({"maxExperimentDuration": "0s"}, ["maxExperimentDuration is '0s'; allowed: "]),
+        ({"tunerGpuIndices": "a"}, ["tunerGpuIndices is 'a': invalid literal"]),
+        ({"trainingService": "local"}, ["trainingService is 'local': "]),
+        ({"trainingService": [REMOTE, REMOTE]}, ["trainingService is list: "]),
         ({"tuner": None}, ["tuner must be set"]),
         ({"trainingService": {"platform": "locl"}}, ["platform is 'locl'; allowed: local, remote"]),
         ({"searchSpaceFile": "no.json", "searchSpace": None}, ["no.json"]),
@@ -78,6 +87,7 @@ def test_configurations_that_nni_refuses(load, changes, parts):
     line = refusal(load, **changes)
     assert all(part in line for part in parts), line
     assert "config.yml: " in line
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "\xff", "a: b: c"])
@@ -301,5 +311,5 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"search.py: error: {tmp_path}/c.yml: trial_concurrency is 0; allowed")
+    assert line.startswith(f"search.py: error: {tmp_path}/c.yml: trialConcurrency is 0; allowed")
     assert [path.name for path in (tmp_path / "home").iterdir()] in ([], ["nni-experiments"])

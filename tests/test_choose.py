@@ -270,6 +270,19 @@ def test_a_machine_without_experiments(run, tmp_path):
     assert f"no experiment: {tmp_path}/nni-experiments/.experiment lists none" in refusal(run())
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [[1], 3, {"abc": 3}, {"abc": {}}, {"abc": {"startTime": "now", "logDir": "/"}}],
+    ids=str,
+)
+def test_a_damaged_list_of_experiments(run, tmp_path, listed):
+    database(tmp_path, MIXED)
+    path = tmp_path / "nni-experiments" / ".experiment"
+    path.write_text(json.dumps(listed))
+    for args in ([], ["abc"]):
+        assert f"{path} is damaged" in refusal(run(*args))
+
+
 def test_a_database_that_is_missing_or_damaged(run, tmp_path):
     path = database(tmp_path, MIXED)
     path.write_bytes(b"not a database, but long enough to be taken for one" * 100)

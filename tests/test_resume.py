@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import yaml
 from conftest import nobody
 from experiment import UNCHECKED, Experiment, metric_value, processes_at
+from nni.experiment import rest
 
-from nnisearch import processes, recovery
+from nnisearch import config, processes, recovery
 
 TRIALS, REPORTS = 9, 5
 TRIAL = f"""
@@ -232,11 +234,20 @@ def manager_arguments(id):
     return ["/somewhere/nni_node/main.js", "--port", "8090", "--experiment-id", id]
 
 
+ENTRY = {"status": "RUNNING", "port": 8090, "logDir": "/nowhere"}  # of NNI's list
+
+
+def write_list(home, listed):
+    """Write NNI's list of experiments; return its path."""
+    (home / "nni-experiments").mkdir()
+    path = home / "nni-experiments" / ".experiment"
+    path.write_text(json.dumps(listed))
+    return path
+
+
 def statuses(home, environment, numbers):
     """Return what nnisearch makes of NNI's list, of running experiments with these processes."""
-    listed = {id: {"id": id, "pid": pid, "status": "RUNNING"} for id, pid in numbers.items()}
-    (home / "nni-experiments").mkdir()
-    (home / "nni-experiments" / ".experiment").write_text(json.dumps(listed))
+    write_list(home, {id: ENTRY | {"id": id, "pid": pid} for id, pid in numbers.items()})
     code = "from nnisearch import recovery; print(recovery.list_experiments())"
     command = [sys.executable, "-c", code]
     printed = subprocess.check_output(command, env=environment | {"HOME": str(home)}, text=True)
@@ -281,3 +292,70 @@ def test_not_ended_is_what_only_reads_an_experiments_files(start_sleeper, tmp_pa
     start_sleeper("less", f"{folder}/log/nnimanager.log")
     start_sleeper(change="os.environ['NNI_EXP_ID'] = 'abcd'")
     assert processes.processes_of("abc", folder) == set()
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [[], [1], 3, "text", None, {"abc": 3}, {"abc": {}}, {"abc": ENTRY}, {"abc": {"id": 3} | ENTRY}],
+    ids=str,
+)
+def test_a_damaged_list_is_refused(tmp_path, monkeypatch, listed):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_list(tmp_path, listed)
+    with pytest.raises(ValueError, match=rf"^{path} is damaged.*; allowed: .*$"):
+        recovery.list_experiments()
+
+
+def test_a_damaged_list_is_kept_as_it_is(tmp_path, environment):
+    path = write_list(tmp_path, {})
+    path.write_text(damaged := '{"abc": {"id": "abc"')
+    command = [sys.executable, "-m", "nnisearch.cli", "--resume", "abc"]
+    how = {"env": environment | {"HOME": str(tmp_path)}, "capture_output": True, "text": True}
+    result = subprocess.run(command, **how)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"nnisearch: error: {path} is not JSON: ")
+    assert path.read_text() == damaged
+
+
+GOOD = CONFIG | {"trialCodeDirectory": "/"}
+
+
+@pytest.mark.parametrize(
+    ("params", "part"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "its configuration is []; allowed: an object"),
+        ("null", "its configuration is None; allowed: an object"),
+        ("{}", "trainingService is not set"),
+        (json.dumps(GOOD | {"trialConcurrency": 0}), "trialConcurrency is 0; allowed: "),
+        (json.dumps(GOOD | {"trialCodeDirectory": "/no/such"}), "/no/such"),
+        (json.dumps(GOOD | {"tuner": {"name": 3}}), "name"),
+        (json.dumps(GOOD | {"another": 3}), "does not have field(s) another"),
+        (json.dumps(GOOD | {"searchSpace": {"__symbol__": 1}}), "no key that runs code"),
+    ],
+)
+def test_an_experiment_whose_configuration_is_damaged(tmp_path, params, part):
+    path = tmp_path / "abc" / "db" / "nni.sqlite"
+    path.parent.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE ExperimentProfile (params text, revision integer)")
+        database.execute("INSERT INTO ExperimentProfile VALUES (?, 1)", [params])
+    with pytest.raises(ValueError) as error:
+        config.load_stored("abc", tmp_path / "abc")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("experiment abc")
+    assert str(path) in str(error.value)
+    assert part in str(error.value)
+
+
+def test_a_manager_that_does_not_answer_is_said(monkeypatch):
+    monkeypatch.setattr(rest, "timeout", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        known = {"id": "abc", "pid": 4000000, "port": silent.getsockname()[1]}
+        with pytest.raises(ValueError) as error:
+            recovery.running_config(known)
+    line = str(error.value)
+    assert line.startswith("--resume is abc; allowed: one that answers; its manager, process 4000")
+    assert line.endswith("kill -CONT 4000000 if it is stopped, or kill -9 4000000 and this again")
+    assert "\n" not in line

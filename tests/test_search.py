@@ -177,6 +177,42 @@ def test_a_start_that_is_interrupted_leaves_nothing(start_search, home):
     assert_nothing_is_left(home)
 
 
+# What a user's Ctrl-C does while NNI is imported, which no test can hit by chance.
+IMPORTING = """
+import os, signal, sys
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "nni.experiment":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import search
+"""
+
+
+def test_ctrl_c_while_nni_is_imported_ends_without_a_word(environment):
+    command = [sys.executable, "-c", IMPORTING]
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_a_refusal_leaves_no_folder_in_a_home(run_search, home):
+    missing = home / "missing" / "home"
+    assert "--resume is 'x'; allowed: none" in refusal(run_search("--resume", "x", HOME=missing))
+    config = demo(trialConcurrency=0)
+    assert "trialConcurrency" in refusal(run_search(config=config, HOME=str(missing)))
+    config = demo(trialCommand="exit 3")
+    assert "it fails with status 3" in refusal(run_search(config=config, HOME=str(missing)))
+    assert not missing.parent.exists()
+
+
+def test_a_home_that_cannot_be_written(run_search, home):
+    (home / "file").touch()
+    line = refusal(run_search(config=demo(), HOME=str(home / "file")))
+    folder = f"{home}/file/nni-experiments"
+    assert f"NNI's folder below HOME is '{folder}'; allowed: a folder to write to; Not a" in line
+
+
 def test_a_start_that_is_killed_leaves_no_manager(start_search, home):
     (home / "nni-experiments").mkdir()
     (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
@@ -229,7 +265,7 @@ def test_a_full_home_refuses_a_search_and_keeps_nnis_list(run_search, home, tmpf
     (tmp_path / "elsewhere").mkdir()
     config = demo(experimentWorkingDirectory=str(tmp_path / "elsewhere"))
     line = refusal(run_search(config=config, HOME=str(full)))
-    assert f"experimentWorkingDirectory is '{full}/nni-experiments'; allowed: a folder with" in line
+    assert f"folder below HOME is '{full}/nni-experiments'; allowed: a folder with 1 MB" in line
     assert listed.read_text() == "{}"
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
