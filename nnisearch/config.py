@@ -28,6 +28,8 @@ def load(path):
 
     Raises ValueError, naming the file, if it is none, and for what NNI itself refuses.
     """
+    if path.exists() and not path.is_file():  # which nnictl refuses, too; a pipe may wait for ever
+        raise ValueError(f"{path}: it is no file; allowed: a configuration of NNI in a file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "trainingServicePlatform" in content:

@@ -1,5 +1,6 @@
 """config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_files_that_are_no_configuration(tmp_path, content):
     for broken in (path, tmp_path / "missing.yml"):
         with pytest.raises(ValueError, match=f"^{broken}: .+$"):
             config.load(broken)
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: it is no file; allowed: "):
+        config.load(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,8 @@ def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
         (["--within", "nan"], ["--within is nan", ">= 0"]),
         (["--top", "0"], ["--top is 0", ">= 1"]),
         (["--json", "--csv"], ["--csv", "not allowed with", "--json"]),
+        (["--out", ""], ["--out is ''; allowed: the name of a file"]),
+        (["--plot", ""], ["--plot is ''; allowed: the name of a file"]),
         (["--out", "no/such/best.json"], ["cannot write no/such/best.json"]),
         (["--file", "missing.json"], ["missing.json", "No such file"]),
         (["--file", "text.json"], ["text.json is not JSON"]),
@@ -567,4 +569,19 @@ def test_what_is_no_file_is_not_replaced_by_one(run, tmp_path):
         assert json.loads(os.read(reader, 10_000))["trial"] == 4
     finally:
         os.close(reader)
+    assert "cannot write pipe: it is a pipe that nobody reads; allowed: " in refusal(
+        run("--out", "pipe")
+    )
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_standard_output_that_is_a_file_is_not_replaced_by_another(tmp_path, monkeypatch):
+    link, path = tmp_path / "stdout", tmp_path / "file"
+    with path.open("w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        link.symlink_to(path)  # as /dev/stdout leads to it
+        file.write("before, ")
+        output.write(link, b"the choice, ")
+        file.write("after")
+    assert link.is_symlink()
+    assert path.read_text() == "before, the choice, after"
