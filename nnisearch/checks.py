@@ -9,12 +9,18 @@ import shutil
 import sys
 import tempfile
 
+from nni.experiment.config.utils import camel_case
+
 from nnisearch.config import check_code, is_local, known_algorithms, shipped_class
 from nnisearch.gpus import check_gpus
 from nnisearch.space import check_space, texts
 
 # NNI's tuners whose search spaces are of another form.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
+
+# Python, and so NNI, takes true and false for numbers.
+COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
+COUNTS += ("max_trial_duration", "max_experiment_duration")
 
 
 def check(config):
@@ -32,11 +38,25 @@ def check(config):
             raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
         if config.trial_gpu_number:
             check_gpus(config.training_service)
+    lines = oddities(config)
     tuner = shipped_class(config.tuner)
     if tuner and not tuner.endswith(OTHER_SPACES):  # a tuner of the user's own owns its space
         check_space(config.search_space)
-        return [*texts(config.search_space, "searchSpace")]
-    return []
+        lines += texts(config.search_space, "searchSpace")
+    return lines
+
+
+def oddities(config):
+    """Return a line for each value that can hardly be meant, but with which NNI runs a search."""
+    lines = []
+    for key in COUNTS:
+        if isinstance(value := getattr(config, key), bool):
+            lines.append(
+                f"{camel_case(key)} is {str(value).lower()}, which NNI takes for {value:d}"
+            )
+    if config.trial_command is not None and not config.trial_command.strip():
+        lines.append(f"trialCommand is {config.trial_command!r}, so no trial will have a result")
+    return lines
 
 
 def check_algorithms(config):

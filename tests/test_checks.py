@@ -169,6 +169,15 @@ def test_numbers_that_yaml_takes_for_text(load):
     ]
 
 
+def test_what_nni_runs_but_nobody_means_is_warned_of(load):
+    odd = {"trialConcurrency": True, "maxTrialNumber": True, "trialCommand": " "}
+    assert checks.check(load(**odd)) == [
+        "trialConcurrency is true, which NNI takes for 1",
+        "maxTrialNumber is true, which NNI takes for 1",
+        "trialCommand is ' ', so no trial will have a result",
+    ]
+
+
 @pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__", "__enum__"])
 @pytest.mark.parametrize(
     "tuner", [{"name": "TPE"}, {"className": "mine.Tuner", "codeDirectory": "."}]
