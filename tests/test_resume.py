@@ -3,11 +3,14 @@
 import ast
 import contextlib
 import json
+import os
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -200,6 +203,21 @@ def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search, tmp_path):
     assert one.stop() == []
 
 
+def test_of_two_that_resume_a_search_at_once_one_does(search):
+    one = search()
+    manager(one).kill()
+    command, how = resuming(one)
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **how) as first, subprocess.Popen(command, **how) as second:
+        printed = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert manager(one).is_running()  # and there is one only
+    # Whoever comes later is refused, or shows what the other has started.
+    assert sorted([first.returncode, second.returncode]) in ([0, 0], [0, 1]), printed
+    assert "Traceback" not in "".join(printed)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
 def test_a_search_that_was_stopped_and_resumed_twice_is_exact(search):
     one = search()
     for when in ("in the middle of a trial", "in the middle"):
@@ -218,9 +236,10 @@ def start_sleeper():
     """Start a process that sleeps, with the arguments given, as root or as another user."""
     sleepers = []
 
-    def start_sleeper(*args, change="pass"):
+    def start_sleeper(*args, change="pass", **variables):
         command = [sys.executable, "-c", SLEEP.format(change=change), *args]
-        sleepers.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        environment = os.environ | variables
+        sleepers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
         sleepers[-1].stdout.readline()
         return sleepers[-1]
 
@@ -290,8 +309,22 @@ def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line():
 def test_not_ended_is_what_only_reads_an_experiments_files(start_sleeper, tmp_path):
     folder = tmp_path / "abc"
     start_sleeper("less", f"{folder}/log/nnimanager.log")
-    start_sleeper(change="os.environ['NNI_EXP_ID'] = 'abcd'")
+    start_sleeper(NNI_EXP_ID="abcd")
     assert processes.processes_of("abc", folder) == set()
+
+
+def test_a_resume_ends_the_tuner_that_a_dying_manager_has_left(
+    start_sleeper, tmp_path, monkeypatch
+):
+    left = start_sleeper(NNI_LOG_DIRECTORY=f"{tmp_path}/abc/log")
+    other = start_sleeper(NNI_LOG_DIRECTORY=f"{tmp_path}/abcd/log")
+    noted = []
+    experiments = types.SimpleNamespace(update_experiment=lambda *change: noted.append(change))
+    monkeypatch.setattr(recovery, "Experiments", lambda: experiments)
+    recovery.prepare({"id": "abc", "logDir": str(tmp_path), "status": "RUNNING"})
+    assert left.wait(0) == -signal.SIGTERM
+    assert other.poll() is None
+    assert noted == [("abc", "status", "STOPPED")]
 
 
 @pytest.mark.parametrize(

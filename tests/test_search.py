@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -156,6 +157,43 @@ def test_a_web_server_that_dies_is_not_waited_for_and_leaves_nothing(run_search,
     assert "the library is broken" in result.stderr
     assert "Traceback" not in result.stderr
     assert_nothing_is_left(home)
+
+
+def test_a_resume_that_fails_keeps_the_search(run_search, home):
+    listed = home / "nni-experiments" / ".experiment"
+    path = home / "nni-experiments" / "abc" / "db" / "nni.sqlite"
+    path.parent.mkdir(parents=True)
+    (home / "nni-experiments" / "abc" / "log").mkdir()
+    known = {"id": "abc", "port": 8090, "status": "STOPPED", "logDir": str(listed.parent)}
+    listed.write_text(json.dumps({"abc": known}))
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE ExperimentProfile (params text, revision integer)")
+        database.execute("INSERT INTO ExperimentProfile VALUES (?, 1)", [json.dumps(demo())])
+    dead = preload(home, "dead")
+    result = run_search("--resume", "abc", "-p", free_port(), NODE_OPTIONS=dead)
+    assert result.returncode == 1
+    assert "the search does not start: NNI's web server has ended" in result.stderr
+    assert json.loads(listed.read_text()) == {"abc": known}
+    assert path.exists()
+
+
+# A search that has started, with a name that would make the terminal red.
+NAMED = """
+from types import SimpleNamespace
+from nnisearch import cli
+cli.begin = lambda *_: ("abc", 8090, SimpleNamespace(experiment_name="\x1b[31mred"))
+cli.main(["config.yml", "--detach"])
+"""
+
+
+def test_names_and_errors_do_not_reach_the_terminal_as_they_are(run_search, home):
+    result = run_search(how=["-c", NAMED])
+    assert result.stdout.startswith("Search abc: ?[31mred\n"), result.stderr
+    (home / "\x1b[31mred.yml").write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
+    result = run_search("\x1b[31mred.yml")
+    assert "trialcomand" in refusal(result)
+    assert "?[31mred.yml" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
 
 
 def test_a_start_that_fails_keeps_the_latest_search_the_latest(run_search, home):
