@@ -51,7 +51,7 @@ def find_port(wanted, count):
     update_experiment()
     for id, known in Experiments().get_all_experiments().items():
         if known["port"] == wanted and known["status"] != "STOPPED":
-            name = one_line(known["experimentName"])
+            name = one_line(known.get("experimentName"))
             holder = f"experiment {id} ({name}) has it: nnictl stop {id} ends that"
             raise ValueError(f"--port is {wanted}; allowed: a free one; {holder}")
     after = ", and the next one free" if count > 1 else ""

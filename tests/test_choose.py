@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -573,6 +574,17 @@ def test_what_is_no_file_is_not_replaced_by_one(run, tmp_path):
         run("--out", "pipe")
     )
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(choose, "show", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("sys.argv", ["choose.py"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as end:
+        choose.main()
+    signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_standard_output_that_is_a_file_is_not_replaced_by_another(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from conftest import nobody
-from experiment import UNCHECKED, Experiment, metric_value, processes_at
+from experiment import UNCHECKED, Experiment, free_port, metric_value, processes_at
 from nni.experiment import rest
 
 from nnisearch import config, processes, recovery
@@ -208,9 +208,11 @@ def test_of_two_that_resume_a_search_at_once_one_does(search):
     manager(one).kill()
     command, how = resuming(one)
     how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, **how) as first, subprocess.Popen(command, **how) as second:
+    elsewhere = [str(free_port()) if part == str(one.port) else part for part in command]
+    with subprocess.Popen(command, **how) as first, subprocess.Popen(elsewhere, **how) as second:
         printed = [process.communicate(timeout=120)[0] for process in (first, second)]
-    assert manager(one).is_running()  # and there is one only
+    arguments = manager(one).cmdline()  # there is one only
+    one.port = int(arguments[arguments.index("--port") + 1])
     # Whoever comes later is refused, or shows what the other has started.
     assert sorted([first.returncode, second.returncode]) in ([0, 0], [0, 1]), printed
     assert "Traceback" not in "".join(printed)
