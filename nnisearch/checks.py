@@ -4,9 +4,12 @@ NNI is the judge of what it can run, by the rehearsal; here stands what it would
 Each check raises ValueError with one line that names the key, its value and what is allowed.
 """
 
+import os
 import shutil
 import sys
 import tempfile
+
+from nni.experiment.config.utils import camel_case
 
 from nnisearch.config import check_code, is_local, known_algorithms, shipped_class
 from nnisearch.gpus import check_gpus
@@ -14,6 +17,10 @@ from nnisearch.space import check_space, texts
 
 # NNI's tuners whose search spaces are of another form.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
+
+# Python, and so NNI, takes true and false for numbers.
+COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
+COUNTS += ("max_trial_duration", "max_experiment_duration")
 
 
 def check(config):
@@ -31,11 +38,25 @@ def check(config):
             raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
         if config.trial_gpu_number:
             check_gpus(config.training_service)
+    lines = oddities(config)
     tuner = shipped_class(config.tuner)
     if tuner and not tuner.endswith(OTHER_SPACES):  # a tuner of the user's own owns its space
         check_space(config.search_space)
-        return [*texts(config.search_space, "searchSpace")]
-    return []
+        lines += texts(config.search_space, "searchSpace")
+    return lines
+
+
+def oddities(config):
+    """Return a line for each value that can hardly be meant, but with which NNI runs a search."""
+    lines = []
+    for key in COUNTS:
+        if isinstance(value := getattr(config, key), bool):
+            lines.append(
+                f"{camel_case(key)} is {str(value).lower()}, which NNI takes for {value:d}"
+            )
+    if config.trial_command is not None and not config.trial_command.strip():
+        lines.append(f"trialCommand is {config.trial_command!r}, so no trial will have a result")
+    return lines
 
 
 def check_algorithms(config):
@@ -54,16 +75,18 @@ def check_algorithms(config):
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {allowed}")
 
 
-def check_disk(folder, size):
-    """Check that NNI can write there, and that so many MB are free. Raises ValueError."""
+def check_disk(folder, size, key="experimentWorkingDirectory"):
+    """Check that NNI can write in a folder, or make it, and that so many MB are free there.
+
+    Raises ValueError, which names the key by which the folder was given. Nothing is left.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise ValueError(
-            f"experimentWorkingDirectory is '{folder}'; allowed: a folder to write to; {error}"
-        ) from None
-    free = shutil.disk_usage(folder).free / 1e6
+        why = error.strerror or error
+        raise ValueError(f"{key} is '{folder}'; allowed: a folder to write to; {why}") from None
+    free = shutil.disk_usage(there).free / 1e6
     if free < size:
         room = f"allowed: a folder with {size} MB free; {free:.0f} MB are"
-        raise ValueError(f"experimentWorkingDirectory is '{folder}'; {room}")
+        raise ValueError(f"{key} is '{folder}'; {room}")

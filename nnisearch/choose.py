@@ -16,6 +16,7 @@ import csv
 import io
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -169,20 +170,25 @@ def parse_args(argv, prog, within):
     add = parser.add_argument
     latest = "default: the one last started, resumed or viewed by this user"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
-    add("--file", type=Path, help="read results from there instead: of --json or nnictl's export")
+    add("--file", help="read results from there instead: of --json or nnictl's export")
     equal = "results that near to the best count as equally good; in their own unit (%(default)s)"
     add("--within", type=float, default=within, help=equal)
     add("--top", type=int, default=10, help="how many trials are shown (%(default)s)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print all trials as JSON")
     output.add_argument("--csv", action="store_true", help="print the trials with a result as CSV")
-    add("--out", type=Path, metavar="FILE", help="write the choice there, as JSON")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the search there, by matplotlib")
+    add("--out", metavar="FILE", help="write the choice there, as JSON")
+    add("--plot", metavar="FILE.png", help="draw the search there, by matplotlib")
     args = parser.parse_args(argv)
     if not 0 <= args.within < math.inf:
         parser.error(f"--within is {args.within}; allowed: a finite number >= 0")
     if args.top < 1:
         parser.error(f"--top is {args.top}; allowed: an integer >= 1")
+    for key in ("file", "out", "plot"):
+        given = getattr(args, key)
+        if given == "":
+            parser.error(f"--{key} is ''; allowed: the name of a file")
+        setattr(args, key, given and Path(given))
     if args.file and args.experiment:
         parser.error(f"EXPERIMENT_ID is {args.experiment!r}; allowed: none, with --file")
     return args
@@ -225,6 +231,8 @@ def main(argv=None, prog="nnichoose", within=0.0):
             sys.exit(f"{prog}: error: --plot needs matplotlib (pip install matplotlib): {error}")
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         except (OSError, ValueError) as error:
             sys.exit(f"{prog}: error: {one_line(error)}")
 

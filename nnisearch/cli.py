@@ -15,16 +15,18 @@ import socket
 import sys
 from pathlib import Path
 
-import nni
-from nni.experiment import Experiment, rest
-from nni.experiment.config.utils import load_experiment_config
+from nnisearch import signals
 
-from nnisearch import checks, choose, gpus, progress, recovery, signals
-from nnisearch import config as configuration
-from nnisearch.output import Parser, may_be_closed
-from nnisearch.rehearsal import rehearse
-from nnisearch.start import experiment_folder, launch, prepare_environment
-from nnisearch.text import one_line
+with signals.silently_interrupted():  # NNI takes a second
+    import nni
+    from nni.experiment import Experiment
+
+    from nnisearch import checks, choose, gpus, progress, recovery
+    from nnisearch import config as configuration
+    from nnisearch.output import Parser, may_be_closed
+    from nnisearch.rehearsal import rehearse
+    from nnisearch.start import experiment_folder, launch, prepare_environment
+    from nnisearch.text import one_line
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 LIST_SIZE = 1  # MB: NNI's list of experiments, of which nothing is left if the disk is full
@@ -34,16 +36,16 @@ def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
     known = recovery.list_experiments()
     if args.resume and args.resume not in known:
-        latest = [*known][-5:]
-        more = (
-            f" and {len(known) - 5} more in nnictl experiment list --all" if len(known) > 5 else ""
-        )
-        allowed = f"{', '.join(latest)}{more}" or "none, since NNI lists no experiment"
+        allowed = ", ".join([*known][-5:]) or "none, since NNI lists no experiment"
+        allowed += ", and others in nnictl experiment list --all" if len(known) > 5 else ""
         raise ValueError(f"--resume is {args.resume!r}; allowed: {allowed}")
     if args.resume and recovery.is_running(known[args.resume]):
-        port = known[args.resume]["port"]
-        params = rest.get(port, "/experiment")["params"]
-        return args.resume, port, load_experiment_config(params)
+        running = known[args.resume]
+        return args.resume, running["port"], recovery.running_config(running)
+    home = Path("~/nni-experiments").expanduser()
+    checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")
+    if known:
+        recovery.note_ended(known)
     if args.resume:
         known = known[args.resume]
         folder = Path(known["logDir"], args.resume)
@@ -60,7 +62,6 @@ def begin(args, default_config, check):
     if is_scheduled and (line := gpus.allow_visible(config.training_service)):
         print(line)
     checks.check_disk(Path(config.experiment_working_directory), EXPERIMENT_SIZE)
-    checks.check_disk(Path("~/nni-experiments").expanduser(), LIST_SIZE)
     with experiment_folder(experiment) as folder:
         if config.use_annotation:
             configuration.expand(config, folder / "code")

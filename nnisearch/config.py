@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 from nni.experiment.config import ExperimentConfig, convert, utils
+from nni.experiment.config.base import ConfigBase
 from nni.experiment.config.utils import load_experiment_config
 from nni.tools.annotation import expand_annotations, generate_search_space
 from nni.tools.package_utils import get_all_algo_meta
@@ -27,6 +28,8 @@ def load(path):
 
     Raises ValueError, naming the file, if it is none, and for what NNI itself refuses.
     """
+    if path.exists() and not path.is_file():  # which nnictl refuses, too; a pipe may wait for ever
+        raise ValueError(f"{path}: it is no file; allowed: a configuration of NNI in a file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "trainingServicePlatform" in content:
@@ -37,17 +40,48 @@ def load(path):
             platform = config.training_service.get("platform")
             raise ValueError(f"trainingService.platform is {platform!r}; allowed: {PLATFORMS}")
         return config.canonical_copy()
-    except AssertionError as error:  # NNI's have no text: the line that failed is the text
-        frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
-        rule = traceback.extract_tb(error.__traceback__)[-1].line.removeprefix("assert self.")
-        key = re.match(r"\w*", rule)[0]
-        value = getattr(frame.f_locals.get("self"), key, "not that")
-        raise ValueError(f"{path}: {key} is {value!r}; allowed: {rule}") from None
     except Exception as error:  # of the file, YAML and NNI's classes
-        raise ValueError(f"{path}: {one_line(error)}") from None
+        raise ValueError(f"{path}: {explanation(error)}") from None
     finally:
         with contextlib.suppress(Exception):  # ExperimentConfig.load() leaves it set if it fails
             utils.unset_base_path()
+
+
+def explanation(error):
+    """Return in one line why NNI refuses a configuration, with its keys as they are documented."""
+    classes = [ConfigBase]
+    for each in classes:
+        classes += each.__subclasses__()
+    keys = {name for each in classes for name in getattr(each, "__dataclass_fields__", {})}
+    text = one_line(error)
+    frames = zip(
+        traceback.walk_tb(error.__traceback__),
+        traceback.extract_tb(error.__traceback__),
+        strict=True,
+    )
+    for (frame, _), place in frames:
+        config = frame.f_locals.get("self")
+        named = re.search(r"\bself\.(\w+)", place.line or "")
+        if not isinstance(config, ConfigBase) or not named or named[1] not in keys:
+            continue
+        value = getattr(config, named[1])
+        is_plain = isinstance(value, (str, int, float, type(None)))
+        # What has parts may have a password among them.
+        given = f"{named[1]} is {repr(value) if is_plain else type(value).__name__}"
+        if utils.is_missing(value):
+            text = f"{named[1]} is not set"
+        elif "parse_time" in place.line:
+            text = f"{given}; allowed: more than 0 seconds, such as 90, 90s, 30m, 2h or 1d"
+        elif isinstance(error, AssertionError) and not error.args:  # its line is the text
+            text = f"{given}; allowed: {re.sub(r'^assert |self[.]', '', place.line)}"
+        elif named[1] not in text:
+            text = f"{given}: {text}"
+    # NNI's classes have the keys as Python writes names.
+    return re.sub(
+        r"(?<![\w/.-])\w+(?![\w/])",
+        lambda word: utils.camel_case(word[0]) if word[0] in keys else word[0],
+        text,
+    )
 
 
 def load_stored(experiment, folder):
@@ -61,12 +95,30 @@ def load_stored(experiment, folder):
             (stored,) = rows.execute(
                 "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
             ).fetchone()
-    except (sqlite3.Error, TypeError) as error:
+        params = json.loads(stored)
+    except (sqlite3.Error, TypeError, ValueError) as error:
         why = one_line(error)
         raise ValueError(f"experiment {experiment} cannot be read: {database}: {why}") from None
-    params = json.loads(stored)
-    check_code(params, f"experiment {experiment}")
-    return load_experiment_config(params)
+    where = f"experiment {experiment}, in {database}"
+    config = from_stored(params, where)
+    try:
+        return config.canonical_copy()
+    except Exception as error:  # of NNI's classes
+        raise ValueError(f"{where}: {explanation(error)}") from None
+
+
+def from_stored(params, where):
+    """Return the configuration in what NNI has stored of an experiment; where is for errors.
+
+    Raises ValueError if it holds what NNI's serializer would run, or is no configuration.
+    """
+    if not isinstance(params, dict):
+        raise ValueError(f"{where}: its configuration is {params!r}; allowed: an object")
+    check_code(params, where)
+    try:
+        return load_experiment_config(params)
+    except Exception as error:  # of NNI's classes
+        raise ValueError(f"{where}: {explanation(error)}") from None
 
 
 def check_code(value, where):

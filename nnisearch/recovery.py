@@ -6,25 +6,34 @@ runs on beside the trials that are started anew.
 
 from pathlib import Path
 
+from nni.experiment import rest
 from nni.tools.nnictl.config_utils import Experiments
 
+from nnisearch.config import from_stored
 from nnisearch.processes import end, manager_of, managers, processes_of
-from nnisearch.results import EXPERIMENTS, read_json
+from nnisearch.results import read_experiments
+from nnisearch.text import one_line
 
 
 def list_experiments():
-    """Return NNI's list, {ID: what it knows}, in which STOPPED is whose manager does not live."""
-    listed = EXPERIMENTS.expanduser()
-    if listed.exists() and listed.stat().st_size:  # else NNI takes it for empty, and overwrites it
-        known = read_json(listed)
-        if not isinstance(known, dict) or not all(isinstance(one, dict) for one in known.values()):
-            raise ValueError(f"{listed} is damaged; allowed: an object of experiments, or no file")
-    experiments = Experiments()
+    """Return NNI's list, {ID: what it knows}, in which STOPPED is whose manager does not live.
+
+    Raises OSError or ValueError if it is damaged: NNI would take it for empty, and overwrite it.
+    """
+    listed = read_experiments(id=str, status=str, port=int, logDir=str)
     alive = managers()
+    for id, known in listed.items():
+        if id not in alive:
+            known["status"] = "STOPPED"
+    return listed
+
+
+def note_ended(listed):
+    """Have NNI's list say, too, which experiments of list_experiments() are STOPPED."""
+    experiments = Experiments()
     for id, known in experiments.get_all_experiments().items():
-        if known["status"] != "STOPPED" and id not in alive:
+        if known["status"] != "STOPPED" and listed.get(id, known)["status"] == "STOPPED":
             experiments.update_experiment(id, "status", "STOPPED")
-    return Experiments().get_all_experiments()
 
 
 def is_running(known):
@@ -43,6 +52,22 @@ def is_running(known):
     else:
         return True
     raise ValueError(f"--resume is {id}, but {does}; allowed: after nnictl stop {id} {then}")
+
+
+def running_config(known):
+    """Return the configuration of an experiment that runs, of which its manager is asked.
+
+    Raises ValueError if it does not answer, as one that is stopped by a signal, or answers oddly.
+    """
+    id = known["id"]
+    try:
+        params = rest.get(known["port"], "/experiment")["params"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        pid = manager_of(id).pid if manager_of(id) else known.get("pid")
+        ways = f"kill -CONT {pid} if it is stopped, or kill -9 {pid} and this again"
+        why = f"its manager, process {pid}, does not answer: {one_line(error)}"
+        raise ValueError(f"--resume is {id}; allowed: one that answers; {why}; {ways}") from None
+    return from_stored(params, f"experiment {id}")
 
 
 def prepare(known):

@@ -61,14 +61,35 @@ def has_result(trial):
     return trial["status"] == "SUCCEEDED" and trial["result"] is not None
 
 
+def read_experiments(**types):
+    """Return NNI's list of experiments, {ID: what it knows}, with values of these types.
+
+    Raises OSError if it cannot be read, ValueError, naming it, if it is damaged.
+    """
+    listed = EXPERIMENTS.expanduser()
+    if not listed.exists() or not listed.stat().st_size:
+        return {}
+    known = read_json(listed)
+    if not isinstance(known, dict):
+        raise ValueError(f"{listed} is damaged; allowed: an object of experiments, or no file")
+    for id, one in known.items():
+        if not isinstance(one, dict):
+            raise ValueError(f"{listed} is damaged: {id} is {one!r}; allowed: an object")
+        for key, kind in types.items():
+            if not isinstance(one.get(key), kind):
+                given = f"{key} is {one.get(key)!r}; allowed: what NNI has written there"
+                raise ValueError(f"{listed} is damaged: {id}: {given}")
+    return known
+
+
 def find_database(experiment):
     """Return the ID and the database of an experiment of this user, by default the latest.
 
     Raises ValueError if there is no such experiment, OSError if NNI's list cannot be read.
     """
-    listed = EXPERIMENTS.expanduser()
-    known = read_json(listed) if listed.exists() else {}
+    known = read_experiments(startTime=(int, float), logDir=str)
     if not known:
+        listed = EXPERIMENTS.expanduser()
         raise ValueError(f"no experiment: {listed} lists none; --file reads exported results")
     if experiment is None:
         experiment = max(known, key=lambda key: known[key]["startTime"])

@@ -15,6 +15,18 @@ def end_by_exit():
 
 
 @contextlib.contextmanager
+def silently_interrupted():
+    """Let Ctrl-C end this process without a word while what stands in the block is imported."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def uninterrupted():
     """Put off Ctrl-C and the signals of ENDING until what stands in the block is done."""
     put_off = []

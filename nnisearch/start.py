@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from nnisearch.text import one_line
 
 PORT = 8090
 PRELOAD = Path(__file__).resolve().parent / "manager.js"
+UNDO = Path(__file__).with_name("undo.py")
 
 
 def is_free(port):
@@ -48,7 +51,7 @@ def find_port(wanted, count):
     update_experiment()
     for id, known in Experiments().get_all_experiments().items():
         if known["port"] == wanted and known["status"] != "STOPPED":
-            name = one_line(known["experimentName"])
+            name = one_line(known.get("experimentName"))
             holder = f"experiment {id} ({name}) has it: nnictl stop {id} ends that"
             raise ValueError(f"--port is {wanted}; allowed: a free one; {holder}")
     after = ", and the next one free" if count > 1 else ""
@@ -73,28 +76,24 @@ def prepare_environment(config, listen):
 
 @contextlib.contextmanager
 def experiment_folder(experiment):
-    """Yield the folder of an experiment, for its user alone; a failure leaves it as it was.
+    """Yield the folder of an experiment, for its user alone; of a new one that fails nothing stays.
 
     Raises OSError if it cannot be made.
     """
     folder = Path(experiment.config.experiment_working_directory, experiment.id)
-    latest = folder.with_name("_latest")
-    before = os.readlink(latest) if latest.is_symlink() else None
-    is_new = experiment._action == "create"
+    made = [parent for parent in folder.parents if not parent.exists()]
     # NNI makes folders in it that all may write to, and runs what stands there.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     try:
         yield folder
     except BaseException:
-        with uninterrupted():
-            if is_new:
-                Experiments().remove_experiment(experiment.id)
+        if experiment._action == "create":
+            with uninterrupted():
                 shutil.rmtree(folder, ignore_errors=True)
-            if latest.is_symlink() and os.readlink(latest) == experiment.id:
-                latest.unlink()
-                if before:
-                    latest.symlink_to(before)
+                with contextlib.suppress(OSError):  # as one that another search is using, too
+                    for parent in made:
+                        parent.rmdir()
         raise
 
 
@@ -109,29 +108,69 @@ def launch(experiment, wanted):
     needs_two = not is_local(config) or config.training_service.reuse_mode
     with patience() as started:
         try:
-            # One start at a time: of two that look for a port, one would lose it to the other.
-            with FileLock(Path("~/nni-experiments/.nnisearch.lock").expanduser()):
-                if manager_of(experiment.id):
-                    allowed = "one that does not run; another command has just resumed it"
-                    raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")
-                port = find_port(wanted, 2 if needs_two else 1)
-                if not wanted and port != PORT:
-                    print(f"Port {PORT} is taken; {port} is the next free one")
-                experiment.start(port, run_mode=RunMode.Detach)
-            if experiment.id not in Experiments().get_all_experiments():
-                raise OSError("NNI's list of experiments cannot be written: is the disk full?")
-            wait_for_trial(port)
-        except BaseException as error:
-            with uninterrupted():
-                for process in started:
-                    stop(process.pid)
-                    end(processes_of(experiment.id, folder))
-                    Experiments().update_experiment(experiment.id, "status", "STOPPED")
-            if started and isinstance(error, Exception):
-                words = "; ".join([one_line(error), *last_words(folder / "log")])
-                raise RuntimeError(f"the search does not start: {words}") from error
-            raise
+            with contextlib.ExitStack() as stack:
+                # One start at a time: of two that look for a port, one would lose it to the other.
+                with FileLock(Path("~/nni-experiments/.nnisearch.lock").expanduser()):
+                    if manager_of(experiment.id):
+                        allowed = "one that does not run; another command has just resumed it"
+                        raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")
+                    port = find_port(wanted, 2 if needs_two else 1)
+                    if not wanted and port != PORT:
+                        print(f"Port {PORT} is taken; {port} is the next free one")
+                    stack.enter_context(undone_if_it_fails(folder, experiment._action))
+                    experiment.start(port, run_mode=RunMode.Detach)
+                if experiment.id not in Experiments().get_all_experiments():
+                    raise OSError("NNI's list of experiments cannot be written: is the disk full?")
+                wait_for_trial(port)
+        except Exception as error:
+            if not started:
+                raise
+            words = "; ".join([one_line(error), *last_words(folder / "log")])
+            raise RuntimeError(f"the search does not start: {words}") from error
     return port
+
+
+def read_latest(folder):
+    """Return the ID to which NNI's link to its latest experiment leads, or ""."""
+    latest = folder.with_name("_latest")
+    return os.readlink(latest) if latest.is_symlink() else ""
+
+
+@contextlib.contextmanager
+def undone_if_it_fails(folder, action):
+    """Do undo() if what stands in the block fails; if this process is killed, another does it."""
+    latest = read_latest(folder)
+    command = [sys.executable, UNDO, folder, action, latest]
+    with uninterrupted():  # and in a session of its own, out of reach of Ctrl-C
+        undoing = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    except BaseException:
+        with uninterrupted():
+            undo(folder, action, latest)
+        raise
+    finally:
+        with uninterrupted():
+            undoing.communicate(b"It has come to its end.")
+
+
+def undo(folder, action, latest):
+    """End what a start has started; NNI's list and its link, latest, are as before.
+
+    folder is the experiment's, and action "create" or "resume", which keeps the experiment.
+    """
+    id = folder.name
+    if manager := manager_of(id):
+        stop(manager.pid)
+    end(processes_of(id, folder))
+    if action == "create":
+        Experiments().remove_experiment(id)
+    else:
+        Experiments().update_experiment(id, "status", "STOPPED")
+    if read_latest(folder) == id:
+        folder.with_name("_latest").unlink()
+        if latest:
+            folder.with_name("_latest").symlink_to(latest)
 
 
 def wait_for_trial(port):

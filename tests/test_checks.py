@@ -1,5 +1,6 @@
 """config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,11 @@ def refusal(load, **changes):
     return str(error.value)
 
 
+# Two of them are refused, without a word on the password.
+MACHINE = {"host": "there", "user": "me", "password": "secret"}
+REMOTE = {"platform": "remote", "machineList": [MACHINE]}
+
+
 def entry(kind, *values):
     return {"lr": {"_type": kind, "_value": list(values)}}
 
@@ -63,11 +69,15 @@ def test_the_projects_configurations_pass(name):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"trialConcurrency": 0}, ["trial_concurrency is 0; allowed: trial_concurrency > 0"]),
-        ({"trialConcurrency": "two"}, ["trial_concurrency ('two')", "int"]),
-        ({"trialConcurrency": None}, ["trial_concurrency is not set"]),
+        ({"trialConcurrency": 0}, ["trialConcurrency is 0; allowed: trialConcurrency > 0"]),
+        ({"trialConcurrency": "two"}, ["trialConcurrency ('two')", "int"]),
+        ({"trialConcurrency": None}, ["trialConcurrency is not set"]),
         ({"trialConcurency": 2}, ["does not have field(s) trialconcurency"]),
-        ({"maxTrialDuration": "5x"}, ['"5x"', "d, h, m, s"]),
+        ({"maxTrialDuration": "5x"}, ["maxTrialDuration is '5x'; allowed: ", "90, 90s, 30m"]),
+        ({"maxExperimentDuration": "0s"}, ["maxExperimentDuration is '0s'; allowed: "]),
+        ({"tunerGpuIndices": "a"}, ["tunerGpuIndices is 'a': invalid literal"]),
+        ({"trainingService": "local"}, ["trainingService is 'local': "]),
+        ({"trainingService": [REMOTE, REMOTE]}, ["trainingService is list: "]),
         ({"tuner": None}, ["tuner must be set"]),
         ({"trainingService": {"platform": "locl"}}, ["platform is 'locl'; allowed: local, remote"]),
         ({"searchSpaceFile": "no.json", "searchSpace": None}, ["no.json"]),
@@ -78,6 +88,7 @@ def test_configurations_that_nni_refuses(load, changes, parts):
     line = refusal(load, **changes)
     assert all(part in line for part in parts), line
     assert "config.yml: " in line
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "\xff", "a: b: c"])
@@ -87,6 +98,12 @@ def test_files_that_are_no_configuration(tmp_path, content):
     for broken in (path, tmp_path / "missing.yml"):
         with pytest.raises(ValueError, match=f"^{broken}: .+$"):
             config.load(broken)
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: it is no file; allowed: "):
+        config.load(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +166,15 @@ def test_numbers_that_yaml_takes_for_text(load):
     assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
         "searchSpace: lr: 1e-4 is text to YAML; for a number write 1.0e-4",
         "searchSpace: x: a: b: 5E-2 is text to YAML; for a number write 5.0e-2",
+    ]
+
+
+def test_what_nni_runs_but_nobody_means_is_warned_of(load):
+    odd = {"trialConcurrency": True, "maxTrialNumber": True, "trialCommand": " "}
+    assert checks.check(load(**odd)) == [
+        "trialConcurrency is true, which NNI takes for 1",
+        "maxTrialNumber is true, which NNI takes for 1",
+        "trialCommand is ' ', so no trial will have a result",
     ]
 
 
@@ -301,5 +327,5 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"search.py: error: {tmp_path}/c.yml: trial_concurrency is 0; allowed")
+    assert line.startswith(f"search.py: error: {tmp_path}/c.yml: trialConcurrency is 0; allowed")
     assert [path.name for path in (tmp_path / "home").iterdir()] in ([], ["nni-experiments"])

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -242,6 +243,8 @@ def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
         (["--within", "nan"], ["--within is nan", ">= 0"]),
         (["--top", "0"], ["--top is 0", ">= 1"]),
         (["--json", "--csv"], ["--csv", "not allowed with", "--json"]),
+        (["--out", ""], ["--out is ''; allowed: the name of a file"]),
+        (["--plot", ""], ["--plot is ''; allowed: the name of a file"]),
         (["--out", "no/such/best.json"], ["cannot write no/such/best.json"]),
         (["--file", "missing.json"], ["missing.json", "No such file"]),
         (["--file", "text.json"], ["text.json is not JSON"]),
@@ -268,6 +271,19 @@ def test_an_experiment_without_a_result(run, tmp_path):
 
 def test_a_machine_without_experiments(run, tmp_path):
     assert f"no experiment: {tmp_path}/nni-experiments/.experiment lists none" in refusal(run())
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [[1], 3, {"abc": 3}, {"abc": {}}, {"abc": {"startTime": "now", "logDir": "/"}}],
+    ids=str,
+)
+def test_a_damaged_list_of_experiments(run, tmp_path, listed):
+    database(tmp_path, MIXED)
+    path = tmp_path / "nni-experiments" / ".experiment"
+    path.write_text(json.dumps(listed))
+    for args in ([], ["abc"]):
+        assert f"{path} is damaged" in refusal(run(*args))
 
 
 def test_a_database_that_is_missing_or_damaged(run, tmp_path):
@@ -554,4 +570,30 @@ def test_what_is_no_file_is_not_replaced_by_one(run, tmp_path):
         assert json.loads(os.read(reader, 10_000))["trial"] == 4
     finally:
         os.close(reader)
+    assert "cannot write pipe: it is a pipe that nobody reads; allowed: " in refusal(
+        run("--out", "pipe")
+    )
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(choose, "show", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("sys.argv", ["choose.py"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as end:
+        choose.main()
+    signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_standard_output_that_is_a_file_is_not_replaced_by_another(tmp_path, monkeypatch):
+    link, path = tmp_path / "stdout", tmp_path / "file"
+    with path.open("w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        link.symlink_to(path)  # as /dev/stdout leads to it
+        file.write("before, ")
+        output.write(link, b"the choice, ")
+        file.write("after")
+    assert link.is_symlink()
+    assert path.read_text() == "before, the choice, after"

@@ -1,5 +1,6 @@
 """rehearsal.py: tuner and trial, tried as NNI would start them, and ended with the search."""
 
+import base64
 import contextlib
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from test_checks import LOCAL
+from test_checks import LOCAL, REMOTE
 from test_experiment import stand_in_nvidia_smi
 from test_other_projects import CONFIG, TRIAL
 
@@ -91,6 +92,18 @@ def test_a_tuner_sees_what_nnis_manager_gives_it(rehearse, tmp_path):
         ".is_dir(); assert os.environ['CUDA_VISIBLE_DEVICES'] == ''"
     )
     rehearse(tuner=write_tuner(tmp_path, update=sees))
+
+
+def test_no_password_is_in_the_tuners_command_line(rehearse, tmp_path):
+    blob = {"storageType": "AzureBlob", "localMounted": "nomount", "containerName": "mine"}
+    blob |= {"localMountPoint": "/tmp", "remoteMountPoint": "/tmp"}
+    blob |= {"storageAccountName": "me", "storageAccountKey": "secret"}
+    tells = f"import sys; open('{tmp_path}/told', 'w').write(sys.argv[-1])"
+    tuner = write_tuner(tmp_path, update=tells)
+    rehearse(tuner=tuner, sharedStorage=blob, trainingService=REMOTE | {"nniManagerIp": "::1"})
+    told = base64.b64decode((tmp_path / "told").read_text()).decode()
+    assert "mine.Mine" in told
+    assert "secret" not in told
 
 
 @pytest.mark.parametrize(

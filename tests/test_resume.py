@@ -3,18 +3,23 @@
 import ast
 import contextlib
 import json
+import os
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
 import yaml
 from conftest import nobody
-from experiment import UNCHECKED, Experiment, metric_value, processes_at
+from experiment import UNCHECKED, Experiment, free_port, metric_value, processes_at
+from nni.experiment import rest
 
-from nnisearch import processes, recovery
+from nnisearch import config, processes, recovery
 
 TRIALS, REPORTS = 9, 5
 TRIAL = f"""
@@ -198,6 +203,23 @@ def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search, tmp_path):
     assert one.stop() == []
 
 
+def test_of_two_that_resume_a_search_at_once_one_does(search):
+    one = search()
+    manager(one).kill()
+    command, how = resuming(one)
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    elsewhere = [str(free_port()) if part == str(one.port) else part for part in command]
+    with subprocess.Popen(command, **how) as first, subprocess.Popen(elsewhere, **how) as second:
+        printed = [process.communicate(timeout=120)[0] for process in (first, second)]
+    arguments = manager(one).cmdline()  # there is one only
+    one.port = int(arguments[arguments.index("--port") + 1])
+    # Whoever comes later is refused, or shows what the other has started.
+    assert sorted([first.returncode, second.returncode]) in ([0, 0], [0, 1]), printed
+    assert "Traceback" not in "".join(printed)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
 def test_a_search_that_was_stopped_and_resumed_twice_is_exact(search):
     one = search()
     for when in ("in the middle of a trial", "in the middle"):
@@ -216,9 +238,10 @@ def start_sleeper():
     """Start a process that sleeps, with the arguments given, as root or as another user."""
     sleepers = []
 
-    def start_sleeper(*args, change="pass"):
+    def start_sleeper(*args, change="pass", **variables):
         command = [sys.executable, "-c", SLEEP.format(change=change), *args]
-        sleepers.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        environment = os.environ | variables
+        sleepers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
         sleepers[-1].stdout.readline()
         return sleepers[-1]
 
@@ -232,11 +255,20 @@ def manager_arguments(id):
     return ["/somewhere/nni_node/main.js", "--port", "8090", "--experiment-id", id]
 
 
+ENTRY = {"status": "RUNNING", "port": 8090, "logDir": "/nowhere"}  # of NNI's list
+
+
+def write_list(home, listed):
+    """Write NNI's list of experiments; return its path."""
+    (home / "nni-experiments").mkdir()
+    path = home / "nni-experiments" / ".experiment"
+    path.write_text(json.dumps(listed))
+    return path
+
+
 def statuses(home, environment, numbers):
     """Return what nnisearch makes of NNI's list, of running experiments with these processes."""
-    listed = {id: {"id": id, "pid": pid, "status": "RUNNING"} for id, pid in numbers.items()}
-    (home / "nni-experiments").mkdir()
-    (home / "nni-experiments" / ".experiment").write_text(json.dumps(listed))
+    write_list(home, {id: ENTRY | {"id": id, "pid": pid} for id, pid in numbers.items()})
     code = "from nnisearch import recovery; print(recovery.list_experiments())"
     command = [sys.executable, "-c", code]
     printed = subprocess.check_output(command, env=environment | {"HOME": str(home)}, text=True)
@@ -279,5 +311,86 @@ def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line():
 def test_not_ended_is_what_only_reads_an_experiments_files(start_sleeper, tmp_path):
     folder = tmp_path / "abc"
     start_sleeper("less", f"{folder}/log/nnimanager.log")
-    start_sleeper(change="os.environ['NNI_EXP_ID'] = 'abcd'")
+    start_sleeper(NNI_EXP_ID="abcd")
     assert processes.processes_of("abc", folder) == set()
+
+
+def test_a_resume_ends_the_tuner_that_a_dying_manager_has_left(
+    start_sleeper, tmp_path, monkeypatch
+):
+    left = start_sleeper(NNI_LOG_DIRECTORY=f"{tmp_path}/abc/log")
+    other = start_sleeper(NNI_LOG_DIRECTORY=f"{tmp_path}/abcd/log")
+    noted = []
+    experiments = types.SimpleNamespace(update_experiment=lambda *change: noted.append(change))
+    monkeypatch.setattr(recovery, "Experiments", lambda: experiments)
+    recovery.prepare({"id": "abc", "logDir": str(tmp_path), "status": "RUNNING"})
+    assert left.wait(0) == -signal.SIGTERM
+    assert other.poll() is None
+    assert noted == [("abc", "status", "STOPPED")]
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [[], [1], 3, "text", None, {"abc": 3}, {"abc": {}}, {"abc": ENTRY}, {"abc": {"id": 3} | ENTRY}],
+    ids=str,
+)
+def test_a_damaged_list_is_refused(tmp_path, monkeypatch, listed):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_list(tmp_path, listed)
+    with pytest.raises(ValueError, match=rf"^{path} is damaged.*; allowed: .*$"):
+        recovery.list_experiments()
+
+
+def test_a_damaged_list_is_kept_as_it_is(tmp_path, environment):
+    path = write_list(tmp_path, {})
+    path.write_text(damaged := '{"abc": {"id": "abc"')
+    command = [sys.executable, "-m", "nnisearch.cli", "--resume", "abc"]
+    how = {"env": environment | {"HOME": str(tmp_path)}, "capture_output": True, "text": True}
+    result = subprocess.run(command, **how)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"nnisearch: error: {path} is not JSON: ")
+    assert path.read_text() == damaged
+
+
+GOOD = CONFIG | {"trialCodeDirectory": "/"}
+
+
+@pytest.mark.parametrize(
+    ("params", "part"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "its configuration is []; allowed: an object"),
+        ("null", "its configuration is None; allowed: an object"),
+        ("{}", "trainingService is not set"),
+        (json.dumps(GOOD | {"trialConcurrency": 0}), "trialConcurrency is 0; allowed: "),
+        (json.dumps(GOOD | {"trialCodeDirectory": "/no/such"}), "/no/such"),
+        (json.dumps(GOOD | {"tuner": {"name": 3}}), "name"),
+        (json.dumps(GOOD | {"another": 3}), "does not have field(s) another"),
+        (json.dumps(GOOD | {"searchSpace": {"__symbol__": 1}}), "no key that runs code"),
+    ],
+)
+def test_an_experiment_whose_configuration_is_damaged(tmp_path, params, part):
+    path = tmp_path / "abc" / "db" / "nni.sqlite"
+    path.parent.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE ExperimentProfile (params text, revision integer)")
+        database.execute("INSERT INTO ExperimentProfile VALUES (?, 1)", [params])
+    with pytest.raises(ValueError) as error:
+        config.load_stored("abc", tmp_path / "abc")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("experiment abc")
+    assert str(path) in str(error.value)
+    assert part in str(error.value)
+
+
+def test_a_manager_that_does_not_answer_is_said(monkeypatch):
+    monkeypatch.setattr(rest, "timeout", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        known = {"id": "abc", "pid": 4000000, "port": silent.getsockname()[1]}
+        with pytest.raises(ValueError) as error:
+            recovery.running_config(known)
+    line = str(error.value)
+    assert line.startswith("--resume is abc; allowed: one that answers; its manager, process 4000")
+    assert line.endswith("kill -CONT 4000000 if it is stopped, or kill -9 4000000 and this again")
+    assert "\n" not in line

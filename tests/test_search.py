@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -159,6 +160,43 @@ def test_a_web_server_that_dies_is_not_waited_for_and_leaves_nothing(run_search,
     assert_nothing_is_left(home)
 
 
+def test_a_resume_that_fails_keeps_the_search(run_search, home):
+    listed = home / "nni-experiments" / ".experiment"
+    path = home / "nni-experiments" / "abc" / "db" / "nni.sqlite"
+    path.parent.mkdir(parents=True)
+    (home / "nni-experiments" / "abc" / "log").mkdir()
+    known = {"id": "abc", "port": 8090, "status": "STOPPED", "logDir": str(listed.parent)}
+    listed.write_text(json.dumps({"abc": known}))
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE ExperimentProfile (params text, revision integer)")
+        database.execute("INSERT INTO ExperimentProfile VALUES (?, 1)", [json.dumps(demo())])
+    dead = preload(home, "dead")
+    result = run_search("--resume", "abc", "-p", free_port(), NODE_OPTIONS=dead)
+    assert result.returncode == 1
+    assert "the search does not start: NNI's web server has ended" in result.stderr
+    assert json.loads(listed.read_text()) == {"abc": known}
+    assert path.exists()
+
+
+# A search that has started, with a name that would make the terminal red.
+NAMED = """
+from types import SimpleNamespace
+from nnisearch import cli
+cli.begin = lambda *_: ("abc", 8090, SimpleNamespace(experiment_name="\x1b[31mred"))
+cli.main(["config.yml", "--detach"])
+"""
+
+
+def test_names_and_errors_do_not_reach_the_terminal_as_they_are(run_search, home):
+    result = run_search(how=["-c", NAMED])
+    assert result.stdout.startswith("Search abc: ?[31mred\n"), result.stderr
+    (home / "\x1b[31mred.yml").write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
+    result = run_search("\x1b[31mred.yml")
+    assert "trialcomand" in refusal(result)
+    assert "?[31mred.yml" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+
+
 def test_a_start_that_fails_keeps_the_latest_search_the_latest(run_search, home):
     (home / "nni-experiments").mkdir()
     (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
@@ -178,6 +216,59 @@ def test_a_start_that_is_interrupted_leaves_nothing(start_search, home):
     assert_nothing_is_left(home)
 
 
+# What a user's Ctrl-C does while NNI is imported, which no test can hit by chance.
+IMPORTING = """
+import os, signal, sys
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "nni.experiment":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import search
+"""
+
+
+def test_ctrl_c_while_nni_is_imported_ends_without_a_word(environment):
+    command = [sys.executable, "-c", IMPORTING]
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_a_refusal_leaves_no_folder_in_a_home(run_search, home):
+    missing = home / "missing" / "home"
+    assert "--resume is 'x'; allowed: none" in refusal(run_search("--resume", "x", HOME=missing))
+    config = demo(trialConcurrency=0)
+    assert "trialConcurrency" in refusal(run_search(config=config, HOME=str(missing)))
+    config = demo(trialCommand="exit 3")
+    assert "it fails with status 3" in refusal(run_search(config=config, HOME=str(missing)))
+    assert not missing.parent.exists()
+
+
+def test_a_home_that_cannot_be_written(run_search, home):
+    (home / "file").touch()
+    line = refusal(run_search(config=demo(), HOME=str(home / "file")))
+    folder = f"{home}/file/nni-experiments"
+    assert f"NNI's folder below HOME is '{folder}'; allowed: a folder to write to; Not a" in line
+
+
+def test_a_start_that_is_killed_leaves_no_manager(start_search, home):
+    (home / "nni-experiments").mkdir()
+    (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
+    with start_search(config=demo(), how=UNCHECKED, NODE_OPTIONS=preload(home, "slow")) as process:
+        while not any(p.name() == "node" for p in processes_at(home)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    end = time.monotonic() + 60
+    while processes_at(home):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert os.readlink(home / "nni-experiments" / "_latest") == "an-older-search"
+    (home / "nni-experiments" / "_latest").unlink()
+    assert_nothing_is_left(home)
+
+
 def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_search, home, tmpfs):
     folder = tmpfs(400, "disk")
     config = demo(experimentWorkingDirectory=str(folder))
@@ -192,15 +283,18 @@ def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_sear
     assert [path.name for path in folder.iterdir()] == ["fill"]
 
 
+AT_ONCE = 4  # searches; more show how the time grows with their number
+
+
 def test_those_that_start_at_the_same_moment_get_a_port_each(start_search, home):
     config = demo(maxTrialNumber=1, trialCommand="sleep 600")
     with contextlib.ExitStack() as stack:
-        starts = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(4)]
+        starts = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(AT_ONCE)]
         searches = [stack.enter_context(start) for start in starts]
         printed = [process.communicate(timeout=240) for process in searches]
-    assert [process.returncode for process in searches] == [0] * 4, printed
+    assert [process.returncode for process in searches] == [0] * AT_ONCE, printed
     ports = {stdout.split("http://127.0.0.1:")[1].split(",")[0] for stdout, _ in printed}
-    assert len(ports) == 4
+    assert len(ports) == AT_ONCE
     nnictl(home, "stop", "--all")
 
 
@@ -213,7 +307,7 @@ def test_a_full_home_refuses_a_search_and_keeps_nnis_list(run_search, home, tmpf
     (tmp_path / "elsewhere").mkdir()
     config = demo(experimentWorkingDirectory=str(tmp_path / "elsewhere"))
     line = refusal(run_search(config=config, HOME=str(full)))
-    assert f"experimentWorkingDirectory is '{full}/nni-experiments'; allowed: a folder with" in line
+    assert f"folder below HOME is '{full}/nni-experiments'; allowed: a folder with 1 MB" in line
     assert listed.read_text() == "{}"
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
