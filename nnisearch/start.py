@@ -109,8 +109,10 @@ def launch(experiment, wanted):
     with patience() as started:
         try:
             with contextlib.ExitStack() as stack:
+                lock = Path("~/nni-experiments/.nnisearch.lock").expanduser()
+                lock.parent.mkdir(parents=True, exist_ok=True)
                 # One start at a time: of two that look for a port, one would lose it to the other.
-                with FileLock(Path("~/nni-experiments/.nnisearch.lock").expanduser()):
+                with FileLock(lock):
                     if manager_of(experiment.id):
                         allowed = "one that does not run; another command has just resumed it"
                         raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")

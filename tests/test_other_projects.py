@@ -298,7 +298,7 @@ def test_a_version_1_that_nni_does_not_convert_is_called_that(project):
         ({"trialCommand": "python3 -c 'import nopackage'"}, "No module named 'nopackage'"),
         ({"trialCommand": "pyton trial.py"}, "pyton: command not found"),
         ({"trialCommand": "exit 3; python3 trial.py"}, "it fails with status 3"),
-        ({"trialCommand": None}, "trial_command (None)"),
+        ({"trialCommand": None}, "trialCommand (None)"),
     ],
 )
 def test_what_cannot_run(project, changes, part):

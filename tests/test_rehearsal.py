@@ -205,7 +205,7 @@ def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(tmp_path, env
     _, alive = psutil.wait_procs(tried, timeout=30)
     assert alive == []
     end = time.monotonic() + 30
-    while left := [path.name for path in (home / "nni-experiments").iterdir()]:
+    while left := [path.name for path in home.glob("nni-experiments/*")]:
         if set(left) <= {".experiment", ".experiment.lock", ".nnisearch.lock"}:
             break
         assert time.monotonic() < end, left
