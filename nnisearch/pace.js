@@ -60,6 +60,20 @@ function giveRunnerItsLoop(prototype) {
     };
 }
 
+// NNI kills a runner on this machine by asking ps for its processes, and may end before the answer.
+function waitForRunnersEnd(prototype) {
+    const { stopEnvironment } = prototype;
+    prototype.stopEnvironment = async function (environment) {
+        await stopEnvironment.call(this, environment);
+        if (environment.isAlive === false) return;
+        const pid = Number(fs.readFileSync(`${environment.runnerWorkingFolder}/pid`));
+        for (let tries = 0; tries < 100; tries++) {
+            try { process.kill(pid, 0); } catch { return; } // it has ended
+            await timers.setTimeout(100);
+        }
+    };
+}
+
 module.exports = function ({ mode, python }) {
     shortenPauses(mode);
     const environments = "training_service/reusable/environments";
@@ -108,7 +122,10 @@ module.exports = function ({ mode, python }) {
             };
         },
         [`${environments}/localEnvironmentService.js`]:
-            ({ LocalEnvironmentService: { prototype } }) => giveRunnerItsLoop(prototype),
+            ({ LocalEnvironmentService: { prototype } }) => {
+                giveRunnerItsLoop(prototype);
+                waitForRunnersEnd(prototype);
+            },
         [`${environments}/remoteEnvironmentService.js`]:
             ({ RemoteEnvironmentService: { prototype } }) => giveRunnerItsLoop(prototype),
         "training_service/common/util.js": (util) => {

@@ -19,6 +19,6 @@ if __name__ == "__main__":
             loss = 2.3 - given["lr"] * (epoch + number / 1000)
             print(f"[{epoch}, {number:5d}] loss: {loss:.3f}", flush=True)
             nni.report_intermediate_result(loss)
-    accuracy = 50 + 100 * given["lr"]
+    accuracy = round(50 + 100 * given["lr"], 3)
     print(f"Acc: {accuracy:.3f}%")
     nni.report_final_result(accuracy)

@@ -15,7 +15,7 @@ import types
 import psutil
 import pytest
 import yaml
-from conftest import nobody
+from conftest import ROOT, nobody
 from experiment import UNCHECKED, Experiment, free_port, metric_value, processes_at
 from nni.experiment import rest
 
@@ -23,12 +23,13 @@ from nnisearch import config, processes, recovery
 
 TRIALS, REPORTS = 9, 5
 TRIAL = f"""
-import time, nni
-nni.get_next_parameter()
+import sys, time
+sys.path.append({str(ROOT / "tests")!r})
+from other_project import report
 for number in range({REPORTS}):
-    nni.report_intermediate_result(number)
+    report("PERIODICAL", number, number)
     time.sleep(0.3)
-nni.report_final_result(0.5)
+report("FINAL", 0.5)
 """
 CONFIG = {
     "experimentName": "killed",

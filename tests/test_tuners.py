@@ -401,12 +401,7 @@ def test_a_search_by_optuna_and_its_resumption(experiment):
     assert demo.stop() == []
 
 
-X_IS_THE_RESULT = """python3 -c '
-import time, nni
-values = nni.get_next_parameter()
-time.sleep(0.3)
-nni.report_final_result(values["x"])'
-"""
+X_IS_THE_RESULT = "sleep 0.3; python3 tests/other_project.py"
 
 
 def test_a_search_whose_space_changes_and_into_which_results_are_brought(experiment):
