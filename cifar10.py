@@ -1,28 +1,25 @@
 """The images: CIFAR-10, downloaded and decoded once for all trials, or a stand-in without download.
 
 What it returns is always four tensors: training images, their labels, test images, their labels;
-images uint8 (N, 3, 32, 32), labels int64 (N,). What is read has been checked; what cannot be had is
-explained, with the ways on; a file is written whole or not at all.
+images uint8 (N, 3, 32, 32), labels int64 (N,). What is read has been checked, and what cannot be
+had is explained, with the ways on.
 """
 
 import contextlib
-import fcntl
 import os
-import pwd
-import secrets
 import shutil
 import socket
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import files
+
 DATASETS = ("cifar10", "synthetic")
 SHAPES = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]  # of CIFAR-10
-PATIENCE = 10  # seconds to wait for another process before saying so
 PRIVATE = "cifar10.download."  # how the name of a folder to download and unpack in begins
 
 
@@ -48,7 +45,7 @@ def load_cifar10(data_dir):
         print(f"{cache} is damaged or not CIFAR-10, and not used", file=sys.stderr)
     data_dir.mkdir(parents=True, exist_ok=True)
     try:
-        lock = acquire_lock(cache)
+        lock = files.acquire_lock(cache)
     except OSError as problem:
         print(f"{problem}, so this run decodes CIFAR-10 for itself", file=sys.stderr)
         return decode_cifar10(data_dir)
@@ -62,36 +59,8 @@ def load_cifar10(data_dir):
         for private in data_dir.glob(f"{PRIVATE}*"):
             shutil.rmtree(private, ignore_errors=True)
         tensors = decode_cifar10(data_dir)
-        save({"tensors": tensors, "checksums": checksums(tensors)}, cache, tensors)
+        files.save({"tensors": tensors, "checksums": checksums(tensors)}, cache, tensors)
     return read_cache(cache) or tensors
-
-
-def acquire_lock(cache):
-    """Wait until no other process makes the cache; return a file, whose closing lets others do so.
-
-    Raises OSError, with the reason in one line, where no cache or no lock is to be had.
-    """
-    if cache.exists() and not cache.is_file():
-        raise OSError(f"{cache} is not a regular file")
-    if not os.access(cache.parent, os.W_OK):
-        raise OSError(f"{cache.parent} is read-only")
-    path = f"{cache}.lock"
-    try:
-        # A link that others have put there is not followed, and no file's content is touched.
-        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb", 0)
-        owner = os.fstat(lock.fileno()).st_uid
-        with contextlib.suppress(KeyError):  # in a container, users of the host have no names
-            owner = pwd.getpwuid(owner).pw_name
-        line = f"waiting for another process, which has locked {path}, a file of user {owner}"
-        notice = threading.Timer(PATIENCE, print, [line], {"file": sys.stderr})
-        notice.start()
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        finally:
-            notice.cancel()
-    except OSError as error:  # such as ENOLCK, from a network's file system without locks
-        raise OSError(f"{path} cannot be locked ({error.strerror})") from error
-    return lock
 
 
 def read_cache(cache):
@@ -110,31 +79,6 @@ def read_cache(cache):
 def checksums(tensors):
     """Return each tensor's sum as 64-bit integers: a check of all of CIFAR-10 in 20 ms."""
     return [tensor.view(torch.int64).sum().item() for tensor in tensors]
-
-
-def save(content, path, tensors):
-    """Write content, which holds the tensors, with torch.save: readers see the old file or the new.
-
-    Raises OSError, naming the file, what it needs and what is free, if it cannot be written.
-    """
-    if path.exists() and not path.is_file():  # /dev/null, say, would be replaced for everyone
-        raise OSError(f"cannot write {path}: it is not a regular file")
-    # "x" writes to new files only, so not to one, or through a link, that others have put there.
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(unfinished, "xb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk
-        unfinished.unlink(missing_ok=True)  # or it would count as used space in the message
-        needed = sum(tensor.nbytes for tensor in tensors) / 1e6
-        free = shutil.disk_usage(path.parent).free / 1e6
-        room = f"it takes {needed:.1f} MB, and {free:.1f} MB are free"
-        raise OSError(f"cannot write {path}: {room}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def decode_cifar10(data_dir):

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import cifar10
+import files
 import hyperparameters
 import processes
 import step
@@ -262,7 +263,7 @@ def main(argv=None):
             nni.report_final_result(accuracy)
             if args.save:
                 state = model.cpu().state_dict()
-                cifar10.save(state, args.save, state.values())
+                files.save(state, args.save, state.values())
     except (OSError, NotAllowed) as error:  # of a file or a value, which the error names
         sys.exit(f"train.py: error: {error}")
     processes.end()

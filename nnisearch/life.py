@@ -6,7 +6,7 @@ from datetime import datetime
 
 import psutil
 
-from nnisearch.processes import manager_of
+from nnisearch.processes import lives, manager_of
 from nnisearch.results import EXPERIMENTS, read_json
 from nnisearch.text import one_line
 
@@ -23,14 +23,6 @@ def listed(id):
     with contextlib.suppress(OSError, ValueError):  # NNI may be writing it
         return read_json(EXPERIMENTS.expanduser()).get(id, {})
     return {}
-
-
-def is_alive(process):
-    """Return whether a process, a psutil.Process, is there and no zombie."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 class Life:
@@ -53,7 +45,7 @@ class Life:
     def is_over(self):
         """Return whether the manager has ended. None is known of one that was not found."""
         self.manager = self.manager or self.find_manager()
-        return self.manager is not None and not is_alive(self.manager)
+        return self.manager is not None and not lives(self.manager)
 
     def tuner_is_dead(self):
         """Return whether the tuner's process, or the thread in it that does the work, has ended."""
@@ -69,7 +61,7 @@ class Life:
         if self.tuner is None:
             self.passes_without += 1
             return self.passes_without > 3
-        return not is_alive(self.tuner) or bool(self.fatal_entries())
+        return not lives(self.tuner) or bool(self.fatal_entries())
 
     def fatal_entries(self):
         """Return what the tuner's log has on the end of its thread, in this life of the search."""

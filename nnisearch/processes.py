@@ -73,7 +73,7 @@ def end(processes):
 
 def lives(process):
     """Return whether a process has not ended; a zombie has, and waits for whoever started it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 

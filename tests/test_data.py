@@ -21,6 +21,7 @@ from conftest import nobody
 from torchvision.datasets import CIFAR10
 
 import cifar10
+import files
 
 # What a child process runs to load the tiny data set in place of CIFAR-10.
 LOAD = """
@@ -448,9 +449,9 @@ def test_a_link_in_place_of_an_unfinished_file_is_not_followed(tmp_path, monkeyp
     if how == "by guessing":
         monkeypatch.setattr("secrets.token_hex", lambda length: foreseen)
         with pytest.raises(OSError, match=f"cannot write {path}.*File exists"):
-            cifar10.save({}, path, [])
+            files.save({}, path, [])
     else:
-        cifar10.save({}, path, [])
+        files.save({}, path, [])
         assert torch.load(path) == {}
     assert target.read_text() == "of the user"
 
@@ -473,7 +474,7 @@ def test_what_is_saved_is_for_those_whom_the_umask_allows(archive, folder):
     before = os.umask(0o027)
     try:
         cifar10.load_cifar10(folder)
-        cifar10.save({}, folder / "model.pt", [])
+        files.save({}, folder / "model.pt", [])
     finally:
         os.umask(before)
     for name in ("cifar10.pt", "cifar10.pt.lock", "model.pt"):
@@ -484,7 +485,7 @@ def test_save_replaces_regular_files_only(tmp_path):
     path = tmp_path / "fifo"
     os.mkfifo(path)
     with pytest.raises(OSError, match=f"cannot write {path}: it is not a regular file"):
-        cifar10.save({}, path, [])
+        files.save({}, path, [])
     assert path.is_fifo()
     assert names(tmp_path) == ["fifo"]
 

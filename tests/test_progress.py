@@ -330,7 +330,7 @@ def test_a_manager_that_is_slow_to_answer_is_asked_on(watched, monkeypatch, caps
         r"search abc123 has not answered for 2\d s, and is asked on: Read timed out\.\n",
         capsys.readouterr().out,
     )
-    monkeypatch.setattr(life, "is_alive", lambda process: False)
+    monkeypatch.setattr(life, "lives", lambda process: False)
     with pytest.raises(RuntimeError, match="NNI's manager has died: "):
         watched.ask()
 

@@ -16,6 +16,7 @@ import torch
 from conftest import BASELINE, ROOT
 
 import cifar10
+import files
 import step
 import train
 
@@ -128,11 +129,11 @@ def test_the_params_file_of_a_run(run, tmp_path):
 
 def test_save_replaces_a_file_whole_or_not_at_all(tmp_path):
     path = tmp_path / "model.pt"
-    cifar10.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
+    files.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
     before = path.read_bytes()
     # A function of a function cannot be pickled; Python 3.14 has another error for that.
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        cifar10.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
+        files.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
