@@ -1,6 +1,7 @@
 """What is changed of NNI from Python, each with its reason."""
 
 import contextlib
+import sys
 import time
 
 import psutil
@@ -9,6 +10,16 @@ from nni.experiment import launcher, rest
 from nnisearch.signals import uninterrupted
 
 PATIENCE = 120  # seconds; NNI gives its web server 3
+
+
+@contextlib.contextmanager
+def without_remarks():
+    """Say nothing of what NNI leaves open, and Python, since 3.14, cannot close on a full disk."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
@@ -21,7 +32,8 @@ def patience():
     start, wait, timeout = launcher._start_rest_server, launcher._check_rest_server, rest.timeout
 
     def start_and_note(*args):
-        with uninterrupted():  # else a process could be there that nobody knows of
+        # Uninterrupted: else a process could be there that nobody knows of.
+        with uninterrupted(), without_remarks():
             started.append(start(*args))
         return started[-1]
 
