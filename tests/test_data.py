@@ -403,7 +403,7 @@ def test_who_waits_for_long_is_told_once_for_whose_file(
             owner = 1_234_567
             os.chown(path, owner, -1)
         fcntl.flock(file, fcntl.LOCK_EX)
-        monkeypatch.setattr(cifar10, "PATIENCE", 0.01)
+        monkeypatch.setattr(files, "PATIENCE", 0.01)
         loading = pool.submit(cifar10.load_cifar10, folder)
         while not (told := capsys.readouterr().err):
             time.sleep(0.01)
