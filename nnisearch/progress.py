@@ -7,6 +7,7 @@ What it reads of a search it reads once: a pass costs the same for the first and
 
 import collections
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from nnisearch.output import may_be_closed
 from nnisearch.rehearsal import reason
 from nnisearch.results import ENDED, NO_RESULT, Trials, has_result
 from nnisearch.text import one_line
+
+# By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
+tqdm.set_lock(threading.RLock())
 
 PATIENCE = 20  # s of a manager's silence before it is said
 QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
