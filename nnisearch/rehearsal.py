@@ -86,14 +86,14 @@ def rehearse(config, folder, leftover):
     proposals = rehearse_tuner(config, folder / "tuner", leftover)
     if not proposals or not is_local(config):
         return
-    number = config.trial_gpu_number
-    free = free_gpus(config.training_service) if number else []
-    if number and len(free) < number:
+    wanted = config.trial_gpu_number
+    free = free_gpus(config.training_service) if wanted else []
+    if wanted and len(free) < wanted:
         return  # it would have to wait
-    devices = None if number is None else ",".join(map(str, free[:number])) or "-1"
+    devices = None if wanted is None else ",".join(map(str, free[:wanted])) or "-1"
     for number, proposal in enumerate(proposals):  # the first parameters may be at fault
-        trial = folder / f"trial{number}"
-        why, has_asked = rehearse_trial(config, trial, proposal, devices, leftover)
+        place = folder / f"trial{number}"
+        why, has_asked = rehearse_trial(config, place, proposal, number, devices, leftover)
         if why is None:
             return
         if not has_asked:
@@ -102,7 +102,7 @@ def rehearse(config, folder, leftover):
         tried = one_line(json.dumps(json.loads(proposals[0])["parameters"]))
         if len(proposals) > 1:
             tried = f"each of {len(proposals)} sets of parameters, such as {tried}"
-        why += f"; tried with {tried}; if others will do, --no-rehearsal starts"
+        why += f"; tried with {tried}; --no-rehearsal starts the search all the same"
     raise ValueError(f"trialCommand is {one_line(config.trial_command)!r}: {why}")
 
 
@@ -245,11 +245,11 @@ class Manager:
         return proposals
 
 
-def rehearse_trial(config, folder, proposal, devices, leftover):
+def rehearse_trial(config, folder, proposal, number, devices, leftover):
     """Run the trial command until it reports, ends, or has gone on with its parameters for a while.
 
-    Return why it has failed, or None, and whether it had asked for its parameters. devices is its
-    CUDA_VISIBLE_DEVICES, or None.
+    Return why it has failed, or None, and whether it had asked for its parameters. number counts
+    the trials from 0; devices is its CUDA_VISIBLE_DEVICES, or None.
     """
     (folder / ".nni").mkdir(parents=True)
     parameters, metrics = folder / "parameter.cfg", folder / ".nni" / "metrics"
@@ -261,7 +261,7 @@ def rehearse_trial(config, folder, proposal, devices, leftover):
         "NNI_SYS_DIR": str(folder),
         "NNI_TRIAL_JOB_ID": folder.name,
         "NNI_OUTPUT_DIR": str(folder),
-        "NNI_TRIAL_SEQ_ID": "0",
+        "NNI_TRIAL_SEQ_ID": str(number),
         "NNI_CODE_DIR": str(config.trial_code_directory),
     }
     if devices is not None:
