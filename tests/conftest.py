@@ -158,17 +158,23 @@ def cifar10_dir(tmp_path):
 
 
 @pytest.fixture
-def experiment(tmp_path, environment):
-    """Start an experiment, of which nothing is left when the test ends, however it ends."""
+def home(tmp_path):
+    """A HOME of the test's own, of which no process is left when the test ends."""
     home = tmp_path / "home"
     home.mkdir()
+    yield home
+    for process in processes_at(home):
+        process.kill()
+
+
+@pytest.fixture
+def experiment(home, environment):
+    """Start an experiment, of which nothing is left when the test ends, however it ends."""
 
     def start(config, how=UNCHECKED, **changes):
         return Experiment(ROOT / config, home, environment, how, **changes)
 
-    yield start
-    for process in processes_at(home):
-        process.kill()
+    return start
 
 
 @pytest.fixture

@@ -169,8 +169,7 @@ def test_the_request_of_the_strangers_is_one_that_runs_a_command(experiment, tmp
         time.sleep(0.1)
 
 
-def test_the_folder_is_the_users_alone(experiment, tmp_path):
-    home = tmp_path / "home"
+def test_the_folder_is_the_users_alone(experiment, home):
     stand_in_nvidia_smi(home, busy=[False])
     changes = {"trialGpuNumber": 1, "maxTrialNumber": 1, "searchSpace": ENDLESS}
     search = experiment("config.yml", trialCommand="sleep 600", trialConcurrency=1, **changes)
@@ -223,10 +222,8 @@ TINY = {
 
 
 @pytest.fixture
-def start(tmp_path, environment):
+def start(home, environment):
     """Run a search of one trial of a second, behind a command if one is given; return its end."""
-    home = tmp_path / "home"
-    home.mkdir()
     (home / "tiny.yml").write_text(yaml.safe_dump(TINY | {"trialCodeDirectory": str(home)}))
 
     def start(*args, how=UNCHECKED, before=(), after=""):
@@ -241,9 +238,7 @@ def start(tmp_path, environment):
             timeout=300,
         )
 
-    yield start
-    for process in processes_at(home):
-        process.kill()
+    return start
 
 
 def test_a_port_that_another_has_in_ipv6_is_not_taken(start):

@@ -11,7 +11,7 @@ from experiment import SEARCH, Experiment, accuracy, processes_at
 
 
 @pytest.mark.slow
-def test_the_readmes_own_network_and_data_are_searched(tmp_path, environment):
+def test_the_readmes_own_network_and_data_are_searched(tmp_path, home, environment):
     section = (ROOT / "README.md").read_text().split("## Your own network and data")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     ours, theirs = re.search(r"(def load_data.*)(class Net.*)", code, re.DOTALL).groups()
@@ -32,8 +32,6 @@ def test_the_readmes_own_network_and_data_are_searched(tmp_path, environment):
     changes = difflib.ndiff(before.splitlines(), after.splitlines())
     assert sum(change.startswith("+ ") for change in changes) < 30
 
-    home = tmp_path / "home"
-    home.mkdir()
     search = Experiment(
         ROOT / "configs" / "demo.yml",
         home,

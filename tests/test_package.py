@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, SPACE
-from experiment import free_port, processes_at
+from experiment import free_port
 from nni.experiment import rest
 from test_experiment import stand_in_nvidia_smi
 from test_other_projects import CONFIG, TRIAL
@@ -19,15 +19,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def home(tmp_path, environment):
-    """A HOME of the test's own, of which no process is left when the test ends."""
-    (home := tmp_path / "home").mkdir()
+def home(home, environment):
+    """That HOME, and what is installed there, for the processes that a test starts."""
     environment["HOME"] = environment["TMPDIR"] = str(home)
     environment["PYTHONPATH"] = ""
     environment["PATH"] = f"{home}:{Path(sys.executable).parent}:{environment['PATH']}"
-    yield home
-    for process in processes_at(home):
-        process.kill()
+    return home
 
 
 def test_the_wheel_searches_from_another_projects_folder(tmp_path, environment, home):

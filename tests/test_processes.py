@@ -12,7 +12,8 @@ from test_script import TRIAL
 QUICK = ["--dataset", "synthetic", "--device", "cpu", "--lr", "0.05", "--epochs", "1"]
 
 
-# Computes with 64 bits: with 32 the rounding grows until the losses differ visibly. Fewer images.
+# Computes with 64 bits: with 32 the rounding grows until the losses differ visibly. That takes its
+# time, so of fewer images.
 DOUBLE = """
 import sys, torch, cifar10, train
 torch.set_default_dtype(torch.float64)

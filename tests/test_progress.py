@@ -60,16 +60,6 @@ class Judge(Assessor):
 
 
 @pytest.fixture
-def home(tmp_path):
-    """A HOME of the test's own, of which no process is left when the test ends."""
-    home = tmp_path / "home"
-    home.mkdir()
-    yield home
-    for process in processes_at(home):
-        process.kill()
-
-
-@pytest.fixture
 def start_search(home, environment):
     """Start a search whose trials run these pieces of Python in turn, and what shows it."""
     (home / "trial.py").write_text(TRIAL)

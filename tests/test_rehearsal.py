@@ -176,10 +176,11 @@ def test_a_trial_is_tried_on_a_free_gpu_only(rehearse, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name
 )
-def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(tmp_path, environment, number):
+def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(
+    tmp_path, home, environment, number
+):
     trial = "echo $$ > pid; sleep 987 & echo $! >> pid; wait"
     (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"trialCommand": trial}))
-    (home := tmp_path / "home").mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "nnisearch.cli", "config.yml"],
         cwd=tmp_path,

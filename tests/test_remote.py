@@ -168,18 +168,18 @@ def machine_of(trial):
 
 def test_a_search_on_two_machines(search, machines):
     before = set(Path("/tmp").iterdir())
-    demo = search(2, trialCommand=COMMAND)
+    demo = search(4, trialCommand=COMMAND)
     # The port that the machines report to is open to them and to nobody else.
     assert ask(demo.port + 1, path="/") == 426  # to this machine's user, who is one of them here
     assert ask(demo.port + 1, "Origin: http://example.com", path="/") == 403
     assert ask(demo.port + 1, path="/", address=outside_address(), user=nobody()) is None
     assert ask(demo.port + 1, path="/", user=nobody()) is None
     trials = demo.wait(240)
-    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 2
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 4
     assert {machine_of(trial) for trial in trials} == {m.settings["host"] for m in machines}
     outputs = remote_files(demo).glob("envs/*/trialrunner_stdout")  # one for each machine
     printed = "".join(output.read_text() for output in outputs)
-    assert printed.count("Acc: ") == 2
+    assert printed.count("Acc: ") == 4
     for trial in trials:
         given = parameters(trial)
         assert all(repr(value) in printed for value in (given["lr"], given["momentum"]))

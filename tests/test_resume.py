@@ -43,10 +43,8 @@ CONFIG = {
 
 
 @pytest.fixture
-def search(tmp_path, environment):
+def search(tmp_path, home, environment):
     """Start the search above with changes; of which nothing is left when the test ends."""
-    home = tmp_path / "home"
-    home.mkdir()
     (tmp_path / "trial.py").write_text(TRIAL)
     (tmp_path / "killed.yml").write_text(yaml.safe_dump(CONFIG))
 
@@ -54,9 +52,7 @@ def search(tmp_path, environment):
         changes = {"trialCodeDirectory": str(tmp_path)} | changes
         return Experiment(tmp_path / "killed.yml", home, environment, UNCHECKED, **changes)
 
-    yield start
-    for process in processes_at(home):
-        process.kill()
+    return start
 
 
 def resuming(search):

@@ -24,16 +24,6 @@ DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
 
 
 @pytest.fixture
-def home(tmp_path):
-    """A HOME of the test's own, of which no process is left when the test ends."""
-    home = tmp_path / "home"
-    home.mkdir()
-    yield home
-    for process in processes_at(home):
-        process.kill()
-
-
-@pytest.fixture
 def start_search(home, environment):
     """Start `python search.py ...` without waiting, in its HOME, with a configuration if given."""
 
