@@ -203,18 +203,19 @@ class Endings:
             is_late = limit is not None and (trial["seconds"] or 0) >= limit
             who = "the assessor" if self.assessor else "the tuner"
             return f"ended by {f'maxTrialDuration ({self.limit})' if is_late else who}"
-        if trial["status"] == "FAILED" and (status := self.exit_status(trial)):
+        if trial["status"] == "FAILED" and (status := exit_status(trial, self.folder)):
             return f"FAILED with exit status {status}"
         return one_line(trial["status"])
 
-    def exit_status(self, trial):
-        """Return the exit status of a trial on this machine, None where none was noted."""
-        try:
-            noted = (self.folder / "trials" / trial["id"] / ".nni" / "state").read_text()
-        except (OSError, ValueError):
-            return None
-        found = re.match(r"\s*(\d+)\s", noted)
-        return int(found[1]) if found else None
+
+def exit_status(trial, folder):
+    """Return the exit status of a trial on this machine, None where none was noted."""
+    try:
+        noted = (folder / "trials" / trial["id"] / ".nni" / "state").read_text()
+    except (OSError, ValueError):
+        return None
+    found = re.match(r"\s*(\d+)\s", noted)
+    return int(found[1]) if found else None
 
 
 class Notices:
@@ -222,7 +223,6 @@ class Notices:
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
-        self.ending = Endings(config, folder)
         self.said, self.failed = set(), set()
         self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
 
@@ -233,7 +233,7 @@ class Notices:
             if trial["status"] == "FAILED" and trial["id"] not in self.failed:
                 self.failed.add(trial["id"])  # its stderr is read once
                 why = failure(trial, self.folder)
-                status = self.ending.exit_status(trial)
+                status = exit_status(trial, self.folder)
                 if status:
                     why += f" (exit status {status})"
                 elif is_local(self.config):
