@@ -122,13 +122,19 @@ def from_stored(params, where):
 
 
 def check_code(value, where):
-    """Check that JSON holds no key by which NNI's serializer runs code, at any depth."""
+    """Check that what is to be JSON can be, and that no key makes NNI's serializer run code.
+
+    YAML has dates, and sets. Raises ValueError, at any depth.
+    """
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     for key, part in parts:
         if key in CODE_KEYS:
             raise ValueError(f"{where}: {key} is {one_line(part)}; allowed: no key that runs code")
         if isinstance(part, (dict, list)):
             check_code(part, f"{where}: {one_line(key)}")
+        elif not isinstance(part, (str, int, float, type(None))):
+            allowed = "a text, a number, true, false, null, a list or an object"
+            raise ValueError(f"{where}: {one_line(key)} is {one_line(part)}; allowed: {allowed}")
 
 
 def convert_version_1(path, content):

@@ -67,6 +67,8 @@ def read_experiments(**types):
     Raises OSError if it cannot be read, ValueError, naming it, if it is damaged.
     """
     listed = EXPERIMENTS.expanduser()
+    if listed.exists() and not listed.is_file():  # NNI would wait for who writes to a pipe
+        raise ValueError(f"{listed} is damaged: it is no file; allowed: a file, or none")
     if not listed.exists() or not listed.stat().st_size:
         return {}
     known = read_json(listed)

@@ -1,5 +1,6 @@
 """config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -176,6 +177,12 @@ def test_what_nni_runs_but_nobody_means_is_warned_of(load):
         "maxTrialNumber is true, which NNI takes for 1",
         "trialCommand is ' ', so no trial will have a result",
     ]
+
+
+def test_a_date_which_json_has_not(load):
+    space = {"x": {"_type": "choice", "_value": [datetime.date(2020, 1, 1)]}}
+    line = refusal(load, searchSpace=space)
+    assert "searchSpace: x: _value: 0 is 2020-01-01; allowed: a text, a number, " in line
 
 
 @pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__", "__enum__"])

@@ -191,8 +191,9 @@ def test_a_search_on_two_machines(search, machines):
         assert f"Acc: {values[-1][1]:.3f}% (" in printed
         assert all(f"loss: {loss:.3f}" in printed for _, loss in values[:-1])
     assert demo.stop() == []
-    left = {path for path in set(Path("/tmp").iterdir()) - before if "nni" in path.name}
-    assert left <= {remote_files(demo).parents[1]}
+    left = {path.name for path in set(Path("/tmp").iterdir()) - before if "nni" in path.name}
+    # Other tests' searches, which run beside this one, have such a folder each, too.
+    assert {name for name in left if not re.fullmatch(r"nni-\w{8}", name)} == set()
 
 
 def test_nobody_else_writes_on_a_machine_or_reports_for_it(search, machines):

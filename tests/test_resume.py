@@ -338,6 +338,14 @@ def test_a_damaged_list_is_refused(tmp_path, monkeypatch, listed):
         recovery.list_experiments()
 
 
+def test_a_list_that_is_a_pipe_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "nni-experiments").mkdir()
+    os.mkfifo(tmp_path / "nni-experiments" / ".experiment")
+    with pytest.raises(ValueError, match=r"\.experiment is damaged: it is no file; allowed: "):
+        recovery.list_experiments()
+
+
 def test_a_damaged_list_is_kept_as_it_is(tmp_path, environment):
     path = write_list(tmp_path, {})
     path.write_text(damaged := '{"abc": {"id": "abc"')
