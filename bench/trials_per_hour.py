@@ -27,7 +27,7 @@ BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "moment
 # To think about: as many dimensions as the demo has, but none by which a trial takes longer.
 SPACE = {key: {"_type": "choice", "_value": [DEMO[key]]} for key in ("batch_size", "epochs")} | {
     "lr": {"_type": "loguniform", "_value": [0.001, 0.1]},
-    "optimizer": {"_type": "choice", "_value": ["SGD", "Adam"]},
+    "lr_schedule": {"_type": "choice", "_value": ["constant", "cosine"]},
     "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
     "weight_decay": {"_type": "uniform", "_value": [0, 0.001]},
     "label_smoothing": {"_type": "uniform", "_value": [0, 0.2]},

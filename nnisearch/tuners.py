@@ -9,9 +9,11 @@ The same seed gives the same parameters.
 import collections
 import contextlib
 import functools
+import importlib
 import logging
 import math
 import os
+import threading
 
 import optuna
 from nni import NoMoreTrialError
@@ -38,9 +40,14 @@ class OptunaTuner(Tuner):
         if sampler not in optuna.samplers.__all__ or not sampler.endswith("Sampler"):
             names = [name for name in optuna.samplers.__all__ if name.endswith("Sampler")]
             raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(names)}")
-        # GPSampler's threads would wait for those of the trials. torch, which it imports when it
-        # first needs it, reads this then.
+        # GPSampler's threads would wait for those of the trials. torch reads this when imported.
         os.environ["OMP_NUM_THREADS"] = "1"
+        if sampler == "GPSampler":
+            # Its first thought takes seconds of import, in which no trial would run. So torch is
+            # imported under the first trials, which are drawn without it, once they have started.
+            meanwhile = threading.Timer(5, importlib.import_module, ["torch"])
+            meanwhile.daemon = True
+            meanwhile.start()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         MsgDispatcher.handle_import_data = handle_import_data
         self.seed = seed
