@@ -22,6 +22,8 @@ OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEv
 COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
 COUNTS += ("max_trial_duration", "max_experiment_duration")
 
+MANY = 1000  # trials at a time
+
 
 def check(config):
     """Check a canonical configuration against this machine; return what merely looks wrong, lines.
@@ -54,6 +56,9 @@ def oddities(config):
             lines.append(
                 f"{camel_case(key)} is {str(value).lower()}, which NNI takes for {value:d}"
             )
+    if config.trial_concurrency > MANY:
+        what = f"so NNI asks the tuner for {config.trial_concurrency} sets before a trial starts"
+        lines.append(f"trialConcurrency is {config.trial_concurrency}, {what}")
     if config.trial_command is not None and not config.trial_command.strip():
         lines.append(f"trialCommand is {config.trial_command!r}, so no trial will have a result")
     return lines

@@ -22,7 +22,9 @@ from pathlib import Path
 
 from nnisearch.importance import as_dict, importances
 from nnisearch.output import Parser, may_be_closed, write
+from nnisearch.processes import manager_of
 from nnisearch.results import (
+    ENDED,
     NO_RESULT,
     find_database,
     has_result,
@@ -221,6 +223,15 @@ def no_results(trials):
     return [*lines, *([f"and {len(named) - MANY} other things"] if len(named) > MANY else [])]
 
 
+def left_behind(search):
+    """Return a line if NNI has noted no end of trials, and no manager of the search runs here."""
+    unended = {one_line(trial["status"]) for trial in search["trials"]} - ENDED
+    if not unended or not search["experiment"] or manager_of(search["experiment"]):
+        return []
+    where = "on this machine, so that is how it was left"
+    return [f"{' and '.join(sorted(unended))}: no manager of this search runs {where}"]
+
+
 def main(argv=None, prog="nnichoose", within=0.0):
     """Print what a search has found, and write the choice where it is asked for."""
     args = parse_args(argv, prog, within)
@@ -246,10 +257,11 @@ def show(args):
     title = one_line(search["name"] if is_named else search["experiment"])
     trials = [trial for trial in everything if has_result(trial)]
     trials.sort(key=lambda trial: (rank(trial["result"], search["direction"]), trial["trial"]))
+    notes = [*no_results(everything), *left_behind(search)]
     if not trials:
-        why = "; ".join(filter(None, [left_out(everything), *no_results(everything)]))
-        found = f"{title}: none of {len(everything)} trials has a result"
-        raise ValueError(f"{found}: {why}" if why else found)
+        why = "; ".join(filter(None, [left_out(everything), *notes]))
+        none = f"{title}: none of {len(everything)} trials has a result"
+        raise ValueError(f"{none}: {why}" if why else none)
     choice = choose(trials, args.within, search["direction"])
     picture = plot(trials, choice, args.top, search["direction"]) if args.plot else None
     if args.out:
@@ -270,7 +282,7 @@ def show(args):
         others = left_out(everything)
         others = f"; left out: {others}" if others else ""
         print(f"{len(trials)} of {len(everything)} trials have a result{others}")
-        for line in no_results(everything):
+        for line in notes:
             print(line)
         shares = [f"{cell(key)} {share:.0%}" for key, share in importances(trials).items()]
         if shares:

@@ -153,7 +153,9 @@ def main(
             print("Other users of this machine reach it, too: there is no /proc to tell them apart")
         if args.detach:
             return 0
-        has_result = progress.watch(id, port, config, f"{command} --resume {id}")
+        has_result = progress.watch(
+            id, port, config, f"{command} --resume {id}", f"{choose_command} {id}"
+        )
     except RuntimeError as error:
         sys.exit(f"{prog}: error: {one_line(error)}")
     except KeyboardInterrupt:

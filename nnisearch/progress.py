@@ -31,18 +31,18 @@ PATIENCE = 20  # s of a manager's silence before it is said
 QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
 
 
-def watch(id, port, config, resume=None):
+def watch(id, port, config, resume, choose):
     """Show how a search goes on until its trials have ended; return whether one has a result.
 
-    resume is the command to go on with it, by default nnisearch's. Raises RuntimeError if the
-    search ends in another way.
+    resume and choose are the commands to go on with it and to see its results. Raises RuntimeError
+    if the search ends in another way.
     """
     folder = Path(config.experiment_working_directory, id)
     with (
         may_be_closed(),
         tqdm(total=config.max_trial_number, unit="trial", disable=None, dynamic_ncols=True) as bar,
     ):
-        search = Search(id, port, folder, resume or f"nnisearch --resume {id}")
+        search = Search(id, port, folder, resume, choose)
         shown = Shown(config, folder, bar)
         while True:
             status, changed = search.ask()
@@ -57,8 +57,8 @@ def watch(id, port, config, resume=None):
 class Search:
     """A search that is watched: its state, its trials, and whether it still goes on."""
 
-    def __init__(self, id, port, folder, resume):
-        self.id, self.port, self.resume = id, port, resume
+    def __init__(self, id, port, folder, resume, choose):
+        self.id, self.port, self.resume, self.choose = id, port, resume, choose
         self.prefix = listed(id).get("prefixUrl")
         self.trials = Trials(folder / "db" / "nni.sqlite")
         self.life = Life(id, folder)
@@ -107,34 +107,39 @@ class Search:
     def check(self, status):
         """Raise RuntimeError if the search does not go on, with why and how to go on with it."""
         if status["status"] in ("STOPPING", "STOPPED"):
-            raise RuntimeError(f"search {self.id} has been stopped; to go on: {self.resume}")
+            raise RuntimeError(f"search {self.id} has been stopped; {self.next_steps()}")
         if status["status"] == "VIEWED":
             how = f"to go on with it: nnictl stop {self.id}; {self.resume}"
             raise RuntimeError(f"search {self.id} is shown by nnictl view, and does not run; {how}")
         is_dead = self.life.tuner_is_dead()
         if is_dead or status["status"] == "ERROR":
+            how = self.next_steps(f"nnictl stop {self.id}; ")
             what = self.life.tuners_end()
             if not what:
                 who = "the tuner has died" if is_dead else "NNI's manager has given up"
                 words = self.life.last_words() or one_line(" ".join(status["errors"]))
                 what = f"{who}: {words or 'without a word; was it killed?'}"
-            how = f"to go on: nnictl stop {self.id}; {self.resume}"
             raise RuntimeError(f"search {self.id}: {what}; {how}")
+
+    def next_steps(self, before=""):
+        """Return the commands to go on with the search, and to see the results that it has."""
+        mended = ", with that mended" if self.life.tuners_end() else ""
+        words = f"to go on{mended}: {before}{self.resume}"
+        if any(has_result(trial) for trial in self.trials.known.values()):
+            words += f"; its results so far: {self.choose}"
+        return words
 
     def death(self):
         """Return what has become of a search whose manager has ended."""
-        how = f"to go on: {self.resume}"
         if listed(self.id).get("status") == "STOPPED":
-            return f"search {self.id} has been stopped; {how}"
-        if what := self.life.tuners_end():
-            return f"search {self.id}: {what}; {how}"
-        words = self.life.last_words() or "without a word; was it killed?"
-        if "Tuner closed connection" in words:  # of which the manager dies
-            words = "without a word; was it killed?"
-            return (
-                f"search {self.id}: the tuner has died, and NNI's manager with it: {words}; {how}"
-            )
-        return f"search {self.id}: NNI's manager has died: {words}; {how}"
+            return f"search {self.id} has been stopped; {self.next_steps()}"
+        what = self.life.tuners_end()
+        if not what:
+            who, words = "NNI's manager has died", self.life.last_words()
+            if words and "Tuner closed connection" in words:  # of which the manager dies
+                who, words = "the tuner has died, and NNI's manager with it", None
+            what = f"{who}: {words or 'without a word; was it killed?'}"
+        return f"search {self.id}: {what}; {self.next_steps()}"
 
 
 class Shown:
@@ -142,13 +147,13 @@ class Shown:
 
     def __init__(self, config, folder, bar):
         self.best_result, self.bar = best_of(config), bar
-        self.notices, self.ending = Notices(config, folder), Endings(config, folder)
-        self.results, self.ended, self.late, self.early = [], {}, {}, set()
+        self.notices, self.endings = Notices(config, folder), Endings(config, folder)
+        self.results, self.ended, self.late = [], {}, {}
         self.total = config.max_trial_number
 
     def show(self, known, changed):
         """Show what is new, given all trials, {id: trial}, and those that have changed."""
-        for line in self.notices(known.values(), changed):
+        for line in self.notices(known.values()):
             tqdm.write(line)
         late, self.late = self.late, {}
         for trial in [*late.values(), *changed]:
@@ -158,14 +163,15 @@ class Shown:
             if trial["status"] == "SUCCEEDED" and is_missing and trial["id"] not in late:
                 self.late[trial["id"]] = trial  # its result may be on its way
                 continue
-            self.ended[trial["id"]] = how = self.ending(trial)
+            self.ended[trial["id"]] = how = self.endings.short(trial)
             if has_result(trial):
                 self.results = [self.best_result([trial["result"], *self.results])]
+            news = self.endings.news(trial)
+            line = f"{title(trial)} {news}" if news else f"{title(trial)}: {how}"
             if self.bar.disable:
-                tqdm.write(f"{title(trial)}: {how}; {self.best()}")
-            elif trial["status"] == "EARLY_STOPPED" and how not in self.early:
-                self.early.add(how)
-                tqdm.write(f"{title(trial)} was {how}")
+                tqdm.write(f"{line}; {self.best()}")
+            elif news:
+                tqdm.write(line)
         counts = collections.Counter(trial["status"].lower() for trial in known.values())
         states = [f"{count} {one_line(state)}" for state, count in counts.items()]
         self.bar.n = len(self.ended)
@@ -189,20 +195,43 @@ class Endings:
     """How trials end, in words."""
 
     def __init__(self, config, folder):
-        self.folder = folder
-        self.limit, self.assessor = config.max_trial_duration, config.assessor
+        self.config, self.folder = config, folder
+        self.said = set()
 
-    def __call__(self, trial):
+    def news(self, trial):
+        """Return why a trial that has ended has no result, None if it has or that was said."""
+        if has_result(trial) or trial["status"] in ("USER_CANCELED", "SYS_CANCELED"):
+            return None
+        if trial["status"] == "FAILED":
+            status = exit_status(trial, self.folder)
+            why = failure(trial, self.folder)
+            if status:
+                why += f" (exit status {status})"
+            elif is_local(self.config):
+                why += " (no exit status: was it killed?)"
+            words = f"has FAILED: {why}"
+        elif trial["reported"] is not None:
+            words = f"reported {one_line(trial['reported'])}, {NO_RESULT}"
+        elif trial["status"] == "SUCCEEDED":
+            words = "has ended without reporting a result"
+        else:
+            words = f"was {self.short(trial)}"
+        if words in self.said:
+            return None
+        self.said.add(words)
+        return words
+
+    def short(self, trial):
         """Return the result of a trial that has ended, or what it has ended by instead."""
         if has_result(trial):
             return f"{trial['result']:g}"
         if trial["status"] == "SUCCEEDED":
             return f"without a result: it reported {one_line(trial['reported'] or 'none')}"
         if trial["status"] == "EARLY_STOPPED":
-            limit = parse_time(str(self.limit)) if self.limit is not None else None
-            is_late = limit is not None and (trial["seconds"] or 0) >= limit
-            who = "the assessor" if self.assessor else "the tuner"
-            return f"ended by {f'maxTrialDuration ({self.limit})' if is_late else who}"
+            limit = self.config.max_trial_duration
+            if limit is not None and (trial["seconds"] or 0) >= parse_time(str(limit)):
+                return f"ended by maxTrialDuration ({limit})"
+            return f"ended by {'the assessor' if self.config.assessor else 'the tuner'}"
         if trial["status"] == "FAILED" and (status := exit_status(trial, self.folder)):
             return f"FAILED with exit status {status}"
         return one_line(trial["status"])
@@ -223,25 +252,12 @@ class Notices:
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
-        self.said, self.failed = set(), set()
+        self.said = set()
         self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
 
-    def __call__(self, trials, changed):
-        """Return the lines that are new, given all trials and those that have changed."""
+    def __call__(self, trials):
+        """Return the lines that are new, given all trials."""
         found = {}
-        for trial in changed:
-            if trial["status"] == "FAILED" and trial["id"] not in self.failed:
-                self.failed.add(trial["id"])  # its stderr is read once
-                why = failure(trial, self.folder)
-                status = exit_status(trial, self.folder)
-                if status:
-                    why += f" (exit status {status})"
-                elif is_local(self.config):
-                    why += " (no exit status: was it killed?)"
-                found[why] = f"{title(trial)} has FAILED: {why}"
-            if trial["status"] in ENDED and trial["reported"] is not None:
-                reported = one_line(trial["reported"])
-                found["reported", reported] = f"{title(trial)} reported {reported}, {NO_RESULT}"
         states = {trial["status"] for trial in trials}
         is_waiting = "WAITING" in states and "RUNNING" not in states
         if is_waiting and self.config.trial_gpu_number and is_local(self.config):

@@ -77,5 +77,7 @@ def prepare(known):
         print(f"It goes on without its URL prefix, {known['prefixUrl']}")
     if known["status"] == "ERROR" and (manager := manager_of(id)):
         end([manager])
-    end(processes_of(id, Path(known["logDir"], id)))
+    folder = Path(known["logDir"], id)
+    for _ in range(2):  # the second time what they have started while they were looked for
+        end(processes_of(id, folder))
     Experiments().update_experiment(id, "status", "STOPPED")  # else NNI does not resume it

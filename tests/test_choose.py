@@ -146,7 +146,7 @@ def test_the_table_ranks_what_has_a_result_and_names_the_rest(run, tmp_path):
     database(tmp_path, MIXED)
     result = run()
     assert result.returncode == 0, result.stderr
-    title, head, *rows, counts, strange, rule, hyperparameters = result.stdout.splitlines()
+    title, head, *rows, counts, strange, left, rule, values = result.stdout.splitlines()
     assert title == "abc123: a search"
     assert " ".join(head.split()) == "trial result seconds last area lr optimizer"
     assert [row.split() for row in rows] == [
@@ -159,8 +159,9 @@ def test_the_table_ranks_what_has_a_result_and_names_the_rest(run, tmp_path):
         " (by maxTrialDuration or an assessor), 1 RUNNING, 1 WAITING, 2 without a result"
     )
     assert strange == f"trial 9 (id9) reported NaN, {results.NO_RESULT}"
+    assert left.startswith("RUNNING and WAITING: no manager of this search runs on this machine")
     assert rule.startswith("* the choice, trial 4 (id4): within 0.5 of the greatest result")
-    assert json.loads(hyperparameters) == {"lr": 0.05}
+    assert json.loads(values) == {"lr": 0.05}
 
 
 def test_the_latest_experiment_is_the_default(run, tmp_path):
@@ -174,7 +175,7 @@ def test_the_latest_experiment_is_the_default(run, tmp_path):
 def test_top_shortens_the_table_only(run, tmp_path):
     database(tmp_path, MIXED)
     result = run("--top", 1)
-    assert len(result.stdout.splitlines()) == 7
+    assert len(result.stdout.splitlines()) == 8
     assert "trial 4 (id4)" in result.stdout
     assert len(json.loads(run("--top", 1, "--json").stdout)["trials"]) == len(MIXED)
 
