@@ -1,10 +1,12 @@
 // How NNI's manager goes on. As shipped it takes some 11 s from a trial's end to the next one's start,
 // loses a result that comes late, and resumes a search with too few trials and results twice. Loaded
 // by manager.js, this promises: the next trial starts within a second; what a trial has reported is
-// stored before it ends; a search that was killed and resumed has exactly the trials asked for.
+// stored before it ends; a search that was killed and resumed has exactly the trials asked for, and
+// NNI's list of all searches is whole whenever the manager is killed.
 "use strict";
 const child_process = require("child_process");
 const fs = require("fs");
+const path = require("path");
 const timers = require("timers/promises");
 const { promisify } = require("util");
 
@@ -48,14 +50,14 @@ function resumeExactly(prototype) {
     };
 }
 
-// Since Python 3.14 asyncio makes no event loop by itself, and the runner of trials finds none.
-function giveRunnerItsLoop(prototype) {
-    const name = "nni.tools.trial_tool.trial_runner";
-    const runner = "import asyncio, runpy; asyncio.set_event_loop(asyncio.new_event_loop()); "
-        + `runpy.run_module('${name}', run_name='__main__', alter_sys=True)`;
+const RUNNER = fs.readFileSync(`${__dirname}/runner.py`, "utf8");
+
+function mendRunner(prototype) {
     const { getScript } = prototype;
     prototype.getScript = function (environment) {
-        environment.command = environment.command.replace(`-m ${name}`, `-c "${runner}"`);
+        const quoted = `'${RUNNER.replaceAll("'", "'\\''")}'`;
+        environment.command = environment.command.replace(
+            "-m nni.tools.trial_tool.trial_runner", () => `-c ${quoted}`);
         return getScript.call(this, environment);
     };
 }
@@ -74,8 +76,20 @@ function waitForRunnersEnd(prototype) {
     };
 }
 
+// NNI empties its list of experiments and then writes it: killed in between, it has lost them all.
+function writeListWhole() {
+    const { writeFileSync } = fs;
+    fs.writeFileSync = (file, ...rest) => {
+        if (path.basename(String(file)) !== ".experiment") return writeFileSync(file, ...rest);
+        const unfinished = `${file}.${process.pid}`;
+        writeFileSync(unfinished, ...rest);
+        fs.renameSync(unfinished, file);
+    };
+}
+
 module.exports = function ({ mode, python }) {
     shortenPauses(mode);
+    writeListWhole();
     const environments = "training_service/reusable/environments";
     const unstored = {}; // trial: how many of its metrics are on their way to database and tuner
     return {
@@ -123,11 +137,11 @@ module.exports = function ({ mode, python }) {
         },
         [`${environments}/localEnvironmentService.js`]:
             ({ LocalEnvironmentService: { prototype } }) => {
-                giveRunnerItsLoop(prototype);
+                mendRunner(prototype);
                 waitForRunnersEnd(prototype);
             },
         [`${environments}/remoteEnvironmentService.js`]:
-            ({ RemoteEnvironmentService: { prototype } }) => giveRunnerItsLoop(prototype),
+            ({ RemoteEnvironmentService: { prototype } }) => mendRunner(prototype),
         "training_service/common/util.js": (util) => {
             const patience = "sleep = time.sleep; time.sleep = lambda _: sleep(2)"; // s, for NNI's 5
             const collector = `${python} -c "import time; ${patience}; `

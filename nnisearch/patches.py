@@ -3,13 +3,30 @@
 import contextlib
 import sys
 import time
+from pathlib import Path
 
+import nni
 import psutil
 from nni.experiment import launcher, rest
+from nni.tools.nnictl.config_utils import Experiments
 
+from nnisearch.output import write
 from nnisearch.signals import uninterrupted
 
 PATIENCE = 120  # seconds; NNI gives its web server 3
+
+
+def write_list(experiments):
+    """Write NNI's list of experiments whole, or not at all, as on a full disk, without a word.
+
+    NNI empties it and then writes it: killed in between, it has lost them all.
+    """
+    with contextlib.suppress(OSError):
+        content = nni.dump(experiments.experiments, indent=4)
+        write(Path(experiments.experiment_file), content.encode())
+
+
+Experiments.write_file = write_list
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ runs on beside the trials that are started anew.
 from pathlib import Path
 
 from nni.experiment import rest
-from nni.tools.nnictl.config_utils import Experiments
 
 from nnisearch.config import from_stored
+from nnisearch.patches import Experiments
 from nnisearch.processes import end, manager_of, managers, processes_of
 from nnisearch.results import read_experiments
 from nnisearch.text import one_line

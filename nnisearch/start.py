@@ -15,11 +15,10 @@ from pathlib import Path
 
 from filelock import FileLock
 from nni.experiment import RunMode, rest
-from nni.tools.nnictl.config_utils import Experiments
 from nni.tools.nnictl.nnictl_utils import update_experiment
 
 from nnisearch.config import is_local
-from nnisearch.patches import PATIENCE, patience
+from nnisearch.patches import PATIENCE, Experiments, patience
 from nnisearch.processes import end, manager_of, processes_of, stop
 from nnisearch.signals import uninterrupted
 from nnisearch.text import one_line

@@ -20,6 +20,8 @@ import yaml
 from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
 from experiment import metric_value, parameters, processes_at
 
+from nnisearch.results import Trials
+
 # A web socket's first request.
 UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
 UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
@@ -238,11 +240,30 @@ def test_a_folder_that_another_user_has_made_on_a_machine_is_not_used(search):
     assert list(folder.iterdir()) == []
 
 
+def is_in_the_middle(trials):
+    """Return whether two trials of a search have ended, and another runs."""
+    states = [trial["status"] for trial in trials]
+    return states.count("SUCCEEDED") >= 2 and "RUNNING" in states
+
+
+def last_states(search):
+    """Return {ID: state} of the trials, as a manager that has been killed has noted them."""
+    path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
+    trials = Trials(path)
+    trials.update()
+    return {id: trial["status"] for id, trial in trials.known.items()}
+
+
 def test_after_its_manager_is_killed_a_search_on_machines_is_exact(search, machines):
     demo = search(5, searchSpace=SPACE | {"epochs": {"_type": "choice", "_value": [10]}})
-    demo.wait_for(lambda trials: sum("endTime" in trial for trial in trials) >= 2, 240)
+    demo.wait_for(is_in_the_middle, 240)
     (node,) = [process for process in processes_at(demo.home) if process.name() == "node"]
     node.kill()
+    # As a runner leaves a trial's folder that ends while it unpacks the code there.
+    folders = {path.parent.name: path.parent for path in remote_files(demo).glob("trials/*/code")}
+    (under_way, *_) = (id for id, state in last_states(demo).items() if state == "RUNNING")
+    shutil.rmtree(folders[under_way] / "code")
+    (folders[under_way] / "trial_prepared").unlink()
     demo.resume()
     trials = demo.wait(240)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
+import nni_node
 import psutil
 import pytest
 import yaml
@@ -336,6 +338,36 @@ def test_a_damaged_list_is_refused(tmp_path, monkeypatch, listed):
     path = write_list(tmp_path, listed)
     with pytest.raises(ValueError, match=rf"^{path} is damaged.*; allowed: .*$"):
         recovery.list_experiments()
+
+
+NODE = Path(nni_node.__path__[0]).resolve() / "node"
+# As NNI's manager and its Python change their list.
+CHANGE_BY_NODE = f"""
+require({str(ROOT / "nnisearch" / "pace.js")!r})({{mode: "local", python: "python3"}});
+require("fs").writeFileSync(process.argv[1], process.argv[2]);
+"""
+CHANGE_BY_PYTHON = """
+import json, sys
+from nnisearch.recovery import Experiments
+(id, known), = json.loads(sys.argv[2]).items()
+Experiments().update_experiment(id, "status", known["status"])
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [[NODE, "-e", CHANGE_BY_NODE], [sys.executable, "-c", CHANGE_BY_PYTHON]],
+    ids=["manager", "command"],
+)
+def test_nnis_list_is_whole_at_each_moment(tmp_path, environment, change):
+    path = write_list(tmp_path, {"abc": {"id": "abc", "status": "RUNNING"}})
+    before, after = path.read_text(), {"abc": {"id": "abc", "status": "STOPPED"}}
+    (tmp_path / "who reads it meanwhile").hardlink_to(path)
+    how = {"env": environment | {"HOME": str(tmp_path)}, "cwd": ROOT, "check": True}
+    subprocess.run([*change, path, json.dumps(after)], **how)
+    assert json.loads(path.read_text()) == after
+    assert (tmp_path / "who reads it meanwhile").read_text() == before
+    assert [file.name for file in path.parent.iterdir()] == [".experiment"]
 
 
 def test_a_list_that_is_a_pipe_is_refused(tmp_path, monkeypatch):
