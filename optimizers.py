@@ -61,9 +61,8 @@ class Adam(Optimizer):
     def __init__(self, args, model):
         super().__init__(args, model)
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        zero = torch.zeros(
-            (), dtype=torch.float32, device=self.lr.device
-        )  # as the functions want it
+        # Counted in 32 bits, as the functions want it, also where the parameters have 64.
+        zero = torch.zeros((), dtype=torch.float32, device=self.lr.device)
         self.steps = [zero.clone() for _ in self.parameters]
 
     @torch.no_grad()

@@ -77,7 +77,8 @@ def check_algorithms(config):
         if algorithm.name.lower() == "hyperband":
             allowed = "className: nnisearch.tuners.Hyperband and codeDirectory: ., under tuner"
             allowed += ", since NNI's ends at its first result"
-            raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {allowed}")
+            named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI takes it for either
+            raise ValueError(f"{named}; allowed: {allowed}")
 
 
 def check_disk(folder, size, key="experimentWorkingDirectory"):

@@ -206,7 +206,10 @@ def test_code_in_a_search_space(load, key, tuner):
     ("changes", "parts"),
     [
         ({"tuner": {"name": "TPEE"}}, ["tuner.name is 'TPEE'; allowed: ", "TPE", "BatchTuner"]),
-        ({"tuner": {"name": "hyperband"}}, ["tuner.name is 'hyperband'", "tuners.Hyperband"]),
+        (
+            {"tuner": {"name": "hyperband"}},
+            ["tuner.name, or advisor.name, is 'hyperband'", "tuners.Hyperband"],
+        ),
         ({"assessor": {"name": "Median"}}, ["assessor.name is 'Median'; allowed: ", "Medianstop"]),
     ],
 )
