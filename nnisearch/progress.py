@@ -226,7 +226,8 @@ class Endings:
         if has_result(trial):
             return f"{trial['result']:g}"
         if trial["status"] == "SUCCEEDED":
-            return f"without a result: it reported {one_line(trial['reported'] or 'none')}"
+            reported = trial["reported"]
+            return "without a result" + (f": it reported {one_line(reported)}" if reported else "")
         if trial["status"] == "EARLY_STOPPED":
             limit = self.config.max_trial_duration
             if limit is not None and (trial["seconds"] or 0) >= parse_time(str(limit)):
