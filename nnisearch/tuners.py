@@ -9,7 +9,7 @@ The same seed gives the same parameters.
 import collections
 import contextlib
 import functools
-import importlib
+import importlib.util
 import logging
 import math
 import os
@@ -27,6 +27,8 @@ from optuna.trial import TrialState
 from nnisearch.optuna_space import Space
 
 log = logging.getLogger("nni.tuners")  # below nni, whose lines reach dispatcher.log
+# What Optuna's samplers import when they first think, which is after the first trials.
+PACKAGES = {"GPSampler": "torch", "CmaEsSampler": "cmaes"}
 
 
 class OptunaTuner(Tuner):
@@ -42,10 +44,13 @@ class OptunaTuner(Tuner):
             raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(names)}")
         # GPSampler's threads would wait for those of the trials. torch reads this when imported.
         os.environ["OMP_NUM_THREADS"] = "1"
-        if sampler == "GPSampler":
-            # Its first thought takes seconds of import, in which no trial would run. So torch is
-            # imported under the first trials, which are drawn without it, once they have started.
-            meanwhile = threading.Timer(5, importlib.import_module, ["torch"])
+        if package := PACKAGES.get(sampler):
+            if importlib.util.find_spec(package) is None:
+                needed = f"pip install {package}, which it needs"
+                raise ValueError(f"sampler is {sampler!r}; allowed: after {needed}")
+            # The import takes seconds, in which no trial would run. So it is done under the first
+            # trials, which are drawn at random, once they have started.
+            meanwhile = threading.Timer(5, importlib.import_module, [package])
             meanwhile.daemon = True
             meanwhile.start()
         optuna.logging.set_verbosity(optuna.logging.WARNING)

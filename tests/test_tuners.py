@@ -13,7 +13,7 @@ from conftest import LIGHT_TRIAL, ROOT, SPACE
 from experiment import SEARCH, accuracy, parameters
 from nni.runtime.msg_dispatcher import MsgDispatcher
 
-from nnisearch.tuners import OptunaTuner
+from nnisearch.tuners import PACKAGES, OptunaTuner
 
 KINDS = {
     "names": {"_type": "choice", "_value": ["a", None, True]},
@@ -353,7 +353,7 @@ def test_values_that_a_step_has_rounded_fit():
 
 THINK = """
 import sys
-from nnisearch.tuners import OptunaTuner
+from nnisearch.tuners import PACKAGES, OptunaTuner
 tuner = OptunaTuner(sys.argv[1], {"n_startup_trials": 2} if sys.argv[1] != "RandomSampler" else {})
 tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})
 for number in range(5):
@@ -373,6 +373,17 @@ def test_a_tuner_that_thinks_has_one_thread_and_the_others_no_torch(environment,
     thought = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert thought.stderr == ""  # where Optuna would say that it misses greenlet
     assert thought.stdout.strip() == printed
+
+
+@pytest.mark.parametrize("sampler", ["GPSampler", "CmaEsSampler"])
+def test_a_sampler_whose_package_is_missing_is_refused(monkeypatch, sampler):
+    """Optuna would miss it when the first trials have ended."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    package = PACKAGES[sampler]
+    with pytest.raises(
+        ValueError, match=f"sampler is '{sampler}'; .*: after pip install {package}"
+    ):
+        OptunaTuner(sampler)
 
 
 def tuner_config(name, **arguments):
