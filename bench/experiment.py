@@ -30,12 +30,16 @@ NNICTL = [
 ]
 
 
-def processes_at(home):
-    """Return the processes with this HOME: what nnictl, called by a test, has started."""
+MANAGER = "nni_node/main.js"  # stands in its command, and in no other's
+
+
+def processes_at(home, part=""):
+    """Return the processes with this HOME whose command holds part: what a test has started."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it ended meanwhile, or is another user's
-            if process.environ().get("HOME") == str(home):
+            is_there = process.environ().get("HOME") == str(home)
+            if is_there and part in " ".join(process.cmdline()):
                 found.append(process)
     return found
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from experiment import UNCHECKED, free_port, processes_at
+from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
 from test_choose import database, trial
 
@@ -119,10 +119,6 @@ def nnictl(home, *args):
     return subprocess.run(
         command, env=os.environ | {"HOME": str(home)}, capture_output=True, text=True, check=True
     ).stdout
-
-
-def managers(home):
-    return [process for process in processes_at(home) if process.name() == "node"]
 
 
 def read_until(process, part):
@@ -279,7 +275,7 @@ def test_a_manager_that_is_killed_is_not_called_stopped(start_search, home):
     with start_search("time.sleep(60)") as process:
         read_until(process, "Web UI")
         time.sleep(1)
-        for manager in managers(home):
+        for manager in processes_at(home, MANAGER):
             manager.kill()
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1

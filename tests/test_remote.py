@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
-from experiment import metric_value, parameters, processes_at
+from experiment import MANAGER, metric_value, parameters, processes_at
 
 from nnisearch.results import Trials
 
@@ -257,8 +257,8 @@ def last_states(search):
 def test_after_its_manager_is_killed_a_search_on_machines_is_exact(search, machines):
     demo = search(5, searchSpace=SPACE | {"epochs": {"_type": "choice", "_value": [10]}})
     demo.wait_for(is_in_the_middle, 240)
-    (node,) = [process for process in processes_at(demo.home) if process.name() == "node"]
-    node.kill()
+    (manager,) = processes_at(demo.home, MANAGER)
+    manager.kill()
     # As a runner leaves a trial's folder that ends while it unpacks the code there.
     folders = {path.parent.name: path.parent for path in remote_files(demo).glob("trials/*/code")}
     (under_way, *_) = (id for id, state in last_states(demo).items() if state == "RUNNING")

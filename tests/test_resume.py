@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, nobody
-from experiment import UNCHECKED, Experiment, free_port, metric_value, processes_at
+from experiment import MANAGER, UNCHECKED, Experiment, free_port, metric_value, processes_at
 from nni.experiment import rest
 
 from nnisearch import config, processes, recovery
@@ -73,8 +73,8 @@ def resume(search):
 
 
 def manager(search):
-    (node,) = [p for p in processes_at(search.home) if p.name() == "node"]
-    return node
+    (found,) = processes_at(search.home, MANAGER)
+    return found
 
 
 def tuner(search):

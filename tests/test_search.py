@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
-from experiment import SEARCH, UNCHECKED, free_port, processes_at
+from experiment import MANAGER, SEARCH, UNCHECKED, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 
 import search
@@ -196,7 +196,7 @@ def test_a_start_that_fails_keeps_the_latest_search_the_latest(run_search, home)
 
 def test_a_start_that_is_interrupted_leaves_nothing(start_search, home):
     with start_search(config=demo(), NODE_OPTIONS=preload(home, "slow")) as process:
-        while not any(p.name() == "node" for p in processes_at(home)):
+        while not processes_at(home, MANAGER):
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -246,7 +246,7 @@ def test_a_start_that_is_killed_leaves_no_manager(start_search, home):
     (home / "nni-experiments").mkdir()
     (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
     with start_search(config=demo(), how=UNCHECKED, NODE_OPTIONS=preload(home, "slow")) as process:
-        while not any(p.name() == "node" for p in processes_at(home)):
+        while not processes_at(home, MANAGER):
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
