@@ -13,10 +13,13 @@ from nni.experiment.config.utils import camel_case
 
 from nnisearch.config import check_code, is_local, known_algorithms, shipped_class
 from nnisearch.gpus import check_gpus
-from nnisearch.space import check_space, texts
+from nnisearch.space import check_space, deep_choices, texts
 
 # NNI's tuners whose search spaces are of another form.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
+
+# Those that fail of options within an option that they have not drawn (KeyError).
+SHALLOW_SPACES = ("TpeTuner", "RandomTuner", "GridSearchTuner")
 
 # Python, and so NNI, takes true and false for numbers.
 COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
@@ -45,6 +48,8 @@ def check(config):
     if tuner and not tuner.endswith(OTHER_SPACES):  # a tuner of the user's own owns its space
         check_space(config.search_space)
         lines += texts(config.search_space, "searchSpace")
+        if tuner.endswith(SHALLOW_SPACES):
+            lines += deep_choices(config.search_space, "searchSpace")
     return lines
 
 
@@ -76,6 +81,7 @@ def check_algorithms(config):
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {names}")
         if algorithm.name.lower() == "hyperband":
             allowed = "className: nnisearch.tuners.Hyperband and codeDirectory: ., under tuner"
+            allowed += ", with budget: TRIAL_BUDGET among classArgs if the trial calls it that"
             allowed += ", since NNI's ends at its first result"
             named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI takes it for either
             raise ValueError(f"{named}; allowed: {allowed}")

@@ -172,7 +172,7 @@ def parse_args(argv, prog, within):
     add = parser.add_argument
     latest = "default: the one last started, resumed or viewed by this user"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
-    add("--file", help="read results from there instead: of --json or nnictl's export")
+    add("--file", help="read results from there instead: JSON of --json or of nnictl's export")
     equal = "results that near to the best count as equally good; in their own unit (%(default)s)"
     add("--within", type=float, default=within, help=equal)
     add("--top", type=int, default=10, help="how many trials are shown (%(default)s)")

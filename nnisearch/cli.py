@@ -25,6 +25,7 @@ with signals.silently_interrupted():  # NNI takes a second
     from nnisearch import config as configuration
     from nnisearch.output import Parser, may_be_closed
     from nnisearch.rehearsal import rehearse
+    from nnisearch.results import some
     from nnisearch.start import experiment_folder, launch, prepare_environment
     from nnisearch.text import one_line
 
@@ -36,9 +37,7 @@ def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
     known = recovery.list_experiments()
     if args.resume and args.resume not in known:
-        allowed = ", ".join([*known][-5:]) or "none, since NNI lists no experiment"
-        allowed += ", and others in nnictl experiment list --all" if len(known) > 5 else ""
-        raise ValueError(f"--resume is {args.resume!r}; allowed: {allowed}")
+        raise ValueError(f"--resume is {args.resume!r}; allowed: {some(known)}")
     if args.resume and recovery.is_running(known[args.resume]):
         running = known[args.resume]
         return args.resume, running["port"], recovery.running_config(running)

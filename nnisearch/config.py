@@ -1,6 +1,7 @@
 """An NNI configuration, of either version, with annotation or without, loaded as nnictl does."""
 
 import contextlib
+import difflib
 import json
 import logging
 import re
@@ -20,6 +21,8 @@ from nni.tools.package_utils import get_all_algo_meta
 from nnisearch.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
+# Of its values, as NNI names them and in words.
+TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"}
 CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
 
 
@@ -30,6 +33,7 @@ def load(path):
     """
     if path.exists() and not path.is_file():  # which nnictl refuses, too; a pipe may wait for ever
         raise ValueError(f"{path}: it is no file; allowed: a configuration of NNI in a file")
+    content = None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "trainingServicePlatform" in content:
@@ -41,14 +45,17 @@ def load(path):
             raise ValueError(f"trainingService.platform is {platform!r}; allowed: {PLATFORMS}")
         return config.canonical_copy()
     except Exception as error:  # of the file, YAML and NNI's classes
-        raise ValueError(f"{path}: {explanation(error)}") from None
+        raise ValueError(f"{path}: {explanation(error, content)}") from None
     finally:
         with contextlib.suppress(Exception):  # ExperimentConfig.load() leaves it set if it fails
             utils.unset_base_path()
 
 
-def explanation(error):
-    """Return in one line why NNI refuses a configuration, with its keys as they are documented."""
+def explanation(error, content=None):
+    """Return in one line why NNI refuses a configuration, with its keys as they are documented.
+
+    content is what the user has written, as JSON has it.
+    """
     classes = [ConfigBase]
     for each in classes:
         classes += each.__subclasses__()
@@ -76,12 +83,40 @@ def explanation(error):
             text = f"{given}; allowed: {re.sub(r'^assert |self[.]', '', place.line)}"
         elif named[1] not in text:
             text = f"{given}: {text}"
+    if isinstance(error, OSError):
+        text = error.strerror or text
+    if wrong := re.fullmatch(r"\w+: type of (\w+) \((.*)\) is not (.*)", text):
+        kind = re.sub(r"typing\.Optional\[(\w+)\]|<class '(\w+)'>", r"\1\2", wrong[3])
+        text = f"{wrong[1]} is {wrong[2]}; allowed: {TYPES.get(kind, kind)}"
+    if unknown := re.search(r"([^\W_]+) does not have field\(s\) (.*)", text):
+        text = misspelled(unknown[2].split(", "), f"NNI's {unknown[1]}", keys, content)
     # NNI's classes have the keys as Python writes names.
     return re.sub(
         r"(?<![\w/.-])\w+(?![\w/])",
         lambda word: utils.camel_case(word[0]) if word[0] in keys else word[0],
         text,
     )
+
+
+def misspelled(names, where, keys, content):
+    """Return in words which keys NNI does not know, given their names as NNI compares them."""
+    known = {utils.case_insensitive(key): utils.camel_case(key) for key in keys}
+    written = {utils.case_insensitive(key): key for key in keys_in(content)}
+    words = []
+    for name in names:
+        similar = [known[each] for each in difflib.get_close_matches(name, known, n=1)]
+        allowed = f"; allowed: {similar[0]}" if similar else ""
+        words.append(f"{written.get(name, name)} is no key of {where}{allowed}")
+    return ", ".join(words)
+
+
+def keys_in(value):
+    """Yield all keys, as text, in what is of JSON."""
+    if isinstance(value, dict):
+        yield from map(str, value)
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from keys_in(part)
 
 
 def load_stored(experiment, folder):

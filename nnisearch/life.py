@@ -73,7 +73,7 @@ class Life:
     def tuners_end(self):
         """Return in words what ended the tuner, or the assessor in its process; None if unknown."""
         for text in self.fatal_entries()[:1]:
-            who = "assessor" if "self.assessor." in text else "tuner"
+            who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", text) else "tuner"
             last = text.split("Traceback (most recent call last):")[-1]
             lines = [line for line in last.splitlines() if re.match(r"[\w.]+(:|$)", line)]
             return f"the {who} has died: {one_line(lines[0])}" if lines else None

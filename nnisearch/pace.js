@@ -91,13 +91,21 @@ module.exports = function ({ mode, python }) {
     shortenPauses(mode);
     writeListWhole();
     const environments = "training_service/reusable/environments";
+    const finals = new Set(); // the sets of parameters of which there is a final result
+    const isSecondFinal = ({ id, data }) => { // of which NNI's TPE dies
+        const { type, parameter_id: set } = JSON.parse(data);
+        const isSecond = type === "FINAL" && finals.has(`${id} ${set}`);
+        if (type === "FINAL") finals.add(`${id} ${set}`);
+        return isSecond;
+    };
     const unstored = {}; // trial: how many of its metrics are on their way to database and tuner
     return {
         "core/nnimanager.js": ({ NNIManager: { prototype } }) => {
             const { onTrialJobMetrics } = prototype;
-            prototype.onTrialJobMetrics = function (metric) {
+            prototype.onTrialJobMetrics = async function (metric) {
+                if (isSecondFinal(metric)) return;
                 unstored[metric.id] = (unstored[metric.id] ?? 0) + 1;
-                return onTrialJobMetrics.call(this, metric).finally(() => unstored[metric.id]--);
+                await onTrialJobMetrics.call(this, metric).finally(() => unstored[metric.id]--);
             };
             resumeExactly(prototype);
         },

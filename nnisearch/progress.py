@@ -49,7 +49,7 @@ def watch(id, port, config, resume, choose):
             if status is not None:
                 shown.show(search.trials.known, changed)
                 if search.is_done(status) and not shown.late:
-                    return shown.end()
+                    return shown.end(status)
                 search.check(status)
             time.sleep(1)
 
@@ -182,8 +182,11 @@ class Shown:
             return f"best {self.results[0]:g}"
         return "no result" if len(self.ended) == self.total else "no result yet"
 
-    def end(self):
-        """Say so if no trial has a result; return whether one has."""
+    def end(self, status):
+        """Say so if there are fewer trials than asked for, or no results; return whether one is."""
+        if status["status"] == "TUNER_NO_MORE_TRIAL" and self.total:
+            asked = f"maxTrialNumber is {self.total}"
+            tqdm.write(f"The tuner has no more after {len(self.ended)} trials; {asked}")
         if not self.results:
             counts = collections.Counter(self.ended.values())
             how = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
@@ -209,6 +212,8 @@ class Endings:
                 why += f" (exit status {status})"
             elif is_local(self.config):
                 why += " (no exit status: was it killed?)"
+            if trial["result"] is not None:
+                why += f"; so its result, {trial['result']:g}, does not count"
             words = f"has FAILED: {why}"
         elif trial["reported"] is not None:
             words = f"reported {one_line(trial['reported'])}, {NO_RESULT}"

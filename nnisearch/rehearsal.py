@@ -25,6 +25,7 @@ from websockets.sync.server import serve
 
 from nnisearch.config import is_local, shipped_class
 from nnisearch.gpus import free_gpus
+from nnisearch.life import THREAD_DIED
 from nnisearch.processes import stop
 from nnisearch.signals import uninterrupted
 from nnisearch.text import last_line, one_line
@@ -33,6 +34,11 @@ TUNER_PATIENCE = 120  # seconds until a search starts although its tuner has not
 TRIAL_PATIENCE = 600  # the same for its trial, which may have to download its data
 NOTICE = 5  # seconds until the user is told what is waited for
 AFTER_ASKING = 2  # seconds that a trial has to go on for, with its parameters
+# By what NNI's tuners raise: what they want.
+HINTS = {
+    "is not a valid OptimizeMode": "allowed: maximize, minimize",
+    "'int' object has no attribute 'is_integer'": "allowed: bounds with a point, such as 0.0",
+}
 LEASH = Path(__file__).with_name("leash.py")
 IN_OPEN = 0x20  # of inotify(7)
 
@@ -134,24 +140,36 @@ def rehearse_tuner(config, folder, leftover):
         ) as tuner,
     ):
         waiting = Waiting("the tuner's first parameters", TUNER_PATIENCE)
+        log = folder / "dispatcher.log"
+
+        def has_ended():
+            return tuner.poll() is not None or bool(THREAD_DIED.search(read(log)))
+
         try:
-            manager.send(CommandType.Initialize, space, tuner, waiting)
-            manager.send(CommandType.RequestTrialJobs, number, tuner, waiting)
-            proposals = manager.parameters(number, tuner, waiting)
+            manager.send(CommandType.Initialize, space, has_ended, waiting)
+            manager.send(CommandType.RequestTrialJobs, number, has_ended, waiting)
+            proposals = manager.parameters(number, has_ended, waiting)
             if proposals and shipped_class(config.tuner):  # some of NNI's die of the first result
                 manager.send(CommandType.ReportMetricData, final_result(proposals[0]))
                 manager.send(CommandType.RequestTrialJobs, 1)
-                manager.parameters(1, tuner, waiting)
+                manager.parameters(1, has_ended, waiting)
         except TimeoutError:
             return []
         except EOFError:
-            words = "".join(
-                path.read_text(errors="replace")
-                for path in (folder / "output", folder / "dispatcher.log")
-                if path.exists()
-            )
-            raise ValueError(f"{describe(config)}: {reason(words)}") from None
+            why = reason(read(folder / "output") + read(log))
+            raise ValueError(f"{describe(config)}: {with_hint(why)}") from None
     return proposals
+
+
+def read(path):
+    """Return the text in a file of another process, "" while it is not there."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def with_hint(why):
+    """Return why a tuner has failed with what is allowed instead, where that is known."""
+    hints = [hint for pattern, hint in HINTS.items() if re.search(pattern, why)]
+    return "; ".join([why, *hints, "--no-rehearsal starts the search all the same"])
 
 
 def describe(config):
@@ -214,29 +232,29 @@ class Manager:
     def __exit__(self, *_):
         self.server.shutdown()
 
-    def send(self, command, data, tuner=None, waiting=None):
+    def send(self, command, data, has_ended=None, waiting=None):
         """Send a command, once the dispatcher has connected. Raises what next() does."""
         if self.channel is None:
-            self.channel = self.next(tuner, waiting)
+            self.channel = self.next(has_ended, waiting)
         with contextlib.suppress(WebSocketException):  # it has ended, which next() will tell
             self.channel.send(command.value.decode() + json.dumps(data))
 
-    def next(self, tuner, waiting):
+    def next(self, has_ended, waiting):
         """Return the next message. Raises EOFError if the tuner has ended, TimeoutError."""
         while waiting.goes_on():
             with contextlib.suppress(queue.Empty):
                 return self.received.get(timeout=0.1)
-            if tuner.poll() is not None and self.received.empty():
+            if has_ended() and self.received.empty():
                 raise EOFError
             if self.channel is not None:  # a dispatcher whose worker has died ends when it hears
                 self.send(CommandType.Ping, "")
         raise TimeoutError
 
-    def parameters(self, number, tuner, waiting):
+    def parameters(self, number, has_ended, waiting):
         """Return so many sets of parameters, as JSON, or fewer if the tuner has no more."""
         proposals = []
         while len(proposals) < number:
-            message = self.next(tuner, waiting)
+            message = self.next(has_ended, waiting)
             kind, data = message[:2].encode(), message[2:]
             if kind == CommandType.NewTrialJob.value:
                 proposals.append(data)

@@ -84,6 +84,12 @@ def read_experiments(**types):
     return known
 
 
+def some(experiments):
+    """Return in words which experiments there are, and where to find the rest of many."""
+    words = ", ".join([*experiments][-5:]) or "none, since NNI lists no experiment"
+    return words + (", and others in nnictl experiment list --all" if len(experiments) > 5 else "")
+
+
 def find_database(experiment):
     """Return the ID and the database of an experiment of this user, by default the latest.
 
@@ -96,7 +102,7 @@ def find_database(experiment):
     if experiment is None:
         experiment = max(known, key=lambda key: known[key]["startTime"])
     if experiment not in known:
-        raise ValueError(f"EXPERIMENT_ID is {experiment!r}; allowed: {', '.join(sorted(known))}")
+        raise ValueError(f"EXPERIMENT_ID is {experiment!r}; allowed: {some(known)}")
     return experiment, Path(known[experiment]["logDir"]) / experiment / "db" / "nni.sqlite"
 
 
@@ -226,8 +232,10 @@ def read_file(path):
         found["trials"] = [checked(trial) for trial in search["trials"]]
         return found
     except MALFORMED as error:
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{path} holds no results of --json or nnictl: {reason}") from error
+        is_missing = isinstance(error, KeyError)
+        reason = f"{error} is missing" if is_missing else f"{type(error).__name__}: {error}"
+        what = f"{path} holds no results of --json, or of nnictl's export as JSON"
+        raise ValueError(f"{what}: {one_line(reason)}") from error
 
 
 def exported(order, trial):
@@ -275,5 +283,7 @@ def read_json(path):
     """Return what the JSON file holds. Raises OSError or ValueError, naming the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error

@@ -85,6 +85,18 @@ def texts(space, where):
                 yield from texts(parameters_of(value), f"{at}: {one_line(value['_name'])}")
 
 
+def deep_choices(space, where, depth=0):
+    """Yield a line for each choice that stands in an option of a choice with named options."""
+    for key, entry in space.items():
+        at = f"{where}: {one_line(key)}"
+        if entry["_type"] == "choice" and is_nested(entry["_value"]):
+            for value in entry["_value"]:
+                name = one_line(value["_name"])
+                yield from deep_choices(parameters_of(value), f"{at}: {name}", depth + 1)
+        if depth == 1 and entry["_type"] == "choice" and is_nested(entry["_value"]):
+            yield f"{at} has options within an option: NNI's tuner fails where that is not drawn"
+
+
 def is_number(value):
     """Return whether a value is a finite number; the true and the false of JSON are none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -71,9 +71,12 @@ def test_the_projects_configurations_pass(name):
     ("changes", "parts"),
     [
         ({"trialConcurrency": 0}, ["trialConcurrency is 0; allowed: trialConcurrency > 0"]),
-        ({"trialConcurrency": "two"}, ["trialConcurrency ('two')", "int"]),
+        ({"trialConcurrency": "two"}, ["trialConcurrency is 'two'; allowed: an integer"]),
         ({"trialConcurrency": None}, ["trialConcurrency is not set"]),
-        ({"trialConcurency": 2}, ["does not have field(s) trialconcurency"]),
+        (
+            {"trialConcurency": 2},
+            ["trialConcurency is no key of NNI's Exp", "; allowed: trialConcurrency"],
+        ),
         ({"maxTrialDuration": "5x"}, ["maxTrialDuration is '5x'; allowed: ", "90, 90s, 30m"]),
         ({"maxExperimentDuration": "0s"}, ["maxExperimentDuration is '0s'; allowed: "]),
         ({"tunerGpuIndices": "a"}, ["tunerGpuIndices is 'a': invalid literal"]),
@@ -168,6 +171,18 @@ def test_numbers_that_yaml_takes_for_text(load):
         "searchSpace: lr: 1e-4 is text to YAML; for a number write 1.0e-4",
         "searchSpace: x: a: b: 5E-2 is text to YAML; for a number write 5.0e-2",
     ]
+
+
+def test_options_within_an_option_are_warned_of(load):
+    inner = {"_type": "choice", "_value": [{"_name": "c"}, {"_name": "d"}]}
+    space = entry("choice", {"_name": "a"}, {"_name": "b", "inner": inner})
+    line = "searchSpace: lr: b: inner has options within an option: NNI's tuner fails where that"
+    for name in ("TPE", "Random"):
+        (warning,) = checks.check(load(searchSpace=space, tuner={"name": name}))
+        assert warning.startswith(line)
+    assert checks.check(load(searchSpace=space, tuner={"name": "Evolution"})) == []
+    shallow = entry("choice", {"_name": "a"}, {"_name": "b"} | entry("choice", 1, 2))
+    assert checks.check(load(searchSpace=shallow, tuner={"name": "TPE"})) == []
 
 
 def test_what_nni_runs_but_nobody_means_is_warned_of(load):

@@ -249,7 +249,7 @@ def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
         (["--out", "no/such/best.json"], ["cannot write no/such/best.json"]),
         (["--file", "missing.json"], ["missing.json", "No such file"]),
         (["--file", "text.json"], ["text.json is not JSON"]),
-        (["--file", "other.json"], ["other.json holds no results", "KeyError: 'experiment'"]),
+        (["--file", "other.json"], ["other.json holds no results", "'experiment' is missing"]),
         (["--file", "list.json"], ["list.json holds no results"]),
         (["abc123", "--file", "list.json"], ["EXPERIMENT_ID is 'abc123'", "--file"]),
     ],

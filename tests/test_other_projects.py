@@ -298,7 +298,8 @@ def test_a_version_1_that_nni_does_not_convert_is_called_that(project):
         ({"trialCommand": "python3 -c 'import nopackage'"}, "No module named 'nopackage'"),
         ({"trialCommand": "pyton trial.py"}, "pyton: command not found"),
         ({"trialCommand": "exit 3; python3 trial.py"}, "it fails with status 3"),
-        ({"trialCommand": None}, "trialCommand (None)"),
+        ({"trialCommand": None}, "trialCommand is None; allowed: a text"),
+        ({"tuner": {"name": "TPE", "classArgs": {"optimize_mode": "max"}}}, "; allowed: maximize"),
     ],
 )
 def test_what_cannot_run(project, changes, part):

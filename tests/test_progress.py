@@ -228,6 +228,18 @@ def test_a_grid_that_is_smaller_than_asked_ends(run_search):
     search = run_search("tell(1)", "tell(2)", "tell(3)", maxTrialNumber=50, trialConcurrency=2)
     assert search.returncode == 0, search.stderr
     assert len(search.lines) == 3
+    assert "The tuner has no more after 3 trials; maxTrialNumber is 50" in search.stdout
+
+
+def test_what_counts_of_a_trial_that_reports_twice_and_of_one_that_fails_then(run_search):
+    tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}  # NNI's dies of the second
+    twice, fails = "tell(1); tell(2); time.sleep(2)", "tell(3); sys.exit(2)"
+    search = run_search(f"{twice} # 1", f"{twice} # 2", tuner=tuner)
+    assert search.returncode == 0, search.stderr
+    assert [line.split(": ")[1] for line in search.lines] == ["1; best 1"] * 2
+    search = run_search(fails)
+    assert search.returncode == 1
+    assert "(exit status 2); so its result, 3, does not count; no result" in search.lines[0]
 
 
 def test_nobody_reads_on(run_search):

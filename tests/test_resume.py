@@ -403,7 +403,7 @@ GOOD = CONFIG | {"trialCodeDirectory": "/"}
         (json.dumps(GOOD | {"trialConcurrency": 0}), "trialConcurrency is 0; allowed: "),
         (json.dumps(GOOD | {"trialCodeDirectory": "/no/such"}), "/no/such"),
         (json.dumps(GOOD | {"tuner": {"name": 3}}), "name"),
-        (json.dumps(GOOD | {"another": 3}), "does not have field(s) another"),
+        (json.dumps(GOOD | {"another": 3}), "another is no key of NNI's ExperimentConfig"),
         (json.dumps(GOOD | {"searchSpace": {"__symbol__": 1}}), "no key that runs code"),
     ],
 )
