@@ -58,6 +58,8 @@ def save(content, path, tensors):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk
+        if isinstance(error.__context__, (SystemExit, KeyboardInterrupt)):  # torch's last words
+            raise error.__context__ from None
         unfinished.unlink(missing_ok=True)  # or it would count as used space in the message
         needed = sum(tensor.nbytes for tensor in tensors) / 1e6
         free = shutil.disk_usage(path.parent).free / 1e6

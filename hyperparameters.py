@@ -80,7 +80,7 @@ def read(path):
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotAllowed(f"--params is {path}; allowed: a JSON file; {error}") from error
     return values.get("hyperparameters", values) if isinstance(values, dict) else values
 

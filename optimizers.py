@@ -21,7 +21,7 @@ class Optimizer:
     """
 
     def __init__(self, args, model):
-        self.parameters = list(model.parameters())
+        self.parameters = [each for each in model.parameters() if each.requires_grad]
         self.momentum = args.momentum
         self.settings = {"weight_decay": args.weight_decay, "maximize": False, "fused": True}
         self.averages = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -35,8 +35,11 @@ class Optimizer:
             parameter.grad = None
 
     def gradients(self):
-        """Return the gradient of each parameter."""
-        return [parameter.grad for parameter in self.parameters]
+        """Return the gradient of each parameter, 0 for one that the loss does not depend on."""
+        return [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in self.parameters
+        ]
 
 
 class SGD(Optimizer):

@@ -64,7 +64,7 @@ def total(value):
 def sum_gradients(model):
     """Replace each gradient by its sum over the processes."""
     if count() > 1:
-        gradients = [parameter.grad for parameter in model.parameters()]
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
         message = torch.cat([gradient.flatten() for gradient in gradients])  # one, as each waits
         distributed.all_reduce(message)
         sizes = [gradient.numel() for gradient in gradients]

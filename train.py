@@ -88,13 +88,14 @@ def train_step(model, optimizer, images, labels, args, index):
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), index: int64 (n,), on the model's device. The
     loss stays there, too: to read it at every step, Python would wait for the GPU at every step.
+    And a GPU repeats a recording of the step, in which no value can be read: no print, no .item().
     Of several processes each has its share of the batch, and returns its share of the loss.
     """
     inputs, targets = step.make_batch(images, labels, index, args.augment)
     optimizer.zero_grad()
     logits = model(inputs)
     losses = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=args.label_smoothing)
-    loss = losses / len(index)  # of the whole batch, of which this process may have a share
+    loss = losses / len(index)  # their mean; summed above, as this process may have a share only
     loss.backward()
     processes.sum_gradients(model)  # does nothing where a process has the batch to itself
     optimizer.step()
@@ -112,15 +113,16 @@ def train(model, optimizer, images, labels, args):
     model.train()
     # learn(index) is train_step() with all but the index filled in.
     learn = functools.partial(train_step, model, optimizer, images, labels, args)
+    batch_size = min(args.batch_size, len(images))
     # A GPU computes faster than Python starts the parts of a step. A CUDA graph is a recorded step,
     # whose parts start at once; several processes have to meet within a step, so they do without.
     if images.is_cuda and processes.count() == 1:
-        learn = step.as_cuda_graph(learn, min(args.batch_size, len(images)), images.device)
-    steps = args.epochs * math.ceil(len(images) / args.batch_size)
+        learn = step.as_cuda_graph(learn, batch_size, images.device)
+    steps = args.epochs * math.ceil(len(images) / batch_size)
     rates = learning_rates(args, steps)  # one for each step
     running_loss = torch.zeros((), device=images.device)
     for epoch in range(1, args.epochs + 1):
-        batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
+        batches = torch.randperm(len(images)).to(images.device).split(batch_size)
         window = min(args.report_every, len(batches))
         # disable=None shows the progress bar on a terminal only, so never in a trial.
         disable = None if processes.is_first() else True
@@ -205,7 +207,7 @@ def parse_args(argv):
     add = parser.add_argument
     for key, entry in HYPERPARAMETERS.items():
         flag = "--" + key.replace("_", "-")
-        text = f"{entry.meaning}: {entry.allowed} (default: {entry.default})"
+        text = f"{entry.meaning}: {entry.allowed} (default: {entry.default})".replace("%", "%%")
         add(flag, type=entry.from_text, default=argparse.SUPPRESS, metavar="VALUE", help=text)
     add("--params", type=Path, metavar="FILE", help="take hyperparameters from this JSON file")
     add("--dataset", default="cifar10", choices=cifar10.DATASETS, help="synthetic: no download")
@@ -219,7 +221,7 @@ def parse_args(argv):
     args, unknown = parser.parse_known_args(argv)
     flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}  # those given
     for key, entry in HYPERPARAMETERS.items():
-        setattr(args, key, entry.default)
+        setattr(args, key, entry.kind(entry.default))  # 0 is a number's default as well as 0.0
     try:
         if unknown:
             words = " ".join(" ".join(unknown).split())  # one line, whatever they hold

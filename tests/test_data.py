@@ -219,6 +219,20 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(archive, folder, error):
     assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
 
 
+def test_an_end_while_a_file_is_written_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    def interrupted(content, file):
+        try:
+            raise SystemExit(143)
+        finally:  # as torch.save, which closes what it has not written to its end
+            raise RuntimeError("unexpected pos 960 vs 854")
+
+    monkeypatch.setattr("torch.save", interrupted)
+    with pytest.raises(SystemExit) as end:
+        files.save({}, tmp_path / "model.pt", [])
+    assert end.value.code == 143
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["target", "missing"])
 @pytest.mark.parametrize("place", [CIFAR10.filename, f"{CIFAR10.base_folder}/data_batch_3"])
 def test_a_link_in_place_of_what_is_downloaded_is_not_followed(archive, folder, place, name):

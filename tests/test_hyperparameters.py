@@ -6,6 +6,7 @@ import pytest
 from conftest import BASELINE
 
 import train
+from hyperparameters import Number
 
 KEYS = ", ".join(BASELINE)
 REFUSED = [
@@ -156,8 +157,24 @@ def test_other_flags_are_refused(argv, parts, capsys):
     assert all(part in line for part in parts), line
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"lr: 1", b"\xff\xfe\x00", b"[1]", b"3", b"null"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"lr: 1", b"\xff\xfe\x00", b"[1]", b"3", b"null", b"[" * 10**5],
+    ids=lambda content: content[:8].decode(errors="replace"),
+)
 def test_a_file_that_holds_no_hyperparameters_is_refused(content, tmp_path, capsys):
     file = tmp_path / "params.json"
     file.write_bytes(content)
     assert str(file) in refusal(["--params", file], capsys)
+
+
+def test_an_entry_of_ones_own_may_have_an_integer_as_default_and_any_sentence(monkeypatch, capsys):
+    entry = Number(0, "how many of 100 %s are dropped, 50%", at_least=0, below=1)
+    monkeypatch.setitem(train.HYPERPARAMETERS, "dropout", entry)
+    assert train.parse_args(["--dropout", "0.3"]).dropout == 0.3
+    args = train.parse_args([])
+    train.set_hyperparameters(args, {"dropout": 0.5}, "tuner")
+    assert args.dropout == 0.5
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    assert "how many of 100 %s are dropped, 50%" in " ".join(capsys.readouterr().out.split())

@@ -182,7 +182,7 @@ def test_names_and_errors_do_not_reach_the_terminal_as_they_are(run_search, home
     assert result.stdout.startswith("Search abc: ?[31mred\n"), result.stderr
     (home / "\x1b[31mred.yml").write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
     result = run_search("\x1b[31mred.yml")
-    assert "trialcomand" in refusal(result)
+    assert "trialComand is no key of NNI" in refusal(result)
     assert "?[31mred.yml" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
 

@@ -385,3 +385,27 @@ def test_a_trial_imports_torchvision_only_to_make_the_cache(run, cifar10_dir):
     code = f"import sys, train; train.main({flags}); assert 'torchvision' not in sys.modules"
     result = run(code=code)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(name):
+    torch.manual_seed(0)
+    model = train.Net()
+    model.unused = torch.nn.Linear(2, 2)
+    model.conv1.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images, labels = (tensor[:64] for tensor in cifar10.make_synthetic()[:2])
+    _, learn = optimizer_and_step(model, images, labels, quick(optimizer=name))
+    for index in batches(images, 8, 3):
+        learn(index)
+    same = {key for key, value in model.state_dict().items() if torch.equal(value, before[key])}
+    assert same == {
+        f"{layer}.{part}" for layer in ("conv1", "unused") for part in ("weight", "bias")
+    }
+
+
+def test_a_batch_may_be_larger_than_any_data():
+    images, labels = (tensor[:64] for tensor in cifar10.make_synthetic()[:2])
+    args = quick(batch_size=10**20, epochs=1, report_every=2000)
+    model = train.Net()
+    train.train(model, optimizers.SGD(args, model), images, labels, args)
