@@ -85,16 +85,18 @@ def texts(space, where):
                 yield from texts(parameters_of(value), f"{at}: {one_line(value['_name'])}")
 
 
-def deep_choices(space, where, depth=0):
-    """Yield a line for each choice that stands in an option of a choice with named options."""
+def deep_choices(space, where, is_option=False):
+    """Yield a line for each choice of named options that stands in an option of another."""
     for key, entry in space.items():
+        if entry["_type"] != "choice" or not is_nested(entry["_value"]):
+            continue
         at = f"{where}: {one_line(key)}"
-        if entry["_type"] == "choice" and is_nested(entry["_value"]):
-            for value in entry["_value"]:
-                name = one_line(value["_name"])
-                yield from deep_choices(parameters_of(value), f"{at}: {name}", depth + 1)
-        if depth == 1 and entry["_type"] == "choice" and is_nested(entry["_value"]):
+        if is_option:
             yield f"{at} has options within an option: NNI's tuner fails where that is not drawn"
+            continue
+        for value in entry["_value"]:
+            option = f"{at}: {one_line(value['_name'])}"
+            yield from deep_choices(parameters_of(value), option, is_option=True)
 
 
 def is_number(value):
