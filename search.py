@@ -12,8 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-from nnisearch import cli, gpus
-from nnisearch.config import shipped_class
+from nnisearch import cli
+from nnisearch.before import gpus
+from nnisearch.before.config import shipped_class
 
 ROOT = Path(__file__).resolve().parent
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [ROOT / "search.py"]
 UNCHECKED = [
     "-c",
-    "import sys, search; from nnisearch import checks; checks.check = lambda _: [];"
+    "import sys, search; from nnisearch.before import checks; checks.check = lambda _: [];"
     "checks.check_disk = lambda *_: None;"
     "search.check = lambda _: None; sys.exit(search.main([*sys.argv[1:], '--no-rehearsal']))",
 ]

@@ -23,7 +23,7 @@ from nni.algorithms.hpo.random_tuner import RandomTuner
 
 import cifar10
 import train
-from nnisearch.output import write
+from nnisearch.shared.output import write
 
 TABLE = ROOT / "bench" / "table.json"
 

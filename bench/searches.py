@@ -18,8 +18,8 @@ from compare import hardware
 from experiment import ROOT, SEARCH, Experiment, accuracy
 from tuners import best_so_far, first
 
-from nnisearch.choose import has_result
-from nnisearch.results import read_database
+from nnisearch.after.choose import has_result
+from nnisearch.shared.results import read_database
 
 CONFIG = ROOT / "configs" / "cpu.yml"
 AS_SHIPPED = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}

@@ -15,19 +15,22 @@ import socket
 import sys
 from pathlib import Path
 
-from nnisearch import signals
+from nnisearch.shared import signals
 
 with signals.silently_interrupted():  # NNI takes a second
     import nni
     from nni.experiment import Experiment
 
-    from nnisearch import checks, choose, gpus, progress, recovery
-    from nnisearch import config as configuration
-    from nnisearch.output import Parser, may_be_closed
-    from nnisearch.rehearsal import rehearse
-    from nnisearch.results import some
-    from nnisearch.start import experiment_folder, launch, prepare_environment
-    from nnisearch.text import one_line
+    from nnisearch.after import choose
+    from nnisearch.before import checks, gpus
+    from nnisearch.before import config as configuration
+    from nnisearch.before.rehearsal import rehearse
+    from nnisearch.shared.output import Parser, may_be_closed
+    from nnisearch.shared.results import some
+    from nnisearch.shared.text import one_line
+    from nnisearch.start import resume
+    from nnisearch.start.launch import experiment_folder, launch, prepare_environment
+    from nnisearch.watch import progress
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 LIST_SIZE = 1  # MB: NNI's list of experiments, of which nothing is left if the disk is full
@@ -35,23 +38,23 @@ LIST_SIZE = 1  # MB: NNI's list of experiments, of which nothing is left if the 
 
 def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
-    known = recovery.list_experiments()
+    known = resume.list_experiments()
     if args.resume and args.resume not in known:
         raise ValueError(f"--resume is {args.resume!r}; allowed: {some(known)}")
-    if args.resume and recovery.is_running(known[args.resume]):
+    if args.resume and resume.is_running(known[args.resume]):
         running = known[args.resume]
-        return args.resume, running["port"], recovery.running_config(running)
+        return args.resume, running["port"], resume.running_config(running)
     home = Path("~/nni-experiments").expanduser()
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")
     if known:
-        recovery.note_ended(known)
+        resume.note_ended(known)
     if args.resume:
         known = known[args.resume]
         folder = Path(known["logDir"], args.resume)
         experiment = Experiment(configuration.load_stored(args.resume, folder))
         experiment.id, experiment._action = args.resume, "resume"
         experiment.config.experiment_working_directory = known["logDir"]
-        recovery.prepare(known)
+        resume.prepare(known)
     else:
         path, reason = (args.config, args.config) if args.config else default_config()
         print(f"Configuration: {one_line(reason)}")

@@ -6,7 +6,7 @@ from statistics import NormalDist
 from nni.common.hpo_utils import deformat_parameters, format_search_space
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from nnisearch.space import check_space, is_nested, is_number
+from nnisearch.before.space import check_space, is_nested, is_number
 
 
 class Space:

@@ -33,9 +33,9 @@ SPACE = {
     "momentum": {"_type": "uniform", "_value": [0.5, 0.95]},
 }
 # Where the search is tested, and not train.py: a trial that costs next to nothing.
-LIGHT_TRIAL = "python3 tests/light_trial.py"
+LIGHT_TRIAL = "python3 tests/support/light_trial.py"
 ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
 from experiment import UNCHECKED, Experiment, processes_at  # noqa: E402
 
@@ -101,7 +101,7 @@ def nobody():
 def environment():
     """The environment of a child process: no CIFAR-10 that happens to be here, one thread."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NNI_", "CIFAR10_"))}
-    return environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
 
 
 @pytest.fixture

@@ -1,0 +1,296 @@
+"""Choose the trial to keep from a search with NNI: good first, then short, then quick to learn.
+
+    nnichoose                         # the latest experiment on this machine
+    nnichoose ID --out best.json      # its choice, its hyperparameters among it
+    nnichoose --file results.json     # what --json, or nnictl's export, has written
+
+Of the trials whose result is within --within of the best the choice is the one that ran shortest,
+in whole seconds, and of several such the one that learned fastest, which is the one with the least
+area under the curve of its intermediate results where these fall, as losses do, and with the
+greatest where they rise. The best result is the least if the tuner minimizes. The experiment may be
+running, stopped or finished: what is read is the database that NNI keeps of it.
+"""
+
+import collections
+import csv
+import io
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+from nnisearch.after.importance import as_dict, importances
+from nnisearch.shared.output import Parser, may_be_closed, write
+from nnisearch.shared.processes import manager_of
+from nnisearch.shared.results import (
+    ENDED,
+    NO_RESULT,
+    find_database,
+    has_result,
+    read_database,
+    read_file,
+)
+from nnisearch.shared.text import one_line
+
+BEST = {"minimize": "least", "maximize": "greatest"}
+MANY = 5  # strange results are named, and what else is said of trials, up to so many
+
+
+def rank(result, direction):
+    """Return a number that is the lower the better a result is."""
+    return result if direction == "minimize" else -result
+
+
+def choose(trials, within, direction="maximize"):
+    """Return the trial to keep of trials with a result, by the rule at the top of this file."""
+    best = min((trial["result"] for trial in trials), key=lambda result: rank(result, direction))
+    # Which way the intermediate results go: down as losses, or up as accuracies.
+    curves = [trial["intermediate"] for trial in trials if trial["area"] is not None]
+    fallen = sum((curve[0] > curve[-1]) - (curve[0] < curve[-1]) for curve in curves)
+    is_falling = fallen > 0 or (fallen == 0 and direction == "minimize")
+
+    def is_good(trial):
+        gap = abs(best - trial["result"])
+        return gap <= within or math.isclose(gap, within)  # 63.04 - 62.54 is above 0.5
+
+    def cost(trial):
+        seconds = math.inf if trial["seconds"] is None else round(trial["seconds"])
+        area = math.inf
+        if trial["area"] is not None:
+            area = trial["area"] if is_falling else -trial["area"]
+        return seconds, area, rank(trial["result"], direction), trial["trial"]
+
+    return min(filter(is_good, trials), key=cost)
+
+
+def rule(within, direction):
+    """Return the rule of choose() in words."""
+    near = f"within {within:g} of the" if within else "of the"
+    return f"{near} {BEST[direction]} result the shortest, then the one that learned fastest"
+
+
+def cell(value):
+    """Return a hyperparameter as text for a table, short and in one line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) and value.strip() else json.dumps(value)
+    return one_line(text if len(text) <= 40 else f"{text[:39]}…")
+
+
+def table(trials, choice):
+    """Return a table of trials as text, the choice marked by an asterisk."""
+    given = [as_dict(trial["hyperparameters"]) for trial in trials]
+    keys = list(dict.fromkeys(key for values in given for key in values))
+    rows = [["", "trial", "result", "seconds", "last", "area", *map(cell, keys)]]
+    for trial, values in zip(trials, given, strict=True):
+        numbers = (("result", ".6g"), ("seconds", ".0f"), ("last", ".4g"), ("area", ".4g"))
+        measured = ["-" if trial[key] is None else format(trial[key], f) for key, f in numbers]
+        cells = [cell(values[key]) if key in values else "-" for key in keys]
+        mark = "*" if trial is choice else ""
+        rows.append([mark, str(trial["trial"]), *measured, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (map(str.rjust, row, widths) for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def as_csv(trials):
+    """Return trials as CSV, a column for each hyperparameter, texts in one line."""
+    measured = ["trial", "id", "result", "seconds", "last", "area"]
+    rows = [[trial[key] for key in measured] for trial in trials]
+    given = [as_dict(trial["hyperparameters"]) for trial in trials]
+    keys = list(dict.fromkeys(key for values in given for key in values))
+    for row, values in zip(rows, given, strict=True):
+        for value in map(values.get, keys):
+            is_text = isinstance(value, str)
+            is_plain = is_text or value is None or isinstance(value, (int, float))
+            row.append(one_line(value) if is_text and value else value)
+            row[-1] = row[-1] if is_plain else json.dumps(value)
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([[*measured, *map(one_line, keys)], *rows])
+    return file.getvalue()
+
+
+def plot(trials, choice, top, direction):
+    """Return a PNG: the best so far, results by duration, the top trials' curves, what mattered.
+
+    trials are ranked, and top is how many of them get their curve drawn. Raises ImportError
+    without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    shares = importances(trials)
+    rows, columns = (2, 2) if shares else (1, 3)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
+    progress, cost, curves, *mattered = figure.subplots(rows, columns).flat
+    in_turn = sorted(trials, key=lambda trial: trial["trial"])
+    better = min if direction == "minimize" else max
+    best = []
+    for trial in in_turn:
+        best.append(better([*best[-1:], trial["result"]]))
+    label = f"the choice, trial {choice['trial']}: {choice['result']:.6g}"
+    progress.step(
+        [trial["trial"] for trial in in_turn], best, "k", where="post", label="best so far"
+    )
+    for axes, key in ((progress, "trial"), (cost, "seconds")):
+        known = [trial for trial in trials if trial[key] is not None]
+        places, results = [t[key] for t in known], [t["result"] for t in known]
+        axes.scatter(places, results, s=14, c="#4c6a92", alpha=0.6)
+        if choice[key] is not None:
+            axes.scatter(
+                choice[key], choice["result"], 140, "#c1272d", marker="*", zorder=3, label=label
+            )
+    progress.set(xlabel="trial", ylabel="result", title="Best so far")
+    cost.set(xlabel="duration in s", ylabel="result", title="Result by duration")
+
+    drawn = [trial for trial in trials[:top] if trial is not choice]
+    for trial in [*reversed(drawn), choice]:  # the best on top
+        values = [math.nan if value is None else value for value in trial["intermediate"]]
+        chosen = {"color": "#c1272d", "linewidth": 2, "label": label}
+        style = chosen if trial is choice else {"color": "#4c6a92", "alpha": 0.45, "linewidth": 1}
+        marker = "." if len(values) == 1 else None
+        places = [100 * (order + 1) / len(values) for order in range(len(values))]
+        curves.plot(places, values, marker=marker, **style)
+    title = f"Intermediate results of the top {len(drawn) + 1}"
+    curves.set(xlabel="part of the trial in %", ylabel="intermediate result", title=title)
+    for axes in (progress, cost, curves):
+        axes.legend(*axes.get_legend_handles_labels(), frameon=False)
+        axes.grid(alpha=0.25)
+    for axes in mattered:
+        # $ would begin a formula
+        names = [cell(key).replace("$", r"\$") for key in shares]
+        axes.barh(names, [100 * share for share in shares.values()], color="#4c6a92")
+        axes.invert_yaxis()
+        axes.set(xlabel="importance in %", title=f"What mattered, by {len(trials)} trials")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
+
+
+def parse_args(argv, prog, within):
+    parser = Parser(prog, __doc__.splitlines()[0])
+    add = parser.add_argument
+    latest = "default: the one last started, resumed or viewed by this user"
+    add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
+    add("--file", help="read results from there instead: JSON of --json or of nnictl's export")
+    equal = "results that near to the best count as equally good; in their own unit (%(default)s)"
+    add("--within", type=float, default=within, help=equal)
+    add("--top", type=int, default=10, help="how many trials are shown (%(default)s)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print all trials as JSON")
+    output.add_argument("--csv", action="store_true", help="print the trials with a result as CSV")
+    add("--out", metavar="FILE", help="write the choice there, as JSON")
+    add("--plot", metavar="FILE.png", help="draw the search there, by matplotlib")
+    args = parser.parse_args(argv)
+    if not 0 <= args.within < math.inf:
+        parser.error(f"--within is {args.within}; allowed: a finite number >= 0")
+    if args.top < 1:
+        parser.error(f"--top is {args.top}; allowed: an integer >= 1")
+    for key in ("file", "out", "plot"):
+        given = getattr(args, key)
+        if given == "":
+            parser.error(f"--{key} is ''; allowed: the name of a file")
+        setattr(args, key, given and Path(given))
+    if args.file and args.experiment:
+        parser.error(f"EXPERIMENT_ID is {args.experiment!r}; allowed: none, with --file")
+    return args
+
+
+def left_out(trials):
+    """Return a text on the trials that do not count, "" if there are none."""
+    states = {
+        "SUCCEEDED": "without a result",
+        "EARLY_STOPPED": "EARLY_STOPPED (by maxTrialDuration or an assessor)",
+    }
+    counts = collections.Counter(
+        states.get(trial["status"], one_line(trial["status"]))
+        for trial in trials
+        if not has_result(trial)
+    )
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def no_results(trials):
+    """Return a line for each thing that trials have reported and that is no result."""
+    named = collections.defaultdict(list)
+    for trial in trials:
+        if trial["reported"] is not None:
+            named[one_line(trial["reported"])].append(f"{trial['trial']} ({one_line(trial['id'])})")
+    lines = []
+    for reported, who in list(named.items())[:MANY]:
+        more = f" and {len(who) - MANY} more" if len(who) > MANY else ""
+        lines.append(f"trial {', '.join(who[:MANY])}{more} reported {reported}, {NO_RESULT}")
+    return [*lines, *([f"and {len(named) - MANY} other things"] if len(named) > MANY else [])]
+
+
+def left_behind(search):
+    """Return a line if NNI has noted no end of trials, and no manager of the search runs here."""
+    unended = {one_line(trial["status"]) for trial in search["trials"]} - ENDED
+    if not unended or not search["experiment"] or manager_of(search["experiment"]):
+        return []
+    where = "on this machine, so that is how it was left"
+    return [f"{' and '.join(sorted(unended))}: no manager of this search runs {where}"]
+
+
+def main(argv=None, prog="nnichoose", within=0.0):
+    """Print what a search has found, and write the choice where it is asked for."""
+    args = parse_args(argv, prog, within)
+    with may_be_closed():
+        try:
+            show(args)
+        except ImportError as error:
+            sys.exit(f"{prog}: error: --plot needs matplotlib (pip install matplotlib): {error}")
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{prog}: error: {one_line(error)}")
+
+
+def show(args):
+    """Do as the arguments say. Raises OSError, ValueError or ImportError."""
+    found = None if args.file else find_database(args.experiment)
+    search = read_database(*found) if found else read_file(args.file)
+    everything = search["trials"]
+    is_named = bool(search["name"])  # an experiment of NNI need not have a name
+    title = one_line(search["name"] if is_named else search["experiment"])
+    trials = [trial for trial in everything if has_result(trial)]
+    trials.sort(key=lambda trial: (rank(trial["result"], search["direction"]), trial["trial"]))
+    notes = [*no_results(everything), *left_behind(search)]
+    if not trials:
+        why = "; ".join(filter(None, [left_out(everything), *notes]))
+        none = f"{title}: none of {len(everything)} trials has a result"
+        raise ValueError(f"{none}: {why}" if why else none)
+    choice = choose(trials, args.within, search["direction"])
+    picture = plot(trials, choice, args.top, search["direction"]) if args.plot else None
+    if args.out:
+        kept = {"experiment": search["experiment"]}
+        kept |= {key: choice[key] for key in ("trial", "id", "result", "hyperparameters")}
+        write(args.out, json.dumps(kept, indent=4).encode() + b"\n")
+    if args.plot:
+        write(args.plot, picture)
+
+    if args.json:
+        print(json.dumps(search | {"choice": choice["id"]}))
+    elif args.csv:
+        print(as_csv(trials), end="")
+    else:
+        source = one_line(search["experiment"] or args.file)
+        print(f"{source}: {title}" if is_named else source)
+        print(table(trials[: args.top], choice))
+        others = left_out(everything)
+        others = f"; left out: {others}" if others else ""
+        print(f"{len(trials)} of {len(everything)} trials have a result{others}")
+        for line in notes:
+            print(line)
+        shares = [f"{cell(key)} {share:.0%}" for key, share in importances(trials).items()]
+        if shares:
+            print(f"What mattered, by {len(trials)} trials: {', '.join(shares)}")
+        who = f"trial {choice['trial']} ({one_line(choice['id'])})"
+        print(f"* the choice, {who}: {rule(args.within, search['direction'])}")
+        print(json.dumps(choice["hyperparameters"]).replace("\x7f", "\\u007f"))
+
+
+if __name__ == "__main__":
+    main()

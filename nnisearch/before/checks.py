@@ -1,0 +1,104 @@
+"""What is looked at before a search starts: the mistakes that NNI takes without a word.
+
+NNI is the judge of what it can run, by the rehearsal; here stands what it would do wrong silently.
+Each check raises ValueError with one line that names the key, its value and what is allowed.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+
+from nni.experiment.config.utils import camel_case
+
+from nnisearch.before.config import check_code, is_local, known_algorithms, shipped_class
+from nnisearch.before.gpus import check_gpus
+from nnisearch.before.space import check_space, deep_choices, texts
+
+# NNI's tuners whose search spaces are of another form.
+OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
+
+# Those that fail of options within an option that they have not drawn (KeyError).
+SHALLOW_SPACES = ("TpeTuner", "RandomTuner", "GridSearchTuner")
+
+# Python, and so NNI, takes true and false for numbers.
+COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
+COUNTS += ("max_trial_duration", "max_experiment_duration")
+
+MANY = 1000  # trials at a time
+
+
+def check(config):
+    """Check a canonical configuration against this machine; return what merely looks wrong, lines.
+
+    Raises ValueError.
+    """
+    if len(sys.executable.split()) > 1:  # NNI starts its tuner by a shell, unquoted
+        allowed = "a Python whose path has no spaces"
+        raise ValueError(f"the Python is {sys.executable!r}; allowed: {allowed}")
+    check_code(config.json(), "the configuration")
+    check_algorithms(config)
+    if is_local(config):
+        if shutil.which("ps") is None:
+            raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
+        if config.trial_gpu_number:
+            check_gpus(config.training_service)
+    lines = oddities(config)
+    tuner = shipped_class(config.tuner)
+    if tuner and not tuner.endswith(OTHER_SPACES):  # a tuner of the user's own owns its space
+        check_space(config.search_space)
+        lines += texts(config.search_space, "searchSpace")
+        if tuner.endswith(SHALLOW_SPACES):
+            lines += deep_choices(config.search_space, "searchSpace")
+    return lines
+
+
+def oddities(config):
+    """Return a line for each value that can hardly be meant, but with which NNI runs a search."""
+    lines = []
+    for key in COUNTS:
+        if isinstance(value := getattr(config, key), bool):
+            lines.append(
+                f"{camel_case(key)} is {str(value).lower()}, which NNI takes for {value:d}"
+            )
+    if config.trial_concurrency > MANY:
+        what = f"so NNI asks the tuner for {config.trial_concurrency} sets before a trial starts"
+        lines.append(f"trialConcurrency is {config.trial_concurrency}, {what}")
+    if config.trial_command is not None and not config.trial_command.strip():
+        lines.append(f"trialCommand is {config.trial_command!r}, so no trial will have a result")
+    return lines
+
+
+def check_algorithms(config):
+    """Check that NNI has the tuner and the assessor, and that they can work in its version."""
+    for kind in ("tuner", "assessor"):
+        algorithm = getattr(config, kind)
+        if not algorithm or not algorithm.name:
+            continue
+        known = known_algorithms(kind)
+        if algorithm.name.lower() not in known:
+            names = ", ".join(sorted(name for name, _ in known.values()))
+            raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {names}")
+        if algorithm.name.lower() == "hyperband":
+            allowed = "className: nnisearch.tuners.Hyperband and codeDirectory: ., under tuner"
+            allowed += ", with budget: TRIAL_BUDGET among classArgs if the trial calls it that"
+            allowed += ", since NNI's ends at its first result"
+            named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI takes it for either
+            raise ValueError(f"{named}; allowed: {allowed}")
+
+
+def check_disk(folder, size, key="experimentWorkingDirectory"):
+    """Check that NNI can write in a folder, or make it, and that so many MB are free there.
+
+    Raises ValueError, which names the key by which the folder was given. Nothing is left.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"{key} is '{folder}'; allowed: a folder to write to; {why}") from None
+    free = shutil.disk_usage(there).free / 1e6
+    if free < size:
+        room = f"allowed: a folder with {size} MB free; {free:.0f} MB are"
+        raise ValueError(f"{key} is '{folder}'; {room}")

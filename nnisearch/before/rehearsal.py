@@ -1,0 +1,334 @@
+"""The tuner and the trial, each tried in a process of its own as NNI would start it.
+
+What fails here would fail in the search, and is refused in one line. What takes its time is not:
+whoever waits for more than five seconds is told for what.
+"""
+
+import base64
+import contextlib
+import ctypes
+import json
+import os
+import queue
+import re
+import secrets
+import select
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from nni.runtime.tuner_command_channel.command_type import CommandType
+from websockets.exceptions import WebSocketException
+from websockets.sync.server import serve
+
+from nnisearch.before.config import is_local, shipped_class
+from nnisearch.before.gpus import free_gpus
+from nnisearch.shared.processes import stop
+from nnisearch.shared.signals import uninterrupted
+from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason
+
+TUNER_PATIENCE = 120  # seconds until a search starts although its tuner has not answered
+TRIAL_PATIENCE = 600  # the same for its trial, which may have to download its data
+NOTICE = 5  # seconds until the user is told what is waited for
+AFTER_ASKING = 2  # seconds that a trial has to go on for, with its parameters
+# By what NNI's tuners raise: what they want.
+HINTS = {
+    "is not a valid OptimizeMode": "allowed: maximize, minimize",
+    "'int' object has no attribute 'is_integer'": "allowed: bounds with a point, such as 0.0",
+}
+LEASH = Path(__file__).parents[1] / "shared" / "leash.py"
+IN_OPEN = 0x20  # of inotify(7)
+
+
+class Waiting:
+    """A patience of so many seconds, of which the user is told after the first few."""
+
+    def __init__(self, what, patience):
+        self.what, self.patience = what, patience
+        self.start = time.monotonic()
+        self.is_said = False
+
+    def goes_on(self, words=""):
+        """Return whether the patience is not over; words is what has been heard so far."""
+        seconds = time.monotonic() - self.start
+        if seconds > NOTICE and not self.is_said:
+            self.is_said = True
+            heard = f"; its last words: {words}" if words else ""
+            print(f"Waiting for {self.what}, or --no-rehearsal{heard}")
+        return seconds < self.patience
+
+
+@contextlib.contextmanager
+def leashed(command, leftover, **how):
+    """Start a process that ends here, or with this process; then the folder leftover goes, too.
+
+    It is in a session of its own, and out of reach of Ctrl-C.
+    """
+    with uninterrupted():
+        leash = subprocess.Popen(
+            [sys.executable, LEASH, leftover], stdin=subprocess.PIPE, start_new_session=True
+        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)
+        leash.stdin.write(b"%d\n" % process.pid)
+        leash.stdin.flush()
+    try:
+        yield process
+    finally:
+        with uninterrupted():
+            leash.communicate(b"It goes on.")
+            stop(process.pid)  # where the leash has failed
+            process.wait()
+
+
+def rehearse(config, folder, leftover):
+    """Try the tuner, and on this machine the trial with what the tuner proposes.
+
+    folder is a new one, for all that they write, and leftover what goes if this process is killed.
+    Raises ValueError, with the reason, if one fails.
+    """
+    proposals = rehearse_tuner(config, folder / "tuner", leftover)
+    if not proposals or not is_local(config):
+        return
+    wanted = config.trial_gpu_number
+    free = free_gpus(config.training_service) if wanted else []
+    if wanted and len(free) < wanted:
+        return  # it would have to wait
+    devices = None if wanted is None else ",".join(map(str, free[:wanted])) or "-1"
+    for number, proposal in enumerate(proposals):  # the first parameters may be at fault
+        place = folder / f"trial{number}"
+        why, has_asked = rehearse_trial(config, place, proposal, number, devices, leftover)
+        if why is None:
+            return
+        if not has_asked:
+            break
+    if has_asked:
+        tried = one_line(json.dumps(json.loads(proposals[0])["parameters"]))
+        if len(proposals) > 1:
+            tried = f"each of {len(proposals)} sets of parameters, such as {tried}"
+        why += f"; tried with {tried}; --no-rehearsal starts the search all the same"
+    raise ValueError(f"trialCommand is {one_line(config.trial_command)!r}: {why}")
+
+
+def rehearse_tuner(config, folder, leftover):
+    """Return the tuner's first sets of parameters, each as NNI writes it to a parameter.cfg.
+
+    NNI's dispatcher, with the tuner, assessor or advisor in it, is started with the command, in the
+    kind of folder and with the environment that NNI's manager would give it, and this process talks
+    to it as the manager would. Raises ValueError if it ends before it has answered.
+    """
+    algorithms = config.json()
+    space = algorithms.pop("searchSpace")
+    for key in ("trainingService", "sharedStorage"):  # ps shows it, and passwords stand there
+        algorithms.pop(key, None)
+    # A tuner of the user's own may want results before it proposes more than NNI asks for at first.
+    number = 5 if shipped_class(config.tuner) else config.trial_concurrency
+    number = min(number, config.max_trial_number or number)
+    folder.mkdir(parents=True)
+    with (
+        Manager() as manager,
+        (folder / "output").open("w") as output,
+        leashed(
+            dispatcher_command(algorithms),
+            leftover,
+            cwd=folder,
+            env=os.environ | dispatcher_environment(config, folder, manager.url),
+            stdout=output,
+            stderr=output,
+        ) as tuner,
+    ):
+        waiting = Waiting("the tuner's first parameters", TUNER_PATIENCE)
+        log = folder / "dispatcher.log"
+
+        def has_ended():
+            return tuner.poll() is not None or bool(THREAD_DIED.search(read(log)))
+
+        try:
+            manager.send(CommandType.Initialize, space, has_ended, waiting)
+            manager.send(CommandType.RequestTrialJobs, number, has_ended, waiting)
+            proposals = manager.parameters(number, has_ended, waiting)
+            if proposals and shipped_class(config.tuner):  # some of NNI's die of the first result
+                manager.send(CommandType.ReportMetricData, final_result(proposals[0]))
+                manager.send(CommandType.RequestTrialJobs, 1)
+                manager.parameters(1, has_ended, waiting)
+        except TimeoutError:
+            return []
+        except EOFError:
+            why = reason(read(folder / "output") + read(log))
+            raise ValueError(f"{describe(config)}: {with_hint(why)}") from None
+    return proposals
+
+
+def read(path):
+    """Return the text in a file of another process, "" while it is not there."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def with_hint(why):
+    """Return why a tuner has failed with what is allowed instead, where that is known."""
+    hints = [hint for pattern, hint in HINTS.items() if re.search(pattern, why)]
+    return "; ".join([why, *hints, "--no-rehearsal starts the search all the same"])
+
+
+def describe(config):
+    """Return a configuration's tuner, and its assessor, in words."""
+    words = []
+    for kind in ("tuner", "assessor"):
+        if algorithm := getattr(config, kind):
+            arguments = f" with {algorithm.class_args}" if algorithm.class_args else ""
+            words.append(f"{kind} is {algorithm.name or algorithm.class_name}{arguments}")
+    return one_line(", ".join(words))
+
+
+def dispatcher_command(algorithms):
+    """Return the command by which NNI's manager starts the dispatcher."""
+    encoded = base64.b64encode(json.dumps(algorithms).encode()).decode()
+    return [sys.executable, "-m", "nni", "--exp_params", encoded]
+
+
+def dispatcher_environment(config, folder, url):
+    """Return the variables that NNI's manager sets for the dispatcher."""
+    return {
+        "SDK_PROCESS": "dispatcher",
+        "NNI_MODE": "start",
+        "NNI_CHECKPOINT_DIRECTORY": str(folder),
+        "NNI_LOG_DIRECTORY": str(folder),
+        "NNI_LOG_LEVEL": config.log_level,
+        "NNI_INCLUDE_INTERMEDIATE_RESULTS": "false",
+        "NNI_TUNER_COMMAND_CHANNEL": url,
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, config.tuner_gpu_indices or [])),
+    }
+
+
+def final_result(proposal):
+    """Return what NNI's manager tells the dispatcher of a trial that reports 0.5 at its end."""
+    id = json.loads(proposal)["parameter_id"]
+    metric = {"parameter_id": id, "trial_job_id": "rehearsal", "type": "FINAL", "sequence": 0}
+    return metric | {"value": "0.5"}
+
+
+class Manager:
+    """The manager's end of the channel to NNI's dispatcher, a web socket at url."""
+
+    def __enter__(self):
+        self.received = queue.Queue()
+        place = f"/{secrets.token_urlsafe()}"  # which no other user of this machine can know
+
+        def receive(channel):
+            if channel.request.path == place:
+                self.received.put(channel)
+                with contextlib.suppress(WebSocketException):
+                    for message in channel:
+                        self.received.put(message)
+
+        self.channel = None
+        self.server = serve(receive, "127.0.0.1", 0, max_size=None)
+        self.url = f"ws://127.0.0.1:{self.server.socket.getsockname()[1]}{place}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+
+    def send(self, command, data, has_ended=None, waiting=None):
+        """Send a command, once the dispatcher has connected. Raises what next() does."""
+        if self.channel is None:
+            self.channel = self.next(has_ended, waiting)
+        with contextlib.suppress(WebSocketException):  # it has ended, which next() will tell
+            self.channel.send(command.value.decode() + json.dumps(data))
+
+    def next(self, has_ended, waiting):
+        """Return the next message. Raises EOFError if the tuner has ended, TimeoutError."""
+        while waiting.goes_on():
+            with contextlib.suppress(queue.Empty):
+                return self.received.get(timeout=0.1)
+            if has_ended() and self.received.empty():
+                raise EOFError
+            if self.channel is not None:  # a dispatcher whose worker has died ends when it hears
+                self.send(CommandType.Ping, "")
+        raise TimeoutError
+
+    def parameters(self, number, has_ended, waiting):
+        """Return so many sets of parameters, as JSON, or fewer if the tuner has no more."""
+        proposals = []
+        while len(proposals) < number:
+            message = self.next(has_ended, waiting)
+            kind, data = message[:2].encode(), message[2:]
+            if kind == CommandType.NewTrialJob.value:
+                proposals.append(data)
+            if kind == CommandType.NoMoreTrialJobs.value:
+                break
+        return proposals
+
+
+def rehearse_trial(config, folder, proposal, number, devices, leftover):
+    """Run the trial command until it reports, ends, or has gone on with its parameters for a while.
+
+    Return why it has failed, or None, and whether it had asked for its parameters. number counts
+    the trials from 0; devices is its CUDA_VISIBLE_DEVICES, or None.
+    """
+    (folder / ".nni").mkdir(parents=True)
+    parameters, metrics = folder / "parameter.cfg", folder / ".nni" / "metrics"
+    parameters.write_text(proposal, encoding="utf-8")
+    metrics.touch()
+    given = {
+        "NNI_PLATFORM": "local",
+        "NNI_EXP_ID": folder.parent.name,
+        "NNI_SYS_DIR": str(folder),
+        "NNI_TRIAL_JOB_ID": folder.name,
+        "NNI_OUTPUT_DIR": str(folder),
+        "NNI_TRIAL_SEQ_ID": str(number),
+        "NNI_CODE_DIR": str(config.trial_code_directory),
+    }
+    if devices is not None:
+        given["CUDA_VISIBLE_DEVICES"] = devices
+    output, errors = folder / "stdout", folder / "stderr"
+    waiting = Waiting("the trial to ask for its parameters", TRIAL_PATIENCE)
+    with (
+        opened(parameters) as was_opened,
+        output.open("w") as stdout,
+        errors.open("w") as stderr,
+        leashed(
+            ["bash", "-c", config.trial_command],
+            leftover,
+            cwd=config.trial_code_directory,
+            env=os.environ | given,
+            stdout=stdout,
+            stderr=stderr,
+        ) as trial,
+    ):
+        asked = None
+        while waiting.goes_on(last_line(errors) or last_line(output)):
+            if trial.poll() is not None:
+                break
+            if metrics.stat().st_size:
+                return None, True
+            if asked is None and was_opened():
+                asked = time.monotonic()
+            if asked and time.monotonic() - asked > AFTER_ASKING:
+                return None, True
+            time.sleep(0.05)
+        else:
+            return None, bool(asked)
+        has_asked = bool(asked) or was_opened()
+        if trial.returncode == 0:
+            return None, has_asked
+    words = errors.read_text(errors="replace") or output.read_text(errors="replace")
+    if trial.returncode < 0:
+        how = f"it is ended by signal {-trial.returncode}"
+    else:
+        how = f"it fails with status {trial.returncode}"
+    return f"{how}: {reason(words)}", has_asked
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Yield a function that tells whether anybody has opened the file since, by inotify(7)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    libc.inotify_add_watch(watch, os.fsencode(path), IN_OPEN)
+    try:
+        yield lambda: bool(select.select([watch], [], [], 0)[0])
+    finally:
+        os.close(watch)

@@ -1,0 +1,109 @@
+"""What a search space of NNI must hold: with less its tuners go wrong without a word."""
+
+import math
+import re
+
+from nnisearch.shared.text import one_line
+
+# How many numbers a kind of parameter has as its _value.
+NUMBERS = {"uniform": 2, "randint": 2, "loguniform": 2, "normal": 2, "lognormal": 2}
+NUMBERS |= {"quniform": 3, "qloguniform": 3, "qnormal": 3, "qlognormal": 3}
+
+
+def check_space(space, where="searchSpace"):
+    """Check a search space, and those nested in it, for what NNI's and Optuna's tuners misread."""
+    if not isinstance(space, dict):
+        raise ValueError(f"{where} is {one_line(space)}; allowed: an object of parameters")
+    for key, entry in space.items():
+        at = f"{where}: {one_line(key)}"
+        if not isinstance(entry, dict) or not {"_type", "_value"} <= entry.keys():
+            raise ValueError(f"{at} is {one_line(entry)}; allowed: an object of _type and _value")
+        kind, values = entry["_type"], entry["_value"]
+        if kind == "choice":
+            check_choice(values, at)
+        elif kind in NUMBERS:
+            check_numbers(kind, values, at)
+        else:
+            kinds = ", ".join(["choice", *NUMBERS])
+            raise ValueError(f"{at}: _type is {one_line(kind)}; allowed: {kinds}")
+
+
+def check_choice(values, at):
+    """Check the values of a choice: anything, or objects that have a _name and parameters."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{at} is {one_line(values)}; allowed: a list of at least one value")
+    if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+        raise ValueError(f"{at} is {one_line(values)}; allowed: finite numbers")
+    if is_nested(values):
+        for value in values:
+            check_space(parameters_of(value), f"{at}: {one_line(value['_name'])}")
+
+
+def check_numbers(kind, values, at):
+    """Check the bounds, or mean and deviation, and the step of a parameter that is no choice."""
+    wrong = f"{at} is {one_line(values)}; allowed for {kind}"
+    if not isinstance(values, list) or len(values) != NUMBERS[kind]:
+        raise ValueError(f"{wrong}: a list of {NUMBERS[kind]} numbers")
+    try:
+        numbers = [float(value) for value in values]  # as NNI does, for text too
+    except (TypeError, ValueError):
+        raise ValueError(f"{wrong}: numbers") from None
+    except OverflowError:  # an integer of more than 308 digits
+        numbers = [math.inf]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{wrong}: finite numbers")
+    if "normal" not in kind:
+        if numbers[0] > numbers[1]:
+            raise ValueError(f"{wrong}: the lower bound first")
+        if "log" in kind and numbers[0] <= 0:
+            raise ValueError(f"{wrong}: a lower bound above 0")
+    if kind.startswith("q") and numbers[2] == 0:
+        raise ValueError(f"{wrong}: a step that is not 0 as the third")
+
+
+def is_nested(values):
+    """Return whether NNI takes the values of a choice for search spaces with names."""
+    return all(isinstance(value, dict) and "_name" in value for value in values)
+
+
+def parameters_of(value):
+    """Return the search space in a value of a nested choice."""
+    return {key: entry for key, entry in value.items() if key != "_name"}
+
+
+def texts(space, where):
+    """Yield a line for each number that YAML has taken for text, as it does with 1e-4."""
+    for key, entry in space.items():
+        values = entry["_value"]
+        at = f"{where}: {one_line(key)}"
+        for value in values:
+            if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+                number = re.sub(r"(?i)e", ".0e", value, count=1)
+                yield f"{at}: {value} is text to YAML; for a number write {number}"
+        if entry["_type"] == "choice" and is_nested(values):
+            for value in values:
+                yield from texts(parameters_of(value), f"{at}: {one_line(value['_name'])}")
+
+
+def deep_choices(space, where, is_option=False):
+    """Yield a line for each choice of named options that stands in an option of another."""
+    for key, entry in space.items():
+        if entry["_type"] != "choice" or not is_nested(entry["_value"]):
+            continue
+        at = f"{where}: {one_line(key)}"
+        if is_option:
+            yield f"{at} has options within an option: NNI's tuner fails where that is not drawn"
+            continue
+        for value in entry["_value"]:
+            option = f"{at}: {one_line(value['_name'])}"
+            yield from deep_choices(parameters_of(value), option, is_option=True)
+
+
+def is_number(value):
+    """Return whether a value is a finite number; the true and the false of JSON are none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False

@@ -1,0 +1,85 @@
+"""What a command gives out: files whole or not at all, and lines that somebody still reads."""
+
+import argparse
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import stat
+import sys
+
+from nnisearch.shared.text import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's flags, each to be written out in full; an error is one line."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message):
+        """Exit with status 2 and the message."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def write(path, content):
+    """Write bytes to the file, whole or not at all. Raises OSError, naming the file."""
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        if (descriptor := open_special(path)) is not None:
+            with open(descriptor, "wb") as stream:
+                stream.write(content)
+            return
+        file = open(unfinished, "xb")  # noqa: SIM115 - x: no link that another has put there
+        try:
+            with file:
+                file.write(content)
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def open_special(path):
+    """Return a descriptor of what no file may be put in the place of, as /dev/stdout or a pipe.
+
+    It is None where there is a file, a folder or nothing. Raises OSError, also for a pipe that
+    nobody reads, which would be waited for.
+    """
+    if not path.exists():
+        return None
+    found = path.stat()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):  # it has been closed, or is none of the system's
+            if os.path.samestat(found, os.fstat(stream.fileno())):  # may be a file, by >
+                stream.flush()
+                return os.dup(stream.fileno())
+    if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+        return None
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError("it is a pipe that nobody reads; allowed: a file") from None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # it has been put there meanwhile
+        os.close(descriptor)
+        return None
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+@contextlib.contextmanager
+def may_be_closed():
+    """End the command without a word once nobody reads what it prints, as in `… | head -1`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # Python flushes them again when it ends
+            os.dup2(nowhere, stream.fileno())
+        sys.exit(128 + signal.SIGPIPE)

@@ -1,0 +1,289 @@
+"""A search as a table, from NNI's database or a file: the one reader of results for all."""
+
+import contextlib
+import json
+import math
+import sqlite3
+from pathlib import Path
+
+from nnisearch.shared.direction import DIRECTIONS, direction
+from nnisearch.shared.text import one_line
+
+EXPERIMENTS = Path("~/nni-experiments/.experiment")  # NNI's list of them: {ID: {...}}
+EVENTS = (
+    "SELECT rowid, trialJobId, sequenceId, event, timestamp, data, logPath FROM TrialJobEvent"
+    " WHERE rowid > ? AND trialJobId != '' AND event NOT IN ('ADD_HYPERPARAMETER', 'IMPORT_DATA')"
+    " ORDER BY rowid"
+)
+METRICS = (
+    "SELECT rowid, trialJobId, type, sequence, timestamp, data FROM MetricData WHERE rowid > ?"
+    " ORDER BY rowid"
+)
+PROFILE = "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
+ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
+NNIS_NAMES = {"USER_TO_CANCEL": "USER_CANCELED", "ADD_RESUMED": "WAITING"}  # event: status
+NO_RESULT = "which is no result; allowed: a finite number, or an object whose default is one"
+# What json and a trial's strange ways can raise of a value that is not as NNI writes it.
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
+
+
+def number(value):
+    """Return what a trial has reported as a finite float, or None where that is no result.
+
+    value is of JSON: a number, one of numpy's as NNI writes it (an array without dimensions), or
+    an object whose "default" is one.
+    """
+    if isinstance(value, dict) and "default" in value:
+        value = value["default"]
+    if isinstance(value, dict) and value.get("shape") == []:
+        value = value.get("__ndarray__")
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def read_result(text):
+    """Return (number, None), or (None, what it says instead) of JSON that holds a result."""
+    try:
+        value = json.loads(text)
+    except MALFORMED:
+        value = text
+    found = number(value)
+    shown = text if isinstance(text, str) else json.dumps(text)
+    return found, None if found is not None else one_line(shown[:60] + "…" * (len(shown) > 60))
+
+
+def has_result(trial):
+    """Return whether a trial counts: it has ended by itself and reported a result."""
+    return trial["status"] == "SUCCEEDED" and trial["result"] is not None
+
+
+def read_experiments(**types):
+    """Return NNI's list of experiments, {ID: what it knows}, with values of these types.
+
+    Raises OSError if it cannot be read, ValueError, naming it, if it is damaged.
+    """
+    listed = EXPERIMENTS.expanduser()
+    if listed.exists() and not listed.is_file():  # NNI would wait for who writes to a pipe
+        raise ValueError(f"{listed} is damaged: it is no file; allowed: a file, or none")
+    if not listed.exists() or not listed.stat().st_size:
+        return {}
+    known = read_json(listed)
+    if not isinstance(known, dict):
+        raise ValueError(f"{listed} is damaged; allowed: an object of experiments, or no file")
+    for id, one in known.items():
+        if not isinstance(one, dict):
+            raise ValueError(f"{listed} is damaged: {id} is {one!r}; allowed: an object")
+        for key, kind in types.items():
+            if not isinstance(one.get(key), kind):
+                given = f"{key} is {one.get(key)!r}; allowed: what NNI has written there"
+                raise ValueError(f"{listed} is damaged: {id}: {given}")
+    return known
+
+
+def some(experiments):
+    """Return in words which experiments there are, and where to find the rest of many."""
+    words = ", ".join([*experiments][-5:]) or "none, since NNI lists no experiment"
+    return words + (", and others in nnictl experiment list --all" if len(experiments) > 5 else "")
+
+
+def find_database(experiment):
+    """Return the ID and the database of an experiment of this user, by default the latest.
+
+    Raises ValueError if there is no such experiment, OSError if NNI's list cannot be read.
+    """
+    known = read_experiments(startTime=(int, float), logDir=str)
+    if not known:
+        listed = EXPERIMENTS.expanduser()
+        raise ValueError(f"no experiment: {listed} lists none; --file reads exported results")
+    if experiment is None:
+        experiment = max(known, key=lambda key: known[key]["startTime"])
+    if experiment not in known:
+        raise ValueError(f"EXPERIMENT_ID is {experiment!r}; allowed: {some(known)}")
+    return experiment, Path(known[experiment]["logDir"]) / experiment / "db" / "nni.sqlite"
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Open NNI's database, and read one moment of it.
+
+    Raises OSError, naming it, if it is no database of NNI 2.10 or stays locked for 5 seconds.
+    """
+    try:
+        # No file is created. Writable: what a killed manager left has to be rolled back first.
+        address = f"{path.absolute().as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+            database.execute("BEGIN")
+            yield database
+    except (sqlite3.Error, *MALFORMED) as error:
+        raise OSError(f"cannot read {path}: {one_line(error)}") from error
+
+
+class Trials:
+    """The trials in NNI's database, {id: trial}, of which each update() reads what is new only.
+
+    A trial is a dict, as read_database() returns it, and start, end and heard, which are when it
+    started, ended and was last heard of, in ms since 1970, and path, where its files are.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.known, self.reports = {}, {}
+        self.last_event = self.last_metric = 0
+
+    def update(self):
+        """Read on; return the trials of which something is new. Raises OSError as opened()."""
+        changed = {}
+        with opened(self.path) as database:
+            for row, id, *event in database.execute(EVENTS, [self.last_event]):
+                changed[id] = self.note_event(id, *event)
+                self.last_event = row
+            for row, id, *metric in database.execute(METRICS, [self.last_metric]):
+                if id in self.known:
+                    changed[id] = self.note_metric(id, *metric)
+                self.last_metric = row
+        for id, trial in changed.items():
+            reports = sorted(self.reports[id], key=lambda report: report[0])
+            trial["intermediate"] = [value for _, value in reports]
+        return list(changed.values())
+
+    def note_event(self, id, sequence, event, time, data, path):
+        trial = self.known.setdefault(id, {"trial": sequence, "id": id} | UNSTARTED)
+        self.reports.setdefault(id, [])
+        trial["status"] = NNIS_NAMES.get(event, event)
+        trial["path"] = path or trial["path"]
+        if event == "WAITING":
+            trial["hyperparameters"] = json.loads(data)["parameters"]
+        if trial["status"] not in ENDED:  # NNI may miss that it was RUNNING
+            trial["start"] = trial["heard"] = time
+            trial["end"] = trial["seconds"] = None
+        elif trial["end"] is None:
+            trial["end"] = time
+            trial["seconds"] = None if time is None else (time - trial["start"]) / 1000
+        return trial
+
+    def note_metric(self, id, kind, sequence, time, data):
+        trial = self.known[id]
+        trial["heard"] = max(trial["heard"], time)
+        value, other = read_result(json.loads(data))
+        if kind != "FINAL":
+            self.reports[id].append((sequence, value))
+        elif trial["result"] is None and trial["reported"] is None:  # the first one, as for NNI
+            trial["result"], trial["reported"] = value, other
+        return trial
+
+
+UNSTARTED = {
+    "status": "WAITING",
+    "result": None,
+    "reported": None,
+    "intermediate": [],
+    "hyperparameters": {},
+    "seconds": None,
+    "start": 0,
+    "end": None,
+    "heard": 0,
+    "path": "",
+}
+KEYS = ("trial", "id", "status", "result", "reported", "intermediate", "hyperparameters", "seconds")
+
+
+def read_database(experiment, path):
+    """Return the search in NNI's database, in the form that --json prints.
+
+    A trial's result is a number or None; then reported is the text of what it gave instead, or
+    None. Raises OSError as opened() does.
+    """
+    with opened(path) as database:
+        profile = json.loads(database.execute(PROFILE).fetchone()[0])
+        search = {
+            "experiment": experiment,
+            "name": profile.get("experimentName"),
+            "command": profile.get("trialCommand"),
+            "direction": direction(profile),
+        }
+    trials = Trials(path)
+    trials.update()
+    search["trials"] = [{key: trial[key] for key in KEYS} for trial in trials.known.values()]
+    for trial in search["trials"]:
+        measure(trial)
+    return search
+
+
+def read_file(path):
+    """Return the search in a file, which --json or nnictl's export has written.
+
+    nnictl exports only the trials with a result, without durations and which way is better, which
+    is then taken to be the greatest, and intermediate results only with -i.
+    Raises OSError or ValueError, naming the file, if it is neither.
+    """
+    search = read_json(path)
+    try:
+        if not isinstance(search, dict):
+            trials = [exported(number, trial) for number, trial in enumerate(search)]
+            search = {"experiment": None, "name": path.name, "command": None, "trials": trials}
+        found = {key: search[key] for key in ("experiment", "name", "command")}
+        found["direction"] = search.get("direction", DIRECTIONS[-1])
+        if found["direction"] not in DIRECTIONS:
+            raise ValueError(f"direction is {found['direction']!r}; allowed: {DIRECTIONS}")
+        found["trials"] = [checked(trial) for trial in search["trials"]]
+        return found
+    except MALFORMED as error:
+        is_missing = isinstance(error, KeyError)
+        reason = f"{error} is missing" if is_missing else f"{type(error).__name__}: {error}"
+        what = f"{path} holds no results of --json, or of nnictl's export as JSON"
+        raise ValueError(f"{what}: {one_line(reason)}") from error
+
+
+def exported(order, trial):
+    """Return a trial of nnictl's export, whose results are JSON in JSON, as --json has it."""
+    result, reported = read_result(trial["value"])
+    return {
+        "trial": order,
+        "id": trial["trialJobId"],
+        "status": "SUCCEEDED",
+        "result": result,
+        "reported": reported,
+        # The last one is the result again.
+        "intermediate": [read_result(text)[0] for text in trial.get("intermediate", [])[:-1]],
+        "hyperparameters": trial["parameter"],
+        "seconds": None,
+    }
+
+
+def checked(trial):
+    """Return a trial of --json whose values are of the types that they have to be."""
+    trial = {"reported": None} | trial
+    trial = {key: trial[key] for key in KEYS} | {
+        "trial": int(trial["trial"]),
+        "id": str(trial["id"]),
+        "status": str(trial["status"]),
+        "result": number(trial["result"]),
+        "intermediate": [number(value) for value in trial["intermediate"]],
+        "seconds": number(trial["seconds"]),
+    }
+    measure(trial)
+    return trial
+
+
+def measure(trial):
+    """Add to a trial its last intermediate result and the area under their curve, of width 1.
+
+    The area is their mean, because each stands for its part of the trial.
+    """
+    values = trial["intermediate"]
+    trial["last"] = values[-1] if values else None
+    trial["area"] = sum(values) / len(values) if values and None not in values else None
+
+
+def read_json(path):
+    """Return what the JSON file holds. Raises OSError or ValueError, naming the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error

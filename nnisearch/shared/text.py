@@ -1,0 +1,49 @@
+"""What others have written, made fit for a line on the terminal."""
+
+import re
+
+# An exception in the thread that serves the tuner: after it the process may stay, and do nothing.
+THREAD_DIED = re.compile(
+    r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] ERROR \(nni\.runtime\.msg_dispatcher_base/Thread"
+    r"((?:.*\n(?!\[\d{4}-))*.*)",  # with the traceback, up to the next entry
+    re.MULTILINE,
+)
+
+
+def one_line(text):
+    """Return a text, or what an exception says, in one line and without control characters."""
+    words = str(text).split()
+    if not words and isinstance(text, Exception):
+        words = [type(text).__name__]
+    return "".join(char if char.isprintable() else "?" for char in " ".join(words))
+
+
+def last_line(path):
+    """Return the last line that has been written to a file, made fit to be shown, or ""."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 1000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return one_line(lines[-1]) if lines else ""
+
+
+def reason(text):
+    """Return the line of what a process has printed that says why it failed.
+
+    That is the end of its last traceback, or a later line that speaks of an error, or its last.
+    """
+    lines = text.splitlines()
+    found = -1
+    for number, line in enumerate(lines):
+        if line.startswith("Traceback (most recent call last):"):
+            ends = [n for n in range(number + 1, len(lines)) if lines[n].strip() == lines[n] != ""]
+            found = ends[0] if ends else found
+        elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line):
+            found = number
+    said = [line for line in lines if line.strip()]
+    if not said:
+        return "it has printed nothing"
+    line = one_line(lines[found] if found >= 0 else said[-1])
+    if re.fullmatch(r"\w+", line) and found > 0:  # an exception without words: what raised it
+        code = [text for text in lines[:found] if text.strip(" ^~")]
+        line = f"{line}: {one_line(code[-1])}"
+    return line

@@ -1,0 +1,203 @@
+"""Start NNI's manager on a free port, or leave nothing behind."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock
+from nni.experiment import RunMode, rest
+from nni.tools.nnictl.nnictl_utils import update_experiment
+
+from nnisearch.before.config import is_local
+from nnisearch.shared.processes import end, manager_of, processes_of, stop
+from nnisearch.shared.signals import uninterrupted
+from nnisearch.shared.text import one_line
+from nnisearch.start.patches import PATIENCE, Experiments, patience
+
+PORT = 8090
+PRELOAD = Path(__file__).resolve().parent.parent / "manager" / "manager.js"
+UNDO = Path(__file__).with_name("undo.py")
+
+
+def is_free(port):
+    """Return whether nothing on this machine listens on the port."""
+    for place, family in (("", socket.AF_INET), ("::", socket.AF_INET6)):
+        try:
+            socket.create_server((place, port), family=family).close()
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # there is no IPv6
+                return False
+    return True
+
+
+def find_port(wanted, count):
+    """Return wanted, or by default the first port from PORT on, with count free ports from there.
+
+    Raises ValueError, with who has it, if wanted is taken.
+    """
+    for port in [wanted] if wanted else itertools.count(PORT):
+        if all(is_free(port + offset) for offset in range(count)):
+            return port
+    update_experiment()
+    for id, known in Experiments().get_all_experiments().items():
+        if known["port"] == wanted and known["status"] != "STOPPED":
+            name = one_line(known.get("experimentName"))
+            holder = f"experiment {id} ({name}) has it: nnictl stop {id} ends that"
+            raise ValueError(f"--port is {wanted}; allowed: a free one; {holder}")
+    after = ", and the next one free" if count > 1 else ""
+    raise ValueError(f"--port is {wanted}; allowed: a free one{after}")
+
+
+def prepare_environment(config, listen):
+    """Set what NNI's manager inherits: this Python for the trials, and manager.js for itself."""
+    machines = getattr(config.training_service, "machine_list", None) or []
+    found = [socket.getaddrinfo(machine.host, None) for machine in machines]
+    guard = {
+        "listen": listen,
+        "machines": [place[4][0] for places in found for place in places],
+        "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
+    }
+    preload = json.dumps(str(PRELOAD), ensure_ascii=False)  # quoted: its path may have spaces
+    # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
+    own = f"--openssl-config=/dev/null --require {preload}"
+    os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} {own}"
+    os.environ["NNI_GUARD"] = json.dumps(guard)
+
+
+@contextlib.contextmanager
+def experiment_folder(experiment):
+    """Yield the folder of an experiment, for its user alone; of a new one that fails nothing stays.
+
+    Raises OSError if it cannot be made.
+    """
+    folder = Path(experiment.config.experiment_working_directory, experiment.id)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    # NNI makes folders in it that all may write to, and runs what stands there.
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    try:
+        yield folder
+    except BaseException:
+        if experiment._action == "create":
+            with uninterrupted():
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # as one that another search is using, too
+                    for parent in made:
+                        parent.rmdir()
+        raise
+
+
+def launch(experiment, wanted):
+    """Start an experiment on a port, wanted or the first free one; return the port.
+
+    Returns when its first trial is there, or the patience is over. Raises ValueError for a port
+    that is taken, and RuntimeError, with the manager's last words, if the start fails.
+    """
+    config = experiment.config
+    folder = Path(config.experiment_working_directory, experiment.id)
+    needs_two = not is_local(config) or config.training_service.reuse_mode
+    with patience() as started:
+        try:
+            with contextlib.ExitStack() as stack:
+                lock = Path("~/nni-experiments/.nnisearch.lock").expanduser()
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                # One start at a time: of two that look for a port, one would lose it to the other.
+                with FileLock(lock):
+                    if manager_of(experiment.id):
+                        allowed = "one that does not run; another command has just resumed it"
+                        raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")
+                    port = find_port(wanted, 2 if needs_two else 1)
+                    if not wanted and port != PORT:
+                        print(f"Port {PORT} is taken; {port} is the next free one")
+                    stack.enter_context(undone_if_it_fails(folder, experiment._action))
+                    experiment.start(port, run_mode=RunMode.Detach)
+                if experiment.id not in Experiments().get_all_experiments():
+                    raise OSError("NNI's list of experiments cannot be written: is the disk full?")
+                wait_for_trial(port)
+        except Exception as error:
+            if not started:
+                raise
+            words = "; ".join([one_line(error), *last_words(folder / "log")])
+            raise RuntimeError(f"the search does not start: {words}") from error
+    return port
+
+
+def read_latest(folder):
+    """Return the ID to which NNI's link to its latest experiment leads, or ""."""
+    latest = folder.with_name("_latest")
+    return os.readlink(latest) if latest.is_symlink() else ""
+
+
+@contextlib.contextmanager
+def undone_if_it_fails(folder, action):
+    """Do undo() if what stands in the block fails; if this process is killed, another does it."""
+    latest = read_latest(folder)
+    command = [sys.executable, UNDO, folder, action, latest]
+    with uninterrupted():  # and in a session of its own, out of reach of Ctrl-C
+        undoing = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    except BaseException:
+        with uninterrupted():
+            undo(folder, action, latest)
+        raise
+    finally:
+        with uninterrupted():
+            undoing.communicate(b"It has come to its end.")
+
+
+def undo(folder, action, latest):
+    """End what a start has started; NNI's list and its link, latest, are as before.
+
+    folder is the experiment's, and action "create" or "resume", which keeps the experiment.
+    """
+    id = folder.name
+    if manager := manager_of(id):
+        stop(manager.pid)
+    end(processes_of(id, folder))
+    if action == "create":
+        Experiments().remove_experiment(id)
+    else:
+        Experiments().update_experiment(id, "status", "STOPPED")
+    if read_latest(folder) == id:
+        folder.with_name("_latest").unlink()
+        if latest:
+            folder.with_name("_latest").symlink_to(latest)
+
+
+def wait_for_trial(port):
+    """Wait until a search has its first trial, or has ended, or the patience is over.
+
+    Raises RuntimeError if its tuner fails.
+    """
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and not rest.get(port, "/trial-jobs"):
+        status = rest.get(port, "/check-status")
+        if status["status"] == "ERROR":
+            raise RuntimeError(f"NNI's tuner: {' '.join(status['errors'])}")
+        if "NO_MORE_TRIAL" in status["status"]:
+            return
+        time.sleep(0.1)
+
+
+def last_words(logs):
+    """Return the last lines of the manager's stderr, and the errors in its and the tuner's log."""
+    words = []
+    for name, pattern in (
+        ("nnictl_stderr.log", r"^(?!-+$|Experiment \w+ start|Thrown at:|\s+at ).+"),
+        ("nnimanager.log", r".*(?:ERROR|CRITICAL).*"),
+        ("dispatcher.log", r".*(?:ERROR|CRITICAL).*"),
+    ):
+        with contextlib.suppress(OSError):
+            text = (logs / name).read_text(encoding="utf-8", errors="replace")
+            words += map(one_line, re.findall(pattern, text, re.MULTILINE)[-4:])
+    return words

@@ -1,0 +1,76 @@
+"""What is changed of NNI from Python, each with its reason."""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import nni
+import psutil
+from nni.experiment import launcher, rest
+from nni.tools.nnictl.config_utils import Experiments
+
+from nnisearch.shared.output import write
+from nnisearch.shared.signals import uninterrupted
+
+PATIENCE = 120  # seconds; NNI gives its web server 3
+
+
+def write_list(experiments):
+    """Write NNI's list of experiments whole, or not at all, as on a full disk, without a word.
+
+    NNI empties it and then writes it: killed in between, it has lost them all.
+    """
+    with contextlib.suppress(OSError):
+        content = nni.dump(experiments.experiments, indent=4)
+        write(Path(experiments.experiment_file), content.encode())
+
+
+Experiments.write_file = write_list
+
+
+@contextlib.contextmanager
+def without_remarks():
+    """Say nothing of what NNI leaves open, and Python, since 3.14, cannot close on a full disk."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def patience():
+    """Let NNI's launcher wait for the web server as long as its process lives, PATIENCE at most.
+
+    NNI has no setting for that. Yields the list of the processes that the launcher has started.
+    """
+    started = []
+    start, wait, timeout = launcher._start_rest_server, launcher._check_rest_server, rest.timeout
+
+    def start_and_note(*args):
+        # Uninterrupted: else a process could be there that nobody knows of.
+        with uninterrupted(), without_remarks():
+            started.append(start(*args))
+        return started[-1]
+
+    def wait_for_server(port, **_):
+        server = psutil.Process(started[-1].pid)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and started[-1].poll() is None:
+            with contextlib.suppress(psutil.Error):
+                ports = server.net_connections("tcp4")  # which it opens after IPv6's (guard.js)
+                listening = [c.laddr.port for c in ports if c.status == "LISTEN"]
+                if port in listening:  # our own server, not another's that has the port
+                    return
+            time.sleep(0.1)
+        state = "has ended" if started[-1].poll() is not None else f"is silent after {PATIENCE} s"
+        raise RuntimeError(f"NNI's web server {state}")
+
+    launcher._start_rest_server, launcher._check_rest_server = start_and_note, wait_for_server
+    rest.timeout = PATIENCE
+    try:
+        yield started
+    finally:
+        launcher._start_rest_server, launcher._check_rest_server = start, wait
+        rest.timeout = timeout

@@ -1,0 +1,83 @@
+"""What is done before a search is resumed, so that it goes on exactly (pace.js does the rest).
+
+It promises: an experiment counts as running if its manager lives; of one that was killed nothing
+runs on beside the trials that are started anew.
+"""
+
+from pathlib import Path
+
+from nni.experiment import rest
+
+from nnisearch.before.config import from_stored
+from nnisearch.shared.processes import end, manager_of, managers, processes_of
+from nnisearch.shared.results import read_experiments
+from nnisearch.shared.text import one_line
+from nnisearch.start.patches import Experiments
+
+
+def list_experiments():
+    """Return NNI's list, {ID: what it knows}, in which STOPPED is whose manager does not live.
+
+    Raises OSError or ValueError if it is damaged: NNI would take it for empty, and overwrite it.
+    """
+    listed = read_experiments(id=str, status=str, port=int, logDir=str)
+    alive = managers()
+    for id, known in listed.items():
+        if id not in alive:
+            known["status"] = "STOPPED"
+    return listed
+
+
+def note_ended(listed):
+    """Have NNI's list say, too, which experiments of list_experiments() are STOPPED."""
+    experiments = Experiments()
+    for id, known in experiments.get_all_experiments().items():
+        if known["status"] != "STOPPED" and listed.get(id, known)["status"] == "STOPPED":
+            experiments.update_experiment(id, "status", "STOPPED")
+
+
+def is_running(known):
+    """Return whether an experiment of list_experiments() can be watched, not resumed.
+
+    Raises ValueError if it runs, but in a way that can be neither.
+    """
+    id, prefix = known["id"], known.get("prefixUrl")
+    if known["status"] in ("STOPPED", "ERROR"):  # after an error the manager may live, to no end
+        return False
+    if known["status"] == "VIEWED":
+        does, then = "nnictl view shows it", "it can be resumed"
+    elif prefix:
+        place = f"http://localhost:{known['port']}/{prefix}"
+        does, then = f"it runs at {place}", "it can be resumed, without that prefix"
+    else:
+        return True
+    raise ValueError(f"--resume is {id}, but {does}; allowed: after nnictl stop {id} {then}")
+
+
+def running_config(known):
+    """Return the configuration of an experiment that runs, of which its manager is asked.
+
+    Raises ValueError if it does not answer, as one that is stopped by a signal, or answers oddly.
+    """
+    id = known["id"]
+    try:
+        params = rest.get(known["port"], "/experiment")["params"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        pid = manager_of(id).pid if manager_of(id) else known.get("pid")
+        ways = f"kill -CONT {pid} if it is stopped, or kill -9 {pid} and this again"
+        why = f"its manager, process {pid}, does not answer: {one_line(error)}"
+        raise ValueError(f"--resume is {id}; allowed: one that answers; {why}; {ways}") from None
+    return from_stored(params, f"experiment {id}")
+
+
+def prepare(known):
+    """End what still runs of an experiment that is to be resumed."""
+    id = known["id"]
+    if known.get("prefixUrl"):
+        print(f"It goes on without its URL prefix, {known['prefixUrl']}")
+    if known["status"] == "ERROR" and (manager := manager_of(id)):
+        end([manager])
+    folder = Path(known["logDir"], id)
+    for _ in range(2):  # the second time what they have started while they were looked for
+        end(processes_of(id, folder))
+    Experiments().update_experiment(id, "status", "STOPPED")  # else NNI does not resume it

@@ -1,0 +1,97 @@
+"""Whether a search's manager and its tuner live, and the last words of those that do not."""
+
+import contextlib
+import re
+from datetime import datetime
+
+import psutil
+
+from nnisearch.shared.processes import lives, manager_of
+from nnisearch.shared.results import EXPERIMENTS, read_json
+from nnisearch.shared.text import THREAD_DIED, one_line
+
+
+def listed(id):
+    """Return what NNI's list has on an experiment: pid, status, prefixUrl and more, else {}."""
+    with contextlib.suppress(OSError, ValueError):  # NNI may be writing it
+        return read_json(EXPERIMENTS.expanduser()).get(id, {})
+    return {}
+
+
+class Life:
+    """The processes of a search, as far as this machine shows them, and their logs."""
+
+    def __init__(self, id, folder):
+        self.id, self.logs = id, folder / "log"
+        self.manager = self.find_manager()
+        self.tuner = None
+        self.passes_without = 0
+        self.dispatcher = Log(self.logs / "dispatcher.log", 0)
+        errors = self.logs / "nnictl_stderr.log"
+        # What stands there before is of an earlier life.
+        self.errors = Log(errors, errors.stat().st_size if errors.exists() else 0)
+
+    def find_manager(self):
+        """Return the process of the search's manager, or None if it is not seen here."""
+        return manager_of(self.id)
+
+    def is_over(self):
+        """Return whether the manager has ended. None is known of one that was not found."""
+        self.manager = self.manager or self.find_manager()
+        return self.manager is not None and not lives(self.manager)
+
+    def tuner_is_dead(self):
+        """Return whether the tuner's process, or the thread in it that does the work, has ended."""
+        if self.manager is None:  # as in another container: nothing can be seen
+            return False
+        if self.tuner is None:
+            with contextlib.suppress(psutil.Error):
+                if "--tuner-command-channel" in self.manager.cmdline():
+                    return False  # the tuner is a user's program that called nni.experiment
+                children = self.manager.children(recursive=True)
+                found = [child for child in children if "--exp_params" in " ".join(child.cmdline())]
+                self.tuner = found[-1] if found else None
+        if self.tuner is None:
+            self.passes_without += 1
+            return self.passes_without > 3
+        return not lives(self.tuner) or bool(self.fatal_entries())
+
+    def fatal_entries(self):
+        """Return what the tuner's log has on the end of its thread, in this life of the search."""
+        self.dispatcher.read_on()
+        born = int(self.manager.create_time()) if self.manager else 0
+        entries = THREAD_DIED.findall(self.dispatcher.text)
+        return [text for t, text in entries if datetime.fromisoformat(t).timestamp() >= born]
+
+    def tuners_end(self):
+        """Return in words what ended the tuner, or the assessor in its process; None if unknown."""
+        for text in self.fatal_entries()[:1]:
+            who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", text) else "tuner"
+            last = text.split("Traceback (most recent call last):")[-1]
+            lines = [line for line in last.splitlines() if re.match(r"[\w.]+(:|$)", line)]
+            return f"the {who} has died: {one_line(lines[0])}" if lines else None
+        return None
+
+    def last_words(self):
+        """Return the last error that the manager or the tuner has printed since, or None."""
+        self.errors.read_on()
+        found = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
+        # That the tuner finds no manager any more is no reason for the manager's end.
+        causes = [line for line in found if not re.search("Connect call|Connection ?lost", line)]
+        return one_line(causes[-1]) if causes else None
+
+
+class Log:
+    """A file that grows, of which read_on() reads what is new; text is the end of it."""
+
+    KEPT = 100_000  # characters
+
+    def __init__(self, path, start):
+        self.path, self.place, self.text = path, start, ""
+
+    def read_on(self):
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            file.seek(self.place)
+            new = file.read()
+            self.place += len(new)
+            self.text = (self.text + new.decode(errors="replace"))[-self.KEPT :]

@@ -1,0 +1,315 @@
+"""How a search goes on: a bar over its trials, or a line for each where there is no terminal.
+
+It promises: each thing that a user should know, such as why a trial has failed or what the trials
+wait for, is said when it is known, and once; and a search that goes on no more is not waited for.
+What it reads of a search it reads once: a pass costs the same for the first and the last trial.
+"""
+
+import collections
+import re
+import threading
+import time
+from pathlib import Path
+
+from nni.experiment import rest
+from nni.experiment.config.utils import parse_time
+from tqdm import tqdm
+
+from nnisearch.before.config import is_local
+from nnisearch.before.gpus import waiting_for
+from nnisearch.shared.direction import direction
+from nnisearch.shared.output import may_be_closed
+from nnisearch.shared.results import ENDED, NO_RESULT, Trials, has_result
+from nnisearch.shared.text import one_line, reason
+from nnisearch.watch.life import Life, listed
+
+# By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
+tqdm.set_lock(threading.RLock())
+
+PATIENCE = 20  # s of a manager's silence before it is said
+QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
+
+
+def watch(id, port, config, resume, choose):
+    """Show how a search goes on until its trials have ended; return whether one has a result.
+
+    resume and choose are the commands to go on with it and to see its results. Raises RuntimeError
+    if the search ends in another way.
+    """
+    folder = Path(config.experiment_working_directory, id)
+    with (
+        may_be_closed(),
+        tqdm(total=config.max_trial_number, unit="trial", disable=None, dynamic_ncols=True) as bar,
+    ):
+        search = Search(id, port, folder, resume, choose)
+        shown = Shown(config, folder, bar)
+        while True:
+            status, changed = search.ask()
+            if status is not None:
+                shown.show(search.trials.known, changed)
+                if search.is_done(status) and not shown.late:
+                    return shown.end(status)
+                search.check(status)
+            time.sleep(1)
+
+
+class Search:
+    """A search that is watched: its state, its trials, and whether it still goes on."""
+
+    def __init__(self, id, port, folder, resume, choose):
+        self.id, self.port, self.resume, self.choose = id, port, resume, choose
+        self.prefix = listed(id).get("prefixUrl")
+        self.trials = Trials(folder / "db" / "nni.sqlite")
+        self.life = Life(id, folder)
+        self.heard = self.changed = time.monotonic()
+        self.is_silent = False
+
+    def ask(self):
+        """Return the manager's status and the trials of which something is new.
+
+        They are None and [] while it does not answer. Raises RuntimeError once it has ended.
+        """
+        try:
+            status = rest.get(self.port, "/check-status", prefix=self.prefix)
+            changed = self.trials.update()
+        except OSError as error:
+            silence = time.monotonic() - self.heard
+            if self.life.is_over() or (self.life.manager is None and silence > PATIENCE):
+                raise RuntimeError(self.death()) from None
+            if silence > PATIENCE and not self.is_silent:
+                self.is_silent = True
+                tqdm.write(
+                    f"search {self.id} has not answered for {silence:.0f} s, and is asked on:"
+                    f" {one_line(error)}"
+                )
+            return None, []
+        self.heard, self.is_silent = time.monotonic(), False
+        if changed:
+            self.changed = self.heard
+        return status, changed
+
+    def is_done(self, status):
+        """Return whether all trials that the search will have have ended."""
+        if any(trial["status"] not in ENDED for trial in self.trials.known.values()):
+            return False
+        if status["status"] in ("DONE", "VIEWED"):
+            return True
+        if status["status"] != "TUNER_NO_MORE_TRIAL" or time.monotonic() - self.changed < QUIET:
+            return False
+        try:
+            profile = rest.get(self.port, "/experiment", prefix=self.prefix)
+        except OSError:
+            return False
+        started = [trial["trial"] for trial in self.trials.known.values()]
+        return profile["nextSequenceId"] <= 1 + max(started, default=-1)  # else one is in the queue
+
+    def check(self, status):
+        """Raise RuntimeError if the search does not go on, with why and how to go on with it."""
+        if status["status"] in ("STOPPING", "STOPPED"):
+            raise RuntimeError(f"search {self.id} has been stopped; {self.next_steps()}")
+        if status["status"] == "VIEWED":
+            how = f"to go on with it: nnictl stop {self.id}; {self.resume}"
+            raise RuntimeError(f"search {self.id} is shown by nnictl view, and does not run; {how}")
+        is_dead = self.life.tuner_is_dead()
+        if is_dead or status["status"] == "ERROR":
+            how = self.next_steps(f"nnictl stop {self.id}; ")
+            what = self.life.tuners_end()
+            if not what:
+                who = "the tuner has died" if is_dead else "NNI's manager has given up"
+                words = self.life.last_words() or one_line(" ".join(status["errors"]))
+                what = f"{who}: {words or 'without a word; was it killed?'}"
+            raise RuntimeError(f"search {self.id}: {what}; {how}")
+
+    def next_steps(self, before=""):
+        """Return the commands to go on with the search, and to see the results that it has."""
+        mended = ", with that mended" if self.life.tuners_end() else ""
+        words = f"to go on{mended}: {before}{self.resume}"
+        if any(has_result(trial) for trial in self.trials.known.values()):
+            words += f"; its results so far: {self.choose}"
+        return words
+
+    def death(self):
+        """Return what has become of a search whose manager has ended."""
+        if listed(self.id).get("status") == "STOPPED":
+            return f"search {self.id} has been stopped; {self.next_steps()}"
+        what = self.life.tuners_end()
+        if not what:
+            who, words = "NNI's manager has died", self.life.last_words()
+            if words and "Tuner closed connection" in words:  # of which the manager dies
+                who, words = "the tuner has died, and NNI's manager with it", None
+            what = f"{who}: {words or 'without a word; was it killed?'}"
+        return f"search {self.id}: {what}; {self.next_steps()}"
+
+
+class Shown:
+    """What has been shown of a search."""
+
+    def __init__(self, config, folder, bar):
+        self.best_result, self.bar = best_of(config), bar
+        self.notices, self.endings = Notices(config, folder), Endings(config, folder)
+        self.results, self.ended, self.late = [], {}, {}
+        self.total = config.max_trial_number
+
+    def show(self, known, changed):
+        """Show what is new, given all trials, {id: trial}, and those that have changed."""
+        for line in self.notices(known.values()):
+            tqdm.write(line)
+        late, self.late = self.late, {}
+        for trial in [*late.values(), *changed]:
+            if trial["status"] not in ENDED or trial["id"] in self.ended:
+                continue
+            is_missing = trial["result"] is None and trial["reported"] is None
+            if trial["status"] == "SUCCEEDED" and is_missing and trial["id"] not in late:
+                self.late[trial["id"]] = trial  # its result may be on its way
+                continue
+            self.ended[trial["id"]] = how = self.endings.short(trial)
+            if has_result(trial):
+                self.results = [self.best_result([trial["result"], *self.results])]
+            news = self.endings.news(trial)
+            line = f"{title(trial)} {news}" if news else f"{title(trial)}: {how}"
+            if self.bar.disable:
+                tqdm.write(f"{line}; {self.best()}")
+            elif news:
+                tqdm.write(line)
+        counts = collections.Counter(trial["status"].lower() for trial in known.values())
+        states = [f"{count} {one_line(state)}" for state, count in counts.items()]
+        self.bar.n = len(self.ended)
+        self.bar.set_postfix_str(", ".join([self.best(), *states]))
+
+    def best(self):
+        if self.results:
+            return f"best {self.results[0]:g}"
+        return "no result" if len(self.ended) == self.total else "no result yet"
+
+    def end(self, status):
+        """Say so if there are fewer trials than asked for, or no results; return whether one is."""
+        if status["status"] == "TUNER_NO_MORE_TRIAL" and self.total:
+            asked = f"maxTrialNumber is {self.total}"
+            tqdm.write(f"The tuner has no more after {len(self.ended)} trials; {asked}")
+        if not self.results:
+            counts = collections.Counter(self.ended.values())
+            how = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
+            tqdm.write(f"None of {len(self.ended)} trials has a result: {how or 'none was there'}")
+        return bool(self.results)
+
+
+class Endings:
+    """How trials end, in words."""
+
+    def __init__(self, config, folder):
+        self.config, self.folder = config, folder
+        self.said = set()
+
+    def news(self, trial):
+        """Return why a trial that has ended has no result, None if it has or that was said."""
+        if has_result(trial) or trial["status"] in ("USER_CANCELED", "SYS_CANCELED"):
+            return None
+        if trial["status"] == "FAILED":
+            status = exit_status(trial, self.folder)
+            why = failure(trial, self.folder)
+            if status:
+                why += f" (exit status {status})"
+            elif is_local(self.config):
+                why += " (no exit status: was it killed?)"
+            if trial["result"] is not None:
+                why += f"; so its result, {trial['result']:g}, does not count"
+            words = f"has FAILED: {why}"
+        elif trial["reported"] is not None:
+            words = f"reported {one_line(trial['reported'])}, {NO_RESULT}"
+        elif trial["status"] == "SUCCEEDED":
+            words = "has ended without reporting a result"
+        else:
+            words = f"was {self.short(trial)}"
+        if words in self.said:
+            return None
+        self.said.add(words)
+        return words
+
+    def short(self, trial):
+        """Return the result of a trial that has ended, or what it has ended by instead."""
+        if has_result(trial):
+            return f"{trial['result']:g}"
+        if trial["status"] == "SUCCEEDED":
+            reported = trial["reported"]
+            return "without a result" + (f": it reported {one_line(reported)}" if reported else "")
+        if trial["status"] == "EARLY_STOPPED":
+            limit = self.config.max_trial_duration
+            if limit is not None and (trial["seconds"] or 0) >= parse_time(str(limit)):
+                return f"ended by maxTrialDuration ({limit})"
+            return f"ended by {'the assessor' if self.config.assessor else 'the tuner'}"
+        if trial["status"] == "FAILED" and (status := exit_status(trial, self.folder)):
+            return f"FAILED with exit status {status}"
+        return one_line(trial["status"])
+
+
+def exit_status(trial, folder):
+    """Return the exit status of a trial on this machine, None where none was noted."""
+    try:
+        noted = (folder / "trials" / trial["id"] / ".nni" / "state").read_text()
+    except (OSError, ValueError):
+        return None
+    found = re.match(r"\s*(\d+)\s", noted)
+    return int(found[1]) if found else None
+
+
+class Notices:
+    """What a user should be told of a search that runs, each thing once."""
+
+    def __init__(self, config, folder):
+        self.config, self.folder = config, folder
+        self.said = set()
+        self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
+
+    def __call__(self, trials):
+        """Return the lines that are new, given all trials."""
+        found = {}
+        states = {trial["status"] for trial in trials}
+        is_waiting = "WAITING" in states and "RUNNING" not in states
+        if is_waiting and self.config.trial_gpu_number and is_local(self.config):
+            holders = waiting_for(self.config.training_service)
+            found[holders] = holders and f"trials wait for a GPU: {holders}"
+        if not is_local(self.config):
+            found |= self.silent(trials)
+        new = {about: line for about, line in found.items() if line and about not in self.said}
+        self.said |= new.keys()
+        return list(new.values())
+
+    def silent(self, trials):
+        """Return {trial: line} for those that are silent for longer than any before."""
+        found = {}
+        for trial in trials:
+            id, latest = trial["id"], trial["heard"]
+            self.longest = max(self.longest, latest - self.heard.get(id, latest))
+            self.heard[id] = latest
+            silence = time.time() * 1000 - latest
+            if (
+                trial["status"] == "RUNNING"
+                and self.longest
+                and silence > max(60_000, self.longest)
+            ):
+                known = re.match(r"\w+://([^/:]+)", trial["path"])
+                machine = known[1] if known else "its machine"
+                found[id] = (
+                    f"{title(trial)} on {machine} has reported nothing for {silence / 1000:.0f} s;"
+                    f" if the machine is dead: nnictl trial kill {self.folder.name} -T {id}"
+                )
+        return found
+
+
+def title(trial):
+    return f"trial {trial['trial']} ({trial['id']})"
+
+
+def failure(trial, folder):
+    """Return why a trial has failed: from its stderr on this machine, else where to look."""
+    try:
+        with open(folder / "trials" / trial["id"] / "stderr", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 100_000))  # the end says it, and is not endless
+            return one_line(reason(file.read().decode(errors="replace")))
+    except OSError:
+        return f"its files are at {one_line(trial['path'] or 'no place that NNI knows')}"
+
+
+def best_of(config):
+    """Return which of its results is a search's best: min or max."""
+    return {"minimize": min, "maximize": max}[direction(config.json())]

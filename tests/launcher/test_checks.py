@@ -1,0 +1,356 @@
+"""config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
+
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SPACE
+from test_experiment import stand_in_nvidia_smi
+
+import search
+from nnisearch.before import checks, config, gpus
+
+MINE = {"className": "mine.Tuner", "codeDirectory": "."}
+DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    """A HOME of the test's own, and this Python first for the trials."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load configs/demo.yml with changes; a change to None leaves the key out."""
+
+    def load(**changes):
+        given = DEMO | {"trialCodeDirectory": str(ROOT), "searchSpace": SPACE} | changes
+        given = {key: value for key, value in given.items() if value is not None}
+        path = tmp_path / "config.yml"
+        path.write_text(yaml.safe_dump(given))
+        return config.load(path)
+
+    return load
+
+
+def refusal(load, **changes):
+    """Return the line with which a configuration is refused."""
+    with pytest.raises(ValueError) as error:
+        loaded = load(**changes)
+        checks.check(loaded)
+        search.check(loaded)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Two of them are refused, without a word on the password.
+MACHINE = {"host": "there", "user": "me", "password": "secret"}
+REMOTE = {"platform": "remote", "machineList": [MACHINE]}
+
+
+def entry(kind, *values):
+    return {"lr": {"_type": kind, "_value": list(values)}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu.yml", "demo.yml", "wide.yml"])
+def test_the_projects_configurations_pass(name):
+    loaded = config.load(ROOT / "configs" / name)
+    assert checks.check(loaded) == []
+    search.check(loaded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"trialConcurrency": 0}, ["trialConcurrency is 0; allowed: trialConcurrency > 0"]),
+        ({"trialConcurrency": "two"}, ["trialConcurrency is 'two'; allowed: an integer"]),
+        ({"trialConcurrency": None}, ["trialConcurrency is not set"]),
+        (
+            {"trialConcurency": 2},
+            ["trialConcurency is no key of NNI's Exp", "; allowed: trialConcurrency"],
+        ),
+        ({"maxTrialDuration": "5x"}, ["maxTrialDuration is '5x'; allowed: ", "90, 90s, 30m"]),
+        ({"maxExperimentDuration": "0s"}, ["maxExperimentDuration is '0s'; allowed: "]),
+        ({"tunerGpuIndices": "a"}, ["tunerGpuIndices is 'a': invalid literal"]),
+        ({"trainingService": "local"}, ["trainingService is 'local': "]),
+        ({"trainingService": [REMOTE, REMOTE]}, ["trainingService is list: "]),
+        ({"tuner": None}, ["tuner must be set"]),
+        ({"trainingService": {"platform": "locl"}}, ["platform is 'locl'; allowed: local, remote"]),
+        ({"searchSpaceFile": "no.json", "searchSpace": None}, ["no.json"]),
+        ({"trialCodeDirectory": "/no/such/folder"}, ["/no/such/folder"]),
+    ],
+)
+def test_configurations_that_nni_refuses(load, changes, parts):
+    line = refusal(load, **changes)
+    assert all(part in line for part in parts), line
+    assert "config.yml: " in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\xff", "a: b: c"])
+def test_files_that_are_no_configuration(tmp_path, content):
+    path = tmp_path / "broken.yml"
+    path.write_bytes(content.encode("latin1"))
+    for broken in (path, tmp_path / "missing.yml"):
+        with pytest.raises(ValueError, match=f"^{broken}: .+$"):
+            config.load(broken)
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: it is no file; allowed: "):
+        config.load(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("space", "parts"),
+    [
+        ([1], ["searchSpace is [1]", "an object"]),
+        ({"lr": 3}, ["lr is 3; allowed: an object of _type and _value"]),
+        (entry("log", 1, 2), ["lr: _type is log; allowed: choice, uniform"]),
+        (entry("choice"), ["lr is []; allowed: a list of at least one value"]),
+        (entry("choice", 1, float("nan")), ["lr is [1, nan]; allowed: finite numbers"]),
+        (entry("uniform", 2, 1), ["lr is [2, 1]; allowed for uniform: the lower bound first"]),
+        (entry("uniform", 1), ["lr is [1]; allowed for uniform: a list of 2 numbers"]),
+        (entry("uniform", 1, "two"), ["lr is [1, 'two']; allowed for uniform: numbers"]),
+        (entry("uniform", 1, None), ["lr is [1, None]; allowed for uniform: numbers"]),
+        (entry("uniform", 0.1, float("nan")), ["lr is [0.1, nan]; allowed for uniform: finite"]),
+        (
+            entry("loguniform", 0, 1),
+            ["lr is [0, 1]; allowed for loguniform: a lower bound"],
+        ),
+        (
+            entry("quniform", 1, 2, 0),
+            ["lr is [1, 2, 0]; allowed for quniform: a step that"],
+        ),
+        (
+            entry("choice", {"_name": "a", "b": {"_type": "uniform", "_value": [3, 1]}}),
+            ["searchSpace: lr: a: b is [3, 1]; allowed for uniform: the lower bound first"],
+        ),
+        (SPACE | {"layers": {"_type": "choice", "_value": [1]}}, ["layers is 1; allowed keys: "]),
+        (SPACE | entry("choice", 0.1, 0), ["lr is 0; allowed: a finite number > 0"]),
+        (SPACE | entry("uniform", -1, 1), ["lr is -1.0; allowed: a finite number > 0"]),
+        (
+            SPACE | {"epochs": {"_type": "quniform", "_value": [1, 4, 1]}},
+            [".0; allowed: an integer"],
+        ),
+        (SPACE | {"augment": {"_type": "randint", "_value": [0, 18]}}, ["augment is 17; allowed"]),
+    ],
+)
+def test_search_spaces(load, space, parts):
+    line = refusal(load, searchSpace=space)
+    assert all(part in line for part in parts), line
+
+
+def test_search_spaces_that_are_good(load):
+    space = SPACE | {"augment": {"_type": "randint", "_value": [0, 17]}}
+    loaded = load(searchSpace=space)
+    assert checks.check(loaded) == []
+    search.check(loaded)
+    others = entry("choice", None, [1], {"a": 1}) | {"x": {"_type": "uniform", "_value": [1, 1]}}
+    assert checks.check(load(searchSpace=others)) == []
+
+
+@pytest.mark.parametrize("space", [{}, [1, "two"], {"lr": {"_type": "mine", "_value": 3}}])
+def test_a_tuner_of_ones_own_owns_its_space(load, space):
+    checks.check(load(searchSpace=space, tuner=MINE))
+
+
+def test_numbers_that_yaml_takes_for_text(load):
+    nested = {"_name": "a", "b": {"_type": "choice", "_value": ["5E-2", "text", "1.0e-4"]}}
+    space = entry("loguniform", "1e-4", 0.1) | {"x": {"_type": "choice", "_value": [nested]}}
+    assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
+        "searchSpace: lr: 1e-4 is text to YAML; for a number write 1.0e-4",
+        "searchSpace: x: a: b: 5E-2 is text to YAML; for a number write 5.0e-2",
+    ]
+
+
+def test_options_within_an_option_are_warned_of(load):
+    inner = {"_type": "choice", "_value": [{"_name": "c"}, {"_name": "d"}]}
+    space = entry("choice", {"_name": "a"}, {"_name": "b", "inner": inner})
+    line = "searchSpace: lr: b: inner has options within an option: NNI's tuner fails where that"
+    for name in ("TPE", "Random"):
+        (warning,) = checks.check(load(searchSpace=space, tuner={"name": name}))
+        assert warning.startswith(line)
+    assert checks.check(load(searchSpace=space, tuner={"name": "Evolution"})) == []
+    shallow = entry("choice", {"_name": "a"}, {"_name": "b"} | entry("choice", 1, 2))
+    assert checks.check(load(searchSpace=shallow, tuner={"name": "TPE"})) == []
+
+
+def test_what_nni_runs_but_nobody_means_is_warned_of(load):
+    odd = {"trialConcurrency": True, "maxTrialNumber": True, "trialCommand": " "}
+    assert checks.check(load(**odd)) == [
+        "trialConcurrency is true, which NNI takes for 1",
+        "maxTrialNumber is true, which NNI takes for 1",
+        "trialCommand is ' ', so no trial will have a result",
+    ]
+
+
+def test_a_date_which_json_has_not(load):
+    space = {"x": {"_type": "choice", "_value": [datetime.date(2020, 1, 1)]}}
+    line = refusal(load, searchSpace=space)
+    assert "searchSpace: x: _value: 0 is 2020-01-01; allowed: a text, a number, " in line
+
+
+@pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__", "__enum__"])
+@pytest.mark.parametrize(
+    "tuner", [{"name": "TPE"}, {"className": "mine.Tuner", "codeDirectory": "."}]
+)
+def test_code_in_a_search_space(load, key, tuner):
+    for space in (
+        {key: "path:os.system"},
+        {"x": {"_type": "choice", "_value": [1, {"_name": "a", "b": [[{key: 1}]]}]}},
+        {"x": {"_type": "uniform", "_value": [0, 1], key: "path:os.system", "__args__": ["ls"]}},
+    ):
+        line = refusal(load, searchSpace=space, tuner=tuner)
+        assert f"{key} is " in line
+        assert "no key that runs code" in line
+    tuner = tuner | {"classArgs": {"a": {key: 1}}}
+    assert f"{key} is 1; allowed" in refusal(load, tuner=tuner)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"tuner": {"name": "TPEE"}}, ["tuner.name is 'TPEE'; allowed: ", "TPE", "BatchTuner"]),
+        (
+            {"tuner": {"name": "hyperband"}},
+            ["tuner.name, or advisor.name, is 'hyperband'", "tuners.Hyperband"],
+        ),
+        ({"assessor": {"name": "Median"}}, ["assessor.name is 'Median'; allowed: ", "Medianstop"]),
+    ],
+)
+def test_names_of_algorithms(load, changes, parts):
+    line = refusal(load, **changes)
+    assert all(part in line for part in parts), line
+
+
+LOCAL = {"platform": "local", "useActiveGpu": False}
+
+
+@pytest.mark.parametrize(
+    ("number", "service", "part"),
+    [
+        (3, LOCAL, "trialGpuNumber is 3; allowed: at most 2, "),
+        (1, LOCAL | {"gpuIndices": [0, 2]}, "gpuIndices is 2; allowed: below 2"),
+        (2, LOCAL | {"gpuIndices": [1]}, "trialGpuNumber is 2; allowed: at most 1, "),
+    ],
+)
+def test_gpus_that_do_not_exist(load, tmp_path, monkeypatch, number, service, part):
+    stand_in_nvidia_smi(tmp_path / "home", busy=[False, True])
+    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
+    assert part in refusal(load, trialGpuNumber=number, trainingService=service)
+
+
+def test_without_gpus_the_refusal_says_how_to_search_without(load, monkeypatch):
+    monkeypatch.setattr(gpus, "gpus", list)
+    line = refusal(load, trialGpuNumber=1, trainingService=LOCAL)
+    assert line.startswith("trialGpuNumber is 1; allowed: at most 0, ")
+    assert line.endswith("a search without GPUs has trialGpuNumber: 0")
+
+
+@pytest.mark.parametrize(
+    ("script", "part"),
+    [
+        ("echo Driver mismatch >&2; exit 18", "it says: Driver mismatch"),
+        ("echo '<nvidia_smi_log><gpu>'", "it says: <nvidia_smi_log><gpu>"),
+    ],
+)
+def test_an_nvidia_smi_that_fails_is_not_no_gpus(load, tmp_path, monkeypatch, script, part):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
+    stand_in_nvidia_smi(tmp_path / "home", busy=[])
+    (tmp_path / "home" / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    line = refusal(load, trialGpuNumber=1, trainingService=LOCAL)
+    assert line.startswith("nvidia-smi fails: ")
+    assert part in line
+    assert part in gpus.waiting_for(load(trainingService=LOCAL).training_service)
+    path, why = search.default_config()
+    assert path.name == "cpu.yml"
+    assert part in why
+
+
+def test_an_nvidia_smi_that_hangs_or_finds_nothing_or_warns(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
+    stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
+    script = tmp_path / "home" / "nvidia-smi"
+    script.write_text(script.read_text() + "echo WARNING: infoROM is corrupted at gpu 0\n")
+    assert [len(held) for held in gpus.gpus()] == [1, 0]
+    script.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
+    assert gpus.gpus() == []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, timeout, **k: run(*a, timeout=0.2, **k))
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(ValueError, match=r"nvidia-smi fails: .* timed out"):
+        gpus.gpus()
+
+
+@pytest.mark.parametrize(
+    ("visible", "given", "expected"),
+    [("1", None, [1]), ("3, 1", None, [3, 1]), ("1", [0], [0]), (None, None, None)],
+)
+def test_visible_devices_stand_for_gpu_indices(load, monkeypatch, visible, given, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    service = load(trialGpuNumber=1, trainingService=LOCAL | {"gpuIndices": given}).training_service
+    line = gpus.allow_visible(service)
+    assert service.gpu_indices == expected
+    assert bool(line) == (given is None and visible is not None)
+
+
+@pytest.mark.parametrize("visible", ["GPU-8932f937", "MIG-GPU-8932f937/1/0", "0,GPU-1", "", "-1"])
+def test_visible_devices_that_nni_cannot_index(load, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=r"^CUDA_VISIBLE_DEVICES is .*; allowed: numbers of GPUs"):
+        gpus.allow_visible(load(trialGpuNumber=1, trainingService=LOCAL).training_service)
+    assert gpus.allow_visible(load(trialGpuNumber=0).training_service) is None
+
+
+def test_who_holds_the_gpus(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
+    service = load(trialGpuNumber=1, trainingService=LOCAL).training_service
+    stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
+    assert gpus.waiting_for(service) is None
+    service.gpu_indices = [0]
+    assert gpus.waiting_for(service).startswith("GPU 0: ")
+    service.use_active_gpu = True
+    assert gpus.waiting_for(service) is None
+
+
+def test_a_python_whose_path_has_a_space(load, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/my python/python3")
+    assert "the Python is '/my python/python3'; allowed: " in refusal(load)
+
+
+def test_a_machine_without_ps(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "home"))
+    line = refusal(load)
+    assert line == "PATH has no ps, by which NNI ends trials; Debian: apt install procps"
+
+
+def test_a_home_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "below"
+    with pytest.raises(ValueError) as error:
+        checks.check_disk(folder, 1)
+    assert str(error.value).startswith(
+        f"experimentWorkingDirectory is '{folder}'; allowed: a folder"
+    )
+
+
+def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(DEMO | {"trialConcurrency": 0}))
+    command = [sys.executable, ROOT / "search.py", tmp_path / "c.yml"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"search.py: error: {tmp_path}/c.yml: trialConcurrency is 0; allowed")
+    assert [path.name for path in (tmp_path / "home").iterdir()] in ([], ["nni-experiments"])

@@ -1,0 +1,601 @@
+"""choose.py: the rule, what it reads, what it leaves out, what it writes and what it refuses."""
+
+import csv
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import train
+from nnisearch.after import choose, importance
+from nnisearch.shared import output, results
+from nnisearch.shared.direction import direction
+
+
+def trial(number, result, seconds=10.0, reports=(2.0, 1.0), status="SUCCEEDED", **hyperparameters):
+    return {
+        "trial": number,
+        "id": f"id{number}",
+        "status": status,
+        "result": result,
+        "seconds": seconds,
+        "intermediate": list(reports),
+        "hyperparameters": {"lr": 0.01 * (number + 1)} | hyperparameters,
+    }
+
+
+def database(home, trials, experiment="abc123", start=1000, **profile):
+    """Write trials as NNI 2.10.1 does, with its list of experiments; return the database's path."""
+    folder = home / "nni-experiments" / experiment / "db"
+    folder.mkdir(parents=True)
+    listed = home / "nni-experiments" / ".experiment"
+    known = json.loads(listed.read_text()) if listed.exists() else {}
+    known[experiment] = {"startTime": start, "logDir": str(home / "nni-experiments")}
+    listed.write_text(json.dumps(known))
+    path = folder / "nni.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "CREATE TABLE TrialJobEvent (timestamp integer, trialJobId text, event text, data text,"
+        " logPath text, sequenceId integer, message text);"
+        "CREATE TABLE MetricData (timestamp integer, trialJobId text, parameterId text, type text,"
+        " sequence integer, data text);"
+        "CREATE TABLE ExperimentProfile (params text, id text, execDuration integer,"
+        " startTime integer, endTime integer, logDir text, nextSequenceId integer,"
+        " revision integer);"
+    )
+    tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
+    known = {"experimentName": "a search", "trialCommand": "python3 train.py", "tuner": tuner}
+    profile = known | profile
+    for revision in (1, 2):
+        row = (json.dumps(profile), experiment, 0, 0, None, "", 0, revision)
+        connection.execute("INSERT INTO ExperimentProfile VALUES (?,?,?,?,?,?,?,?)", row)
+
+    def event(timestamp, name, number, kind, data=None):
+        row = (timestamp, name, kind, data, None, number, None)
+        connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
+
+    def metric(name, number, kind, sequence, value):
+        row = (0, name, str(number), kind, sequence, json.dumps(json.dumps(value)))
+        connection.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row)
+
+    for entry in trials:
+        name, number = entry["id"], entry["trial"]
+        given = json.dumps({"parameter_id": number, "parameters": entry["hyperparameters"]})
+        event(5, "", None, "ADD_CUSTOMIZED", "{}")
+        event(1000, name, number, "WAITING", given)
+        if entry["seconds"] is not None:
+            event(2000, name, number, "RUNNING")
+            if entry["status"] != "RUNNING":
+                event(2000 + round(1000 * entry["seconds"]), name, number, entry["status"])
+        for sequence, value in reversed(list(enumerate(entry["intermediate"]))):
+            metric(name, number, "PERIODICAL", sequence, value)
+        if entry["result"] is not None:
+            metric(name, number, "FINAL", 0, entry["result"])
+    connection.commit()
+    connection.close()
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Start `python choose.py ...` with a HOME of its own and in it."""
+
+    def run(*args, **environment):
+        return subprocess.run(
+            [sys.executable, ROOT / "choose.py", *map(str, args)],
+            env=os.environ | {"HOME": str(tmp_path)} | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def refusal(result):
+    """Return the one line with which choose.py ended."""
+    assert result.returncode != 0
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("trials", "within", "expected"),
+    [
+        ([trial(0, 64.0), trial(1, 65.0), trial(2, 60.0, 1)], 0.5, 1),
+        ([trial(0, 64.6, 9), trial(1, 65.0, 30), trial(2, 64.4, 1)], 0.5, 0),
+        ([trial(0, 64.6, 9), trial(1, 65.0, 30), trial(2, 64.4, 1)], 0, 1),
+        ([trial(0, 64.6, 9), trial(1, 65.0, 30), trial(2, 64.4, 1)], 1, 2),
+        ([trial(0, 65, 9.2, [2, 1]), trial(1, 65, 8.9, [1.5, 1.4]), trial(2, 65, 30, [0])], 0.5, 1),
+        ([trial(0, 65, 9.2, [2, 1]), trial(1, 65, 8.9, [2, 1.4])], 0.5, 0),
+        ([trial(0, 65, 9, []), trial(1, 65, 9, [2])], 0.5, 1),
+        ([trial(0, 65, None), trial(1, 65, 100)], 0.5, 1),
+        ([trial(0, 64.9), trial(1, 65)], 0.5, 1),
+        ([trial(0, 62.54, 1), trial(1, 63.04)], 0.5, 0),
+        ([trial(0, 62.53, 1), trial(1, 63.04)], 0.5, 1),
+    ],
+)
+def test_the_choice(trials, within, expected):
+    for entry in trials:
+        results.measure(entry)
+    assert choose.choose(trials, within)["trial"] == expected
+
+
+MIXED = [
+    trial(0, 60.0, 30.0, [2.0, 1.5, 1.25]),
+    trial(1, None, 5.0, [2.3], "FAILED"),
+    trial(2, 64.25, 90.0, [1.9, 1.1], optimizer="Adam"),
+    trial(3, None, 9.0, [2.2], "USER_CANCELED"),
+    trial(4, 64.0, 40.0, [1.9, 1.2]),
+    trial(5, 70.0, 9.0, [1.0], "EARLY_STOPPED"),
+    trial(6, None, 12.0, [1.8], "RUNNING"),
+    trial(7, None, None, [], "WAITING"),
+    trial(8, None, 12.0, [1.8]),
+    trial(9, float("nan"), 12.0, [float("nan")]),
+]
+
+
+def test_the_table_ranks_what_has_a_result_and_names_the_rest(run, tmp_path):
+    database(tmp_path, MIXED)
+    result = run()
+    assert result.returncode == 0, result.stderr
+    title, head, *rows, counts, strange, left, rule, values = result.stdout.splitlines()
+    assert title == "abc123: a search"
+    assert " ".join(head.split()) == "trial result seconds last area lr optimizer"
+    assert [row.split() for row in rows] == [
+        ["2", "64.25", "90", "1.1", "1.5", "0.03", "Adam"],
+        ["*", "4", "64", "40", "1.2", "1.55", "0.05", "-"],
+        ["0", "60", "30", "1.25", "1.583", "0.01", "-"],
+    ]
+    assert counts == (
+        "3 of 10 trials have a result; left out: 1 FAILED, 1 USER_CANCELED, 1 EARLY_STOPPED"
+        " (by maxTrialDuration or an assessor), 1 RUNNING, 1 WAITING, 2 without a result"
+    )
+    assert strange == f"trial 9 (id9) reported NaN, {results.NO_RESULT}"
+    assert left.startswith("RUNNING and WAITING: no manager of this search runs on this machine")
+    assert rule.startswith("* the choice, trial 4 (id4): within 0.5 of the greatest result")
+    assert json.loads(values) == {"lr": 0.05}
+
+
+def test_the_latest_experiment_is_the_default(run, tmp_path):
+    database(tmp_path, [trial(0, 60.0)], "older", start=1)
+    database(tmp_path, [trial(0, 61.0)], "latest", start=3)
+    database(tmp_path, [trial(0, 62.0)], "old", start=2)
+    assert run().stdout.startswith("latest: ")
+    assert run("old").stdout.startswith("old: ")
+
+
+def test_top_shortens_the_table_only(run, tmp_path):
+    database(tmp_path, MIXED)
+    result = run("--top", 1)
+    assert len(result.stdout.splitlines()) == 8
+    assert "trial 4 (id4)" in result.stdout
+    assert len(json.loads(run("--top", 1, "--json").stdout)["trials"]) == len(MIXED)
+
+
+def test_json_is_read_again(run, tmp_path):
+    database(tmp_path, MIXED)
+    printed = run("--json").stdout
+    assert json.loads(printed)["choice"] == "id4"
+    (tmp_path / "results.json").write_text(printed)
+    assert run("--file", "results.json").stdout == run().stdout
+    assert run("--file", "results.json", "--json").stdout == printed
+
+
+def test_csv_has_a_column_for_each_hyperparameter(run, tmp_path):
+    database(tmp_path, MIXED)
+    rows = list(csv.DictReader(io.StringIO(run("--csv").stdout)))
+    assert [row["trial"] for row in rows] == ["2", "4", "0"]
+    assert rows[0] == {
+        "trial": "2",
+        "id": "id2",
+        "result": "64.25",
+        "seconds": "90.0",
+        "last": "1.1",
+        "area": "1.5",
+        "lr": "0.03",
+        "optimizer": "Adam",
+    }
+
+
+def test_out_is_what_train_py_takes(run, tmp_path):
+    database(tmp_path, MIXED)
+    assert run("--out", "best.json").returncode == 0
+    kept = json.loads((tmp_path / "best.json").read_text())
+    assert kept == {
+        "experiment": "abc123",
+        "trial": 4,
+        "id": "id4",
+        "result": 64.0,
+        "hyperparameters": {"lr": 0.05},
+    }
+    assert train.parse_args(["--params", str(tmp_path / "best.json")]).lr == 0.05
+
+
+def test_the_plot_is_a_picture(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    database(tmp_path, MIXED)
+    result = run("--plot", "search.png")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
+    database(tmp_path, MIXED)
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    line = refusal(run("--plot", "search.png", PYTHONPATH=str(tmp_path)))
+    assert "--plot needs matplotlib (pip install matplotlib)" in line
+    assert not (tmp_path / "search.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["nobody"], ["EXPERIMENT_ID is 'nobody'", "allowed: abc123"]),
+        (["--within", "-1"], ["--within is -1.0", ">= 0"]),
+        (["--within", "nan"], ["--within is nan", ">= 0"]),
+        (["--top", "0"], ["--top is 0", ">= 1"]),
+        (["--json", "--csv"], ["--csv", "not allowed with", "--json"]),
+        (["--out", ""], ["--out is ''; allowed: the name of a file"]),
+        (["--plot", ""], ["--plot is ''; allowed: the name of a file"]),
+        (["--out", "no/such/best.json"], ["cannot write no/such/best.json"]),
+        (["--file", "missing.json"], ["missing.json", "No such file"]),
+        (["--file", "text.json"], ["text.json is not JSON"]),
+        (["--file", "other.json"], ["other.json holds no results", "'experiment' is missing"]),
+        (["--file", "list.json"], ["list.json holds no results"]),
+        (["abc123", "--file", "list.json"], ["EXPERIMENT_ID is 'abc123'", "--file"]),
+    ],
+)
+def test_refusals(run, tmp_path, args, parts):
+    database(tmp_path, MIXED)
+    (tmp_path / "text.json").write_text("{")
+    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    line = refusal(run(*args))
+    assert all(part in line for part in parts), line
+
+
+def test_an_experiment_without_a_result(run, tmp_path):
+    database(tmp_path, [trial(0, None, 5.0, [], "RUNNING")])
+    assert "a search: none of 1 trials has a result" in refusal(run())
+    database(tmp_path, [], "empty", start=5000)
+    assert "a search: none of 0 trials has a result" in refusal(run())
+
+
+def test_a_machine_without_experiments(run, tmp_path):
+    assert f"no experiment: {tmp_path}/nni-experiments/.experiment lists none" in refusal(run())
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [[1], 3, {"abc": 3}, {"abc": {}}, {"abc": {"startTime": "now", "logDir": "/"}}],
+    ids=str,
+)
+def test_a_damaged_list_of_experiments(run, tmp_path, listed):
+    database(tmp_path, MIXED)
+    path = tmp_path / "nni-experiments" / ".experiment"
+    path.write_text(json.dumps(listed))
+    for args in ([], ["abc"]):
+        assert f"{path} is damaged" in refusal(run(*args))
+
+
+def test_a_database_that_is_missing_or_damaged(run, tmp_path):
+    path = database(tmp_path, MIXED)
+    path.write_bytes(b"not a database, but long enough to be taken for one" * 100)
+    assert f"cannot read {path}" in refusal(run())
+    path.unlink()
+    assert f"cannot read {path}: unable to open" in refusal(run())
+    assert not path.exists()
+
+
+def test_a_database_in_use_is_read_and_one_that_stays_locked_is_not(run, tmp_path):
+    path = database(tmp_path, MIXED)
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("BEGIN IMMEDIATE")  # a writer, who lets others read
+        assert run().returncode == 0
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN EXCLUSIVE")
+        assert f"cannot read {path}: database is locked" in refusal(run())
+    finally:
+        connection.close()
+
+
+CHOICES = {  # of the project's records, by the distance that counts as equally good
+    "cpu": {0: 16, 0.5: 20, 1: 17},
+    "wide": {0: 4, 0.5: 21, 1: 21},
+    "default": {0: 26, 0.5: 24, 1: 24},
+    "validate": {0: 25, 0.5: 25, 1: 25},
+    "early_stop": {0: 6, 0.5: 6, 1: 14},
+}
+
+
+def test_the_searches_in_docs_are_read_and_chosen_from(run):
+    docs = ROOT / "docs" / "searches"
+    for name, expected in CHOICES.items():
+        search = results.read_file(docs / f"{name}.json")
+        trials = list(filter(results.has_result, search["trials"]))
+        found = {within: choose.choose(trials, within)["trial"] for within in expected}
+        assert found == expected, name
+    best = json.loads((docs / "wide_choice.json").read_text())
+    printed = run("--file", docs / "wide.json").stdout  # by this project's half a point
+    assert f"* the choice, trial 21 ({best['id']})" in printed
+    args = train.parse_args(["--params", str(docs / "wide_choice.json")])
+    assert args.epochs == best["hyperparameters"]["epochs"]
+
+
+# Searches of other projects
+
+
+@pytest.mark.parametrize(
+    ("trials", "within", "direction", "expected"),
+    [
+        ([trial(0, 0.9), trial(1, 0.1), trial(2, 0.5)], 0, "minimize", 1),
+        ([trial(0, 0.44, 1), trial(1, 0.92, 9)], 0, "maximize", 1),
+        ([trial(0, 0.13, 1), trial(1, 0.1, 9)], 0.05, "minimize", 0),
+        ([trial(0, 2e-12, 1), trial(1, 1e-12, 9)], 0, "minimize", 1),
+        # Accuracies, which rise: the greater area has learned faster.
+        ([trial(0, 1, 9, [0.1, 0.9]), trial(1, 1, 9, [0.6, 0.9])], 0, "maximize", 1),
+        ([trial(0, 1, 9, [2.0, 0.9]), trial(1, 1, 9, [1.0, 0.9])], 0, "maximize", 1),
+        ([trial(0, 1, 9, [2.0]), trial(1, 1, 9, [1.0])], 0, "minimize", 1),
+    ],
+)
+def test_the_choice_of_any_search(trials, within, direction, expected):
+    for entry in trials:
+        results.measure(entry)
+    assert choose.choose(trials, within, direction)["trial"] == expected
+
+
+def test_a_search_that_minimizes_shows_the_least_first(run, tmp_path):
+    tuner = {"name": "TPE"}
+    database(tmp_path, [trial(0, 0.3), trial(1, {"default": 0.1}), trial(2, 0.2)], tuner=tuner)
+    printed = run().stdout.splitlines()
+    assert [line.replace("*", "").split()[1] for line in printed[2:5]] == ["0.1", "0.2", "0.3"]
+    assert "within 0.5 of the least result" in printed[-2]
+    record = json.loads(run("--json").stdout)
+    assert (record["direction"], record["trials"][1]["result"]) == ("minimize", 0.1)
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    assert json.loads(run("--file", "results.json", "--json").stdout) == record
+
+
+def test_a_record_without_a_direction_maximizes_and_another_one_is_refused(run, tmp_path):
+    database(tmp_path, MIXED)
+    record = json.loads(run("--json").stdout)
+    (tmp_path / "results.json").write_text(json.dumps(record | {"direction": "up"}))
+    assert "direction is 'up'; allowed: " in refusal(run("--file", "results.json"))
+    del record["direction"]
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    assert "greatest" in run("--file", "results.json").stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, 1.0),
+        (0.5, 0.5),
+        (True, 1.0),
+        ({"default": 2, "other": "x"}, 2.0),
+        ({"default": {"__ndarray__": 0.75, "dtype": "float64", "shape": []}}, 0.75),
+        ({"__ndarray__": [0.75], "dtype": "float64", "shape": [1]}, None),
+        (10**400, None),
+        (-(10**400), None),
+        ("0.5", None),
+        (None, None),
+        (float("nan"), None),
+        (float("-inf"), None),
+        ([0.5], None),
+        ({"loss": 0.5}, None),
+        ({"default": {"default": 1}}, None),
+    ],
+)
+def test_what_is_a_result(value, expected):
+    assert results.number(value) == expected
+    found, instead = results.read_result(json.dumps(value))
+    assert (found is None) == (instead is not None)
+
+
+def test_what_nnictl_exports_is_read_as_the_database_is(run, tmp_path):
+    values = ['"high"', "0.5", '{"default": 0.75}', "1" + "0" * 400]
+    exported = [
+        {
+            "trialJobId": f"id{n}",
+            "value": value,
+            "parameter": {"x": n},
+            "intermediate": ["1", value],
+        }
+        for n, value in enumerate(values)
+    ]
+    (tmp_path / "out.json").write_text(json.dumps(exported))
+    found = run("--file", "out.json", "--json")
+    trials = json.loads(found.stdout)["trials"]
+    assert [entry["result"] for entry in trials] == [None, 0.5, 0.75, None]
+    assert [entry["intermediate"] for entry in trials] == [[1.0]] * 4
+
+
+def test_strange_searches_are_shown(run, tmp_path):
+    escape = "\x1b[2J\u202e\x9b"
+    odd = {
+        f"key{escape}": f"value{escape}\n2",
+        "list": [1, {"a": None}],
+        "none": None,
+        "long": "x" * 99,
+    }
+    database(tmp_path, [trial(0, 1.0, **odd), trial(1, f"no{escape}")], experimentName=None)
+    result = run()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == "abc123"
+    shown = [result, run("--csv"), run("--json"), run("--out", "best.json", "--top", 1)]
+    database(tmp_path, [trial(0, f"no{escape}")], f"bad{escape}", 2000, experimentName=escape)
+    shown.append(run())
+    assert "none of 1 trials has a result" in shown[-1].stderr
+    for result in shown:
+        text = (result.stdout + result.stderr).replace("\n", "")
+        assert text.isprintable(), [char for char in text if not char.isprintable()]
+    assert json.loads((tmp_path / "best.json").read_text())["hyperparameters"] == odd | {"lr": 0.01}
+
+
+def test_parameters_of_a_tuners_own_form_are_shown(run, tmp_path):
+    entries = [trial(0, 1.0), trial(1, 2.0)]
+    for entry in entries:
+        entry["hyperparameters"] = [entry["trial"], "x"]
+    database(tmp_path, entries)
+    assert '[1, "x"]' in run().stdout
+    assert run("--csv").stdout.splitlines()[0].endswith(",parameters")
+
+
+def test_a_closed_pipe_is_no_traceback(run, tmp_path):
+    database(tmp_path, [trial(number, float(number)) for number in range(3000)])
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'choose.py'} --top 3000 | head -1"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        env=os.environ | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.stdout, result.stderr) == ("abc123: a search\n", "")
+
+
+# Which way is better
+
+
+def test_the_direction_is_the_tuners():
+    assert direction({}) == "maximize"
+    assert direction({"tuner": {"name": "tpe"}}) == "minimize"
+    assert direction({"tuner": {"name": "Anneal", "classArgs": None}}) == "minimize"
+    assert direction({"tuner": {"name": "Evolution"}}) == "maximize"
+    assert direction({"tuner": {"name": "MetisTuner"}}) == "maximize"  # an alias, re-exported
+    assert direction({"tuner": {"name": "Random"}}) == "maximize"
+    assert direction({"tuner": {"name": "nobody"}}) == "maximize"
+    for mode in ("minimize", "maximize"):
+        assert direction({"tuner": {"name": "TPE", "classArgs": {"optimize_mode": mode}}}) == mode
+
+
+def test_the_direction_of_a_tuner_of_ones_own_is_read_and_not_run(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("from .inner import Deep\nrun = 1 / 0\n")
+    (tmp_path / "package" / "inner.py").write_text(
+        "from nni.algorithms.hpo import tpe_tuner\n"
+        "class Deep(tpe_tuner.TpeTuner):\n    def __init__(self, **others): pass\n"
+    )
+    (tmp_path / "progress.py").write_text(
+        "import package\nfrom nni.utils import OptimizeMode\nrun = 1 / 0\n"
+        "class Least:\n    def __init__(self, seed, optimize_mode='minimize', *, x=1): pass\n"
+        "class Word:\n    def __init__(self, *, optimize_mode=OptimizeMode.Minimize): pass\n"
+        "class Heir(Least): pass\n"
+        "class Own(Least):\n"
+        "    def __init__(self): super().__init__(1, optimize_mode='maximize')\n"
+        "class Far(package.Deep): pass\n"
+        "class Silent:\n    def __init__(self, x=1): pass\n"
+        "class Circle(Circle): pass\n"
+    )
+    expected = {"Least": "minimize", "Word": "minimize", "Heir": "minimize", "Far": "minimize"}
+    expected |= dict.fromkeys(["Own", "Silent", "Circle", "Missing"], "maximize")
+    for name, found in expected.items():
+        tuner = {"className": f"progress.{name}", "codeDirectory": str(tmp_path)}
+        assert direction({"tuner": tuner}) == found, name
+
+
+# What mattered
+
+
+def test_what_mattered_is_told_from_ten_trials_on(run, tmp_path):
+    def entry(number):
+        x = number % 7 / 7
+        odd = {"list": [[1], [2, 3]][number % 2], "none": None, "same": 1, "text": f"t{number}"}
+        if number % 3:
+            odd["sometimes"] = number % 4
+        return trial(number, 10 * x + 0.01 * (number % 5), lr=x, **{"batch size": number % 3} | odd)
+
+    shares = importance.importances([entry(number) for number in range(40)])
+    assert next(iter(shares)) == "lr"
+    assert shares["lr"] > 0.8
+    assert set(shares) == {"lr", "batch size", "list", "sometimes"}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert importance.importances([entry(number) for number in range(9)]) == {}
+    assert importance.importances([trial(number, 1.0) for number in range(20)]) == {}
+
+    database(tmp_path, [entry(number) for number in range(10)])
+    assert "What mattered, by 10 trials: lr " in run("--plot", "a.png").stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# What is written
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "best.json"
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    (tmp_path / ".known.tmp").symlink_to(victim)  # as planted by another user
+    with pytest.raises(OSError, match=r"cannot write .*best.json: File exists"):
+        output.write(path, b"new")
+    assert victim.read_text() == "mine"
+    assert not path.exists()
+    monkeypatch.undo()
+
+    path.symlink_to(victim)
+    mask = os.umask(0o027)
+    try:
+        output.write(path, b"new")
+    finally:
+        os.umask(mask)
+    assert (path.read_bytes(), victim.read_text()) == (b"new", "mine")
+    assert path.stat().st_mode & 0o777 == 0o640
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        output.write(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        ".known.tmp",
+        "best.json",
+        "victim",
+    ]
+
+
+def test_what_is_no_file_is_not_replaced_by_one(run, tmp_path):
+    database(tmp_path, MIXED)
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run("--out", "pipe").returncode == 0
+        assert json.loads(os.read(reader, 10_000))["trial"] == 4
+    finally:
+        os.close(reader)
+    assert "cannot write pipe: it is a pipe that nobody reads; allowed: " in refusal(
+        run("--out", "pipe")
+    )
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(choose, "show", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("sys.argv", ["choose.py"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as end:
+        choose.main()
+    signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_standard_output_that_is_a_file_is_not_replaced_by_another(tmp_path, monkeypatch):
+    link, path = tmp_path / "stdout", tmp_path / "file"
+    with path.open("w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        link.symlink_to(path)  # as /dev/stdout leads to it
+        file.write("before, ")
+        output.write(link, b"the choice, ")
+        file.write("after")
+    assert link.is_symlink()
+    assert path.read_text() == "before, the choice, after"

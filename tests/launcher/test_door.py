@@ -1,0 +1,316 @@
+"""guard.js: nobody gets at a search but programs of its own user, and no web page."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ENDLESS, ROOT, ask, nobody, outside_address
+from experiment import UNCHECKED, Experiment, free_port, processes_at
+from test_experiment import stand_in_nvidia_smi
+from test_remote import SSHD, UPGRADE, Machine, make_key, writable
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A search whose one trial does not end, for all that only asks."""
+    home = tmp_path_factory.mktemp("guarded")
+    environment = {key: value for key, value in os.environ.items() if "CIFAR10" not in key}
+    changes = {"maxTrialNumber": 1, "searchSpace": ENDLESS, "trialCommand": "sleep 3600"}
+    search = Experiment(ROOT / "configs" / "demo.yml", home, environment, UNCHECKED, **changes)
+    yield search
+    for process in processes_at(home):
+        process.kill()
+
+
+def loopback6():
+    """Return this machine's own address in IPv6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    return "::1"
+
+
+STRANGERS = {
+    "outside": lambda port: {"address": outside_address()},
+    "another user": lambda port: {"user": nobody()},
+    "another user, by IPv6": lambda port: {"user": nobody(), "address": loopback6()},
+    "an image of a page": lambda port: {"headers": ["Sec-Fetch-Site: cross-site"]},
+    "an image of a page of another port": lambda port: {"headers": ["Sec-Fetch-Site: same-site"]},
+    "a page": lambda port: {"headers": ["Origin: http://example.com"]},
+    "a page of another port": lambda port: {"headers": ["Origin: http://localhost:3000"]},
+    "a file": lambda port: {"headers": ["Origin: null"]},
+    "a rebound name": lambda port: {"headers": [f"Host: example.com:{port}"]},
+    "a rebound name and its page": lambda port: {
+        "headers": [f"Host: example.com:{port}", f"Origin: http://example.com:{port}"]
+    },
+}
+
+
+@pytest.mark.parametrize("what", ["status", "socket", "command"])
+@pytest.mark.parametrize("who", STRANGERS)
+def test_a_stranger_is_refused(guarded, tmp_path, who, what):
+    file = tmp_path / "stranger"
+    request = {
+        "status": {},
+        "socket": {"path": "/tuner", "headers": UPGRADE},
+        "command": command(guarded, file),
+    }[what]
+    stranger = STRANGERS[who](guarded.port)
+    headers = [*request.pop("headers", []), *stranger.pop("headers", [])]
+    assert ask(guarded.port, *headers, **request, **stranger) in (None, 403)
+    time.sleep(0.5)
+    assert not file.exists()
+    assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
+
+
+def command(search, file):
+    """Return a request that makes NNI's tuner run a command."""
+    call = {"__symbol__": "path:os.system", "__args__": [f"touch {file}"]}
+    profile = search.get("experiment")
+    profile["params"]["searchSpace"] = call
+    path = "/api/v1/nni/experiment?update_type=SEARCH_SPACE"
+    return {"path": path, "method": "PUT", "body": json.dumps(profile)}
+
+
+def test_the_user_gets_in(guarded):
+    port = guarded.port
+    assert ask(port) == 200
+    assert ask(port, f"Origin: http://localhost:{port}") == 200
+    assert ask(port, f"Host: 127.0.0.1:{port}", f"Origin: http://127.0.0.1:{port}") == 200
+    assert ask(port, path="/oview") == 200
+    assert "RUNNING" in guarded.nnictl("trial", "ls", guarded.id)
+    assert ask(port, user=os.getuid()) == 200
+    assert ask(port, "Sec-Fetch-Site: same-origin") == 200
+    assert ask(port, "Sec-Fetch-Site: none") == 200  # the address bar
+
+
+def test_the_user_gets_in_by_ipv6(guarded):
+    assert ask(guarded.port, address=loopback6()) == 200
+    assert ask(guarded.port, f"Host: [::1]:{guarded.port}", address=loopback6()) == 200
+
+
+def answers(port, *requests):
+    """Return what the port answers to requests sent at once, until it hangs up."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall("".join(requests).encode())
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
+def get(port, *headers, path="/api/v1/nni/check-status"):
+    lines = [f"GET {path} HTTP/1.1", f"Host: localhost:{port}", *headers, "", ""]
+    return "\r\n".join(lines)
+
+
+def test_a_foreign_request_after_an_own_one_is_refused_in_its_turn(guarded):
+    port = guarded.port
+    printed = answers(port, get(port), get(port), get(port, "Origin: http://example.com"))
+    assert re.findall(r"HTTP/1.1 (\d+)", printed) == ["200", "200", "403"]
+    assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
+
+
+@pytest.mark.parametrize("path", ["/oview", "/api/v1/nni/check-status", "/nothing"])
+def test_no_page_puts_a_frame_around_the_web_ui(guarded, path):
+    printed = answers(guarded.port, get(guarded.port, "Connection: close", path=path))
+    assert "\r\nX-Frame-Options: DENY\r\n" in printed
+
+
+@pytest.mark.parametrize(
+    "path", ["/netron/x.png", "/netron", "/NETRON/", "//netron/", "/%6eetron/"]
+)
+def test_the_proxy_to_the_internet_is_closed(guarded, path):
+    assert ask(guarded.port, path=path) in (200, 403, 404)  # 200: the Web UI's page
+    time.sleep(1)  # the proxy ends the manager once it has not found netron.app
+    assert ask(guarded.port) == 200
+    if path.lower().startswith("/netron"):
+        assert ask(guarded.port, path=path) == 403
+
+
+@pytest.mark.skipif(
+    not (SSHD and shutil.which("ssh")),
+    reason="needs sshd and ssh, Debian's openssh-server and openssh-client",
+)
+def test_a_tunnel_gets_in(guarded, tmp_path):
+    key = tmp_path / "key"
+    make_key(key)
+    server = Machine("127.0.0.2", tmp_path / "server", key, {"HOME": tmp_path})
+    port = free_port()
+    command = ["ssh", "-N", "-L", f"{port}:localhost:{guarded.port}", "-p", server.port]
+    command += ["-i", key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+    tunnel = subprocess.Popen([*map(str, command), server.settings["host"]])
+    try:
+        end = time.monotonic() + 60
+        while (status := ask(port)) is None and time.monotonic() < end:
+            time.sleep(0.5)
+        assert status == 200
+        assert ask(port, f"Origin: http://localhost:{port}") == 200
+        assert ask(port, "Origin: http://example.com") == 403
+    finally:
+        tunnel.kill()
+        tunnel.wait()
+        server.die()
+
+
+def test_the_request_of_the_strangers_is_one_that_runs_a_command(experiment, tmp_path):
+    search = experiment("configs/demo.yml", maxTrialNumber=1, trialCommand="sleep 600")
+    file = tmp_path / "own"
+    assert ask(search.port, **command(search, file)) == 200
+    end = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_the_folder_is_the_users_alone(experiment, home):
+    stand_in_nvidia_smi(home, busy=[False])
+    changes = {"trialGpuNumber": 1, "maxTrialNumber": 1, "searchSpace": ENDLESS}
+    search = experiment("config.yml", trialCommand="sleep 600", trialConcurrency=1, **changes)
+    folder = home / "nni-experiments" / search.id
+    end = time.monotonic() + 60
+    while not list(folder.rglob("gpu_metrics")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    # The collector writes its list for everybody, in a folder that nobody else can enter.
+    assert [path for path in writable(folder) if not path.endswith("/gpu_metrics")] == []
+    assert search.stop() == []
+    folder.chmod(0o755)  # as an older version has left it
+    search.resume()
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+# Where localhost is something else
+
+
+@contextlib.contextmanager
+def another_user_listens(port):
+    """Let another user listen on ::1, and yield the process; what it is sent is in its output."""
+    code = f"""
+import os, socket
+os.setuid({nobody()})
+server = socket.create_server(("::1", {port}), family=socket.AF_INET6)
+print("listening", flush=True)
+while True:
+    print(server.accept()[0].recv(9999), flush=True)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "listening\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+TINY = {
+    "experimentName": "tiny",
+    "trialCommand": "python3 -c 'import nni; nni.get_next_parameter(); nni.report_final_result(1)'",
+    "trialConcurrency": 1,
+    "maxTrialNumber": 1,
+    "tuner": {"name": "Random"},
+    "trainingService": {"platform": "local"},
+    "searchSpace": {"x": {"_type": "uniform", "_value": [0, 1]}},
+}
+
+
+@pytest.fixture
+def start(home, environment):
+    """Run a search of one trial of a second, behind a command if one is given; return its end."""
+    (home / "tiny.yml").write_text(yaml.safe_dump(TINY | {"trialCodeDirectory": str(home)}))
+
+    def start(*args, how=UNCHECKED, before=(), after=""):
+        command = [*before, sys.executable, *how, home / "tiny.yml", *args]
+        environment["HOME"] = environment["TMPDIR"] = str(home)
+        return subprocess.run(
+            [str(part) for part in command],
+            env=environment,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return start
+
+
+def test_a_port_that_another_has_in_ipv6_is_not_taken(start):
+    loopback6()
+    port = free_port()
+    with another_user_listens(port) as other:
+        result = start("-p", port, "--detach")
+        other.kill()
+        assert other.stdout.read() == ""
+    assert result.returncode == 1
+    assert f"--port is {port}; allowed: a free one" in result.stderr
+
+
+# As if another took the port after the search had looked whether it is free.
+RACE = [
+    "-c",
+    "import sys; from nnisearch import cli; from nnisearch.before import checks;"
+    "from nnisearch.start import launch as start; checks.check = lambda _: [];"
+    "start.is_free = lambda port: True; sys.exit(cli.main())",
+]
+
+
+def test_a_port_that_another_takes_in_ipv6_meanwhile_fails_the_start(start):
+    loopback6()
+    port = free_port()
+    with another_user_listens(port) as other:
+        result = start("-p", port, "--detach", how=RACE)
+        other.kill()
+        assert other.stdout.read() == ""
+    assert result.returncode == 1
+    assert f"EADDRINUSE: address already in use ::1:{port}" in result.stderr
+
+
+def namespace(tmp_path, hosts, *commands):
+    """Return a command that runs another in a network of its own, with /etc/hosts as given."""
+    file = tmp_path / "hosts"
+    file.write_text(hosts)
+    steps = ["ip link set lo up", f"mount --bind {file} /etc/hosts", *commands]
+    enter = ["unshare", "--net", "--mount", "bash", "-ec"]
+    probe = [*enter, " && ".join(steps)]
+    if os.getuid() != 0 or subprocess.run(probe, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to make namespaces, and iproute2")
+    return [*enter, " && ".join([*steps, '"$@"; nnictl stop --all']), "bash"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "commands"),
+    [
+        ("::1 localhost\n", []),
+        ("::1 localhost\n127.0.0.1 localhost\n", []),
+        ("127.0.0.1 localhost\n", ["sysctl -qw net.ipv6.conf.all.disable_ipv6=1"]),
+    ],
+    ids=["::1 alone", "::1 first", "no IPv6"],
+)
+def test_a_search_runs_whatever_localhost_is(start, tmp_path, hosts, commands):
+    result = start("-p", free_port(), before=namespace(tmp_path, hosts, *commands))
+    assert result.returncode == 0, result.stderr
+    assert "1 of 1 trials have a result" in result.stdout
+
+
+def test_in_reuse_mode_the_runners_on_this_machine_report_and_nobody_else(experiment, tmp_path):
+    """They come from its outside address, to the port after the Web UI's."""
+    config = TINY | {"trainingService": {"platform": "local", "reuseMode": True}}
+    (tmp_path / "reuse.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "empty").touch()  # NNI sends the folder along, and fails for want of files
+    search = experiment(tmp_path / "reuse.yml", trialCodeDirectory=str(tmp_path / "code"))
+    outside = {"address": outside_address(), "path": "/"}
+    while ask(search.port + 1, **outside) is None:  # its second server starts last
+        time.sleep(0.5)
+    assert ask(search.port + 1, **outside, user=nobody()) is None
+    assert ask(search.port + 1, *UPGRADE, **outside) == 400  # without the secret
+    (trial,) = search.wait(120)
+    assert trial["status"] == "SUCCEEDED"
+    assert search.stop() == []

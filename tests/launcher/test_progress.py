@@ -1,0 +1,416 @@
+"""progress.py: what is shown of a search, what is said of its trials, and of its own end."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+from experiment import MANAGER, UNCHECKED, free_port, processes_at
+from nni.experiment import rest
+from test_choose import database, trial
+
+from nnisearch.before.config import load
+from nnisearch.shared import results
+from nnisearch.watch import life, progress
+
+# A trial that imports nothing heavy: what its tuner has chosen is Python that it runs.
+TRIAL = """
+import json, os, signal, sys, time
+import nni
+parameters = nni.get_next_parameter()
+report, tell = nni.report_intermediate_result, nni.report_final_result
+exec(parameters["do"])
+"""
+DYING = """
+import os, signal
+from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
+from nni.assessor import Assessor
+
+class Dying(GridSearchTuner):
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.asked = when, 0
+
+    def generate_parameters(self, *args, **others):
+        self.asked += 1
+        if self.when == "asked" and self.asked > 1:
+            raise ZeroDivisionError("no more ideas")
+        return super().generate_parameters(*args, **others)
+
+    def receive_trial_result(self, *args, **others):
+        if self.when == "told":
+            raise KeyError("what is that?")
+        if self.when == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Judge(Assessor):
+    def assess_trial(self, *args):
+        raise ValueError("no idea")
+"""
+
+
+@pytest.fixture
+def start_search(home, environment):
+    """Start a search whose trials run these pieces of Python in turn, and what shows it."""
+    (home / "trial.py").write_text(TRIAL)
+    (home / "dying.py").write_text(DYING)
+
+    @contextlib.contextmanager
+    def start_search(*pieces, before=(), **changes):
+        config = {
+            "experimentName": "in turn",
+            "searchSpace": {"do": {"_type": "choice", "_value": list(pieces)}},
+            "trialCommand": f"{sys.executable} trial.py",
+            "trialCodeDirectory": str(home),
+            "trialConcurrency": 1,
+            "maxTrialNumber": len(pieces),
+            "tuner": {"name": "GridSearch"},
+            "trainingService": {"platform": "local"},
+        }
+        (home / "config.yml").write_text(yaml.safe_dump(config | changes))
+        command = [*before, sys.executable, *UNCHECKED, home / "config.yml", "-p", free_port()]
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            env=environment | {"HOME": str(home), "TMPDIR": str(home)},
+            cwd=home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()  # which does nothing to one that has ended
+
+    return start_search
+
+
+@pytest.fixture
+def run_search(start_search):
+    """Start as above and wait; return the status, the lines of its trials, stdout and stderr."""
+
+    def run_search(*pieces, **how):
+        with start_search(*pieces, **how) as process:
+            stdout, stderr = process.communicate(timeout=200)
+        lines = re.findall(r"^trial (\d+) \(\w+\)(?:: | )(.*)", stdout, re.MULTILINE)
+        return SimpleNamespace(
+            returncode=process.returncode,
+            lines=[f"{number}: {text}" for number, text in lines],
+            stdout=stdout,
+            stderr=stderr,
+        )
+
+    return run_search
+
+
+def nnictl(home, *args):
+    command = [Path(sys.executable).parent / "nnictl", *map(str, args)]
+    return subprocess.run(
+        command, env=os.environ | {"HOME": str(home)}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def read_until(process, part):
+    """Return the line of a search's output that holds a part."""
+    for line in process.stdout:
+        if part in line:
+            return line
+    raise AssertionError(f"no {part!r}: {process.stderr.read()}")
+
+
+# What trials report, and how they end
+
+
+def test_what_is_a_result_and_what_is_none(run_search):
+    pieces = [
+        "tell(0.5)",
+        "tell({'default': 0.25, 'other': 'x'})",
+        "import numpy; tell(numpy.float32(0.125))",
+        "import numpy; tell({'default': numpy.array(0.75)})",
+        "tell('\\x1b[31mhigh')",
+        "tell(None)",
+        "tell(10 ** 400)",
+        "tell(float('nan'))",
+        "tell([1, 2])",
+        "tell({'loss': 1})",
+        "pass",
+    ]
+    search = run_search(*pieces, trialConcurrency=3, experimentName=None)
+    assert search.returncode == 0, search.stderr
+    while_it_ran, table = search.stdout.split("4 of 11 trials have a result; left out: ")
+    # Each trial has one line, which ends with the best so far.
+    lines = re.findall(r"^trial \d+ \(\w+\):? (.*); (?:best|no res)", while_it_ran, re.MULTILINE)
+    assert sorted(lines) == sorted(
+        [
+            "0.5",
+            "0.25",
+            "0.125",
+            "0.75",
+            f'reported "\\u001b[31mhigh", {results.NO_RESULT}',
+            f"reported null, {results.NO_RESULT}",
+            f"reported 1{'0' * 59}…, {results.NO_RESULT}",
+            f"reported NaN, {results.NO_RESULT}",
+            f"reported [1, 2], {results.NO_RESULT}",
+            f'reported {{"loss": 1}}, {results.NO_RESULT}',
+            "has ended without reporting a result",
+        ]
+    )
+    assert table.startswith("7 without a result\n")
+    assert table.count(results.NO_RESULT) == 5
+    assert "\x1b" not in search.stdout
+    assert "Traceback" not in search.stderr
+
+
+def test_the_same_failure_is_told_once_and_how_trials_failed_is_said(run_search):
+    again = "raise ValueError('no luck')"
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    search = run_search(f"{again} # 1", f"{again} # 2", "sys.exit(3)", kill)
+    assert search.returncode == 1
+    assert search.stdout.count("has FAILED: ValueError: no luck (exit status 1)") == 1
+    assert search.stdout.count("FAILED with exit status 1; no result yet") == 1
+    assert len(re.findall(r"has FAILED: .* \(exit status 3\); no result", search.stdout)) == 1
+    assert len(re.findall(r"has FAILED: .* \(exit status 137\); no result", search.stdout)) == 1
+    assert len(search.lines) == 4
+    assert search.lines[-1].endswith("; no result")
+    assert "None of 4 trials has a result: 2 FAILED with exit status 1, " in search.stdout
+
+
+def test_trials_that_their_duration_or_an_assessor_ends_say_so(run_search):
+    search = run_search("report(1.0); time.sleep(60)", maxTrialDuration="2s")
+    assert search.returncode == 1
+    assert search.lines[-1] == "0: was ended by maxTrialDuration (2s); no result"
+    assert "None of 1 trials has a result: 1 ended by maxTrialDuration (2s)" in search.stdout
+    bad = "[(report(0.0), time.sleep(0.5)) for _ in range(100)]"
+    good = "[report(1.0) for _ in range(4)]; tell(1.0); time.sleep(2)"
+    turns = [*[f"{good} # {number}" for number in range(3)], bad]
+    search = run_search(
+        *turns,
+        maxTrialDuration="60s",
+        assessor={"name": "Medianstop", "classArgs": {"start_step": 1}},
+        searchSpace={"combine_params": {"_type": "choice", "_value": [{"do": x} for x in turns]}},
+        tuner={"name": "Batch"},  # which gives them in this order
+    )
+    assert search.returncode == 0, search.stderr
+    assert search.lines[-1] == "3: was ended by the assessor; best 1"
+
+
+def test_the_best_of_a_tuner_that_minimizes_is_the_least(run_search, home):
+    pieces = [f"tell({number})" for number in (4, 1, 3, 2)]
+    search = run_search(*pieces, tuner={"name": "TPE", "classArgs": {"seed": 1}})
+    assert search.returncode == 0, search.stderr
+    told = [line.split(": ")[1].split("; best ") for line in search.lines]
+    values = [float(value) for value, _ in told]
+    assert [float(best) for _, best in told] == [min(values[: n + 1]) for n in range(4)]
+    printed = subprocess.run(
+        [sys.executable, "-m", "nnisearch.after.choose", "--json"],
+        env=os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    ).stdout
+    found = json.loads(printed)
+    assert found["direction"] == "minimize"
+    (chosen,) = (t for t in found["trials"] if t["id"] == found["choice"])
+    assert chosen["result"] == min(values)
+
+
+def test_a_grid_that_is_smaller_than_asked_ends(run_search):
+    search = run_search("tell(1)", "tell(2)", "tell(3)", maxTrialNumber=50, trialConcurrency=2)
+    assert search.returncode == 0, search.stderr
+    assert len(search.lines) == 3
+    assert "The tuner has no more after 3 trials; maxTrialNumber is 50" in search.stdout
+
+
+def test_what_counts_of_a_trial_that_reports_twice_and_of_one_that_fails_then(run_search):
+    tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}  # NNI's dies of the second
+    twice, fails = "tell(1); tell(2); time.sleep(2)", "tell(3); sys.exit(2)"
+    search = run_search(f"{twice} # 1", f"{twice} # 2", tuner=tuner)
+    assert search.returncode == 0, search.stderr
+    assert [line.split(": ")[1] for line in search.lines] == ["1; best 1"] * 2
+    search = run_search(fails)
+    assert search.returncode == 1
+    assert "(exit status 2); so its result, 3, does not count; no result" in search.lines[0]
+
+
+def test_nobody_reads_on(run_search):
+    pipe = ["bash", "-c", 'set -o pipefail; "$@" | head -3', "-"]  # up to the Web UI's address
+    search = run_search("tell(1)", "tell(2)", before=pipe)
+    assert search.returncode == 128 + signal.SIGPIPE
+    assert search.stdout.count("\n") == 3
+    assert search.stderr == ""
+
+
+# How a search ends otherwise
+
+
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [
+        ("asked", "the tuner has died: ZeroDivisionError: no more ideas"),
+        ("told", "the tuner has died: KeyError: 'what is that?'"),
+        ("killed", "the tuner has died"),
+    ],
+)
+def test_a_tuner_that_dies_is_noticed_with_its_last_words(run_search, when, words):
+    tuner = {"className": "dying.Dying", "codeDirectory": ".", "classArgs": {"when": when}}
+    search = run_search("tell(1)", "tell(2)", "tell(3)", tuner=tuner)
+    assert search.returncode == 1
+    (line,) = search.stderr.splitlines()[-1:]
+    assert words in line
+    id = re.search(r"^Search (\w+)", search.stdout, re.MULTILINE)[1]
+    mended = ", with that mended" if when != "killed" else ""
+    assert f"; to go on{mended}: " in line
+    assert f"python search.py --resume {id}" in line
+    if when == "asked":  # after a first result
+        assert line.endswith(f"; its results so far: python choose.py {id}")
+
+
+def test_an_assessor_that_dies_is_not_called_the_tuner(run_search):
+    judge = {"className": "dying.Judge", "codeDirectory": "."}
+    search = run_search("report(1.0); time.sleep(60)", assessor=judge)
+    assert (
+        "the assessor has died: ValueError: no idea; to go on, with that mended: " in search.stderr
+    )
+
+
+def test_a_manager_that_is_killed_is_not_called_stopped(start_search, home):
+    with start_search("time.sleep(60)") as process:
+        read_until(process, "Web UI")
+        time.sleep(1)
+        for manager in processes_at(home, MANAGER):
+            manager.kill()
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert (
+        "NNI's manager has died: without a word; was it killed?; to go on: python search.py"
+        in stderr
+    )
+
+
+def test_what_was_stopped_is_called_stopped(start_search, home):
+    with start_search("time.sleep(60)") as process:
+        id = read_until(process, "Web UI").split()[-1]
+        nnictl(home, "stop", id)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert stderr.endswith(
+        f"search {id} has been stopped; to go on: python search.py --resume {id}\n"
+    )
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """A search that is watched, with a database written by hand and no manager but this process."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    database(tmp_path, [trial(0, 60.0), trial(1, None, None, [], "WAITING")])
+    known = tmp_path / "nni-experiments" / ".experiment"
+    entry = {"pid": os.getpid(), "prefixUrl": "my/prefix", "status": "RUNNING"}
+    known.write_text(json.dumps({"abc123": json.loads(known.read_text())["abc123"] | entry}))
+    monkeypatch.setattr(life.Life, "find_manager", lambda _: psutil.Process())
+    folder = tmp_path / "nni-experiments" / "abc123"
+    commands = ("nnisearch --resume abc123", "nnichoose abc123")
+    return progress.Search("abc123", 1, folder, *commands)
+
+
+def test_a_manager_that_is_slow_to_answer_is_asked_on(watched, monkeypatch, capsys):
+    def silent(*_, **__):
+        raise ConnectionError("Read timed out.")
+
+    monkeypatch.setattr(rest, "get", silent)
+    assert watched.ask() == (None, [])
+    assert capsys.readouterr().out == ""
+    watched.heard -= 25
+    assert watched.ask() == watched.ask() == (None, [])
+    assert re.fullmatch(
+        r"search abc123 has not answered for 2\d s, and is asked on: Read timed out\.\n",
+        capsys.readouterr().out,
+    )
+    monkeypatch.setattr(life, "lives", lambda process: False)
+    with pytest.raises(RuntimeError, match="NNI's manager has died: "):
+        watched.ask()
+
+
+def test_no_more_trials_with_one_in_the_queue_is_not_the_end(watched, monkeypatch):
+    answers = {"/experiment": {"nextSequenceId": 3}, "/check-status": {"status": "RUNNING"}}
+    asked = []
+
+    def get(port, what, prefix):
+        asked.append((port, what, prefix))
+        return answers[what]
+
+    monkeypatch.setattr(rest, "get", get)
+    watched.ask()
+    assert asked == [(1, "/check-status", "my/prefix")]
+    no_more = {"status": "TUNER_NO_MORE_TRIAL"}
+    watched.changed -= 100
+    assert not watched.is_done(no_more)
+    watched.trials.known["id1"]["status"] = "SUCCEEDED"
+    assert not watched.is_done(no_more)  # the third trial has a number, and has not started
+    answers["/experiment"]["nextSequenceId"] = 2
+    assert watched.is_done(no_more)
+    watched.changed = time.monotonic()
+    assert not watched.is_done(no_more)  # NNI may be about to start one
+
+
+def test_what_is_only_viewed_says_so(watched):
+    with pytest.raises(RuntimeError, match=r"shown by nnictl view.*: nnictl stop abc123; nnis"):
+        watched.check({"status": "VIEWED"})
+
+
+def test_a_pass_reads_only_what_is_new(tmp_path):
+    path = database(tmp_path, [trial(0, 60.0), trial(1, None, 3.0, [2.0], "RUNNING")])
+    trials = results.Trials(path)
+    assert [t["id"] for t in trials.update()] == ["id0", "id1"]
+    assert trials.update() == []
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for kind, sequence, value in (("PERIODICAL", 1, 1.5), ("FINAL", 0, 61.0)):
+            row = (9_000, "id1", "1", kind, sequence, json.dumps(json.dumps(value)))
+            connection.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row)
+        row = (9_500, "id1", "SUCCEEDED", None, None, 1, None)
+        connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
+        connection.commit()
+    (changed,) = trials.update()
+    assert (changed["status"], changed["result"]) == ("SUCCEEDED", 61.0)
+    assert changed["intermediate"] == [2.0, 1.5]
+    assert (changed["seconds"], changed["heard"]) == (7.5, 9_000)
+
+
+def test_a_remote_trial_that_is_silent_for_longer_than_any_before_is_named_once(monkeypatch):
+    config = load(ROOT / "config.yml")
+    config.training_service.platform = "remote"
+    notices = progress.Notices(config, Path("experiment"))
+    now = [1_000_000.0]
+    monkeypatch.setattr("time.time", lambda: now[0] / 1000)
+    trials = [
+        results.UNSTARTED
+        | {"trial": number, "id": f"id{number}", "status": "RUNNING", "heard": now[0]}
+        | {"path": f"file://192.0.2.{number}:/tmp/nni-experiments"}
+        for number in (1, 2)
+    ]
+
+    def after(seconds, *reporting):
+        now[0] += 1000 * seconds
+        for entry in trials:
+            if entry["id"] in reporting:
+                entry["heard"] = now[0]
+        return notices(trials)
+
+    assert after(0) == []
+    assert after(100) == []  # nothing is known yet of how long a trial may be silent
+    assert after(20, "id1", "id2") == []  # 120 s after their start
+    assert after(110, "id1") == []
+    (line,) = after(20, "id1")
+    assert line.startswith("trial 2 (id2) on 192.0.2.2 has reported nothing for 1")
+    assert line.endswith("nnictl trial kill experiment -T id2")
+    assert after(20, "id1") == []

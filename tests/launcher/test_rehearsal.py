@@ -1,0 +1,238 @@
+"""rehearsal.py: tuner and trial, tried as NNI would start them, and ended with the search."""
+
+import base64
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+from test_checks import LOCAL, REMOTE
+from test_experiment import stand_in_nvidia_smi
+from test_other_projects import CONFIG, TRIAL
+
+from nnisearch.before import config, rehearsal
+
+NEVER = "python3 -c 'import time; time.sleep(600)'"
+TUNER = """
+from nni.tuner import Tuner
+
+class Mine(Tuner):
+    def update_search_space(self, search_space):
+        {update}
+    def generate_parameters(self, parameter_id, **kwargs):
+        {generate}
+    def receive_trial_result(self, *args, **kwargs):
+        raise RuntimeError("a result of 0.5 that no trial has reported")
+"""
+
+
+@pytest.fixture
+def rehearse(tmp_path, monkeypatch):
+    """Rehearse CONFIG with changes; return the folder that NNI would call the experiment's."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trial.py").write_text(TRIAL)
+
+    def rehearse(**changes):
+        (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | changes))
+        folder = tmp_path / "experiment" / str(time.monotonic_ns())
+        rehearsal.rehearse(config.load(tmp_path / "config.yml"), folder, folder)
+        return folder
+
+    return rehearse
+
+
+def write_tuner(tmp_path, update="pass", generate="return {'x': 7}"):
+    (tmp_path / "mine.py").write_text(TUNER.format(update=update, generate=generate))
+    return {"className": "mine.Mine", "codeDirectory": "."}
+
+
+def test_a_trial_gets_the_tuners_own_parameters_and_what_nni_sets(rehearse, tmp_path):
+    keys = "NNI_PLATFORM NNI_EXP_ID NNI_SYS_DIR NNI_OUTPUT_DIR NNI_TRIAL_JOB_ID NNI_CODE_DIR"
+    command = (
+        f"pwd > where; printenv {keys} NNI_TRIAL_SEQ_ID >> where; cat $NNI_SYS_DIR/*.cfg >> where"
+    )
+    folder = rehearse(trialCommand=command, tuner=write_tuner(tmp_path))
+    where, platform, _, folder_1, folder_2, _, code, number, given = (
+        (tmp_path / "where").read_text().splitlines()
+    )
+    assert (where, platform, number, code) == (str(tmp_path), "local", "0", str(tmp_path))
+    assert folder_1 == folder_2 == str(folder / "trial0")
+    assert '"parameters": {"x": 7}' in given
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"update": "search_space['y']"}, "tuner is mine.Mine: KeyError: 'y'"),
+        ({"generate": "assert parameter_id > 7"}, "AssertionError: assert parameter_id > 7"),
+        ({"generate": "raise RuntimeError('no luck')"}, "RuntimeError: no luck"),
+        ({"generate": "import os; os._exit(3)"}, "tuner is mine.Mine: "),
+    ],
+)
+def test_what_a_tuner_raises_is_the_refusal(rehearse, tmp_path, change, part):
+    with pytest.raises(ValueError) as error:
+        rehearse(tuner=write_tuner(tmp_path, **change))
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tuner_sees_what_nnis_manager_gives_it(rehearse, tmp_path):
+    (tmp_path / "nni.txt").touch()
+    sees = (
+        "import os, sys; from pathlib import Path; assert sys.path[-1] == "
+        f"'{tmp_path}', sys.path; assert os.getcwd() == sys.path[0] == "
+        "os.environ['NNI_LOG_DIRECTORY']; assert Path(os.environ['NNI_CHECKPOINT_DIRECTORY'])"
+        ".is_dir(); assert os.environ['CUDA_VISIBLE_DEVICES'] == ''"
+    )
+    rehearse(tuner=write_tuner(tmp_path, update=sees))
+
+
+def test_no_password_is_in_the_tuners_command_line(rehearse, tmp_path):
+    blob = {"storageType": "AzureBlob", "localMounted": "nomount", "containerName": "mine"}
+    blob |= {"localMountPoint": "/tmp", "remoteMountPoint": "/tmp"}
+    blob |= {"storageAccountName": "me", "storageAccountKey": "secret"}
+    tells = f"import sys; open('{tmp_path}/told', 'w').write(sys.argv[-1])"
+    tuner = write_tuner(tmp_path, update=tells)
+    rehearse(tuner=tuner, sharedStorage=blob, trainingService=REMOTE | {"nniManagerIp": "::1"})
+    told = base64.b64decode((tmp_path / "told").read_text()).decode()
+    assert "mine.Mine" in told
+    assert "secret" not in told
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 trial.py; exit 0",
+        f"cat $NNI_SYS_DIR/parameter.cfg > given; {NEVER}",  # goes on with its parameters
+        f"python3 trial.py; {NEVER}",  # goes on after a report
+        "true",
+    ],
+)
+def test_trials_that_work(rehearse, command):
+    rehearse(trialCommand=command)
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ("python3 trian.py", "trian.py"),
+        ("cat $NNI_SYS_DIR/parameter.cfg; sleep 1; exit 3", "it fails with status 3"),
+        ("kill -9 $$", "it is ended by signal 9: it has printed nothing"),
+        ("python3 -c 'raise KeyError(1)' 2>&1", "it fails with status 1: KeyError: 1"),
+    ],
+)
+def test_trials_that_fail(rehearse, command, part):
+    with pytest.raises(ValueError) as error:
+        rehearse(trialCommand=command)
+    assert str(error.value).startswith("trialCommand is ")
+    assert part in str(error.value)
+
+
+def test_parameters_that_one_trial_fails_with_are_no_refusal(rehearse, tmp_path):
+    third = "cat $NNI_SYS_DIR/parameter.cfg; test $NNI_TRIAL_SEQ_ID = 2"
+    rehearse(trialCommand=third, maxTrialNumber=9)
+    with pytest.raises(ValueError, match=r"tried with each of 5 sets of parameters, such as {"):
+        rehearse(trialCommand="cat $NNI_SYS_DIR/parameter.cfg; exit 1", maxTrialNumber=9)
+
+
+def test_whoever_waits_is_told_for_what(rehearse, monkeypatch, capsys):
+    monkeypatch.setattr(rehearsal, "NOTICE", 0.5)
+    monkeypatch.setattr(rehearsal, "TRIAL_PATIENCE", 2)
+    rehearse(trialCommand=f"echo downloading; {NEVER}")
+    printed = capsys.readouterr().out
+    assert "Waiting for the trial to ask for its parameters, or --no-rehearsal" in printed
+    assert "its last words: downloading" in printed
+
+
+@pytest.mark.parametrize("end", ["sleep 987", "exit 0"])
+def test_nothing_is_left_of_the_trial_that_was_tried(rehearse, tmp_path, end):
+    rehearse(trialCommand=f"sleep 987 & echo $! > pid; cat $NNI_SYS_DIR/parameter.cfg; {end}")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int((tmp_path / "pid").read_text()))
+        assert process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_trial_is_tried_on_a_free_gpu_only(rehearse, tmp_path, monkeypatch):
+    stand_in_nvidia_smi(tmp_path, busy=[True, False])
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    gpu = {"trialGpuNumber": 1, "trainingService": LOCAL}
+    gpu |= {"trialCommand": "printenv CUDA_VISIBLE_DEVICES > seen"}
+    rehearse(**gpu)
+    assert (tmp_path / "seen").read_text() == "1\n"
+    (tmp_path / "seen").unlink()
+    stand_in_nvidia_smi(tmp_path, busy=[True, True])
+    rehearse(**gpu)
+    assert not (tmp_path / "seen").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name
+)
+def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(
+    tmp_path, home, environment, number
+):
+    trial = "echo $$ > pid; sleep 987 & echo $! >> pid; wait"
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"trialCommand": trial}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nnisearch.cli", "config.yml"],
+        cwd=tmp_path,
+        env=environment | {"HOME": str(home), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # They end a command, also where the tests run in the background, or by nohup.
+        preexec_fn=lambda: [
+            signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)
+        ],
+    )
+    pids = tmp_path / "pid"
+    while not (pids.exists() and len(pids.read_text().split()) == 2):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    tried = [psutil.Process(int(pid)) for pid in pids.read_text().split()]
+    process.send_signal(number)
+    if number == signal.SIGINT:  # once more, while it tidies up
+        time.sleep(0.05)
+        process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(tried, timeout=30)
+    assert alive == []
+    end = time.monotonic() + 30
+    while left := [path.name for path in home.glob("nni-experiments/*")]:
+        if set(left) <= {".experiment", ".experiment.lock", ".nnisearch.lock"}:
+            break
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "it has printed nothing"),
+        ("one\ntwo\n", "two"),
+        ("Traceback\n  File x\nValueError: no\n", "ValueError: no"),
+        (
+            "train.py: error: lr is 0\nE1 torch failed\nerrors.ChildFailedError:\n====\n",
+            "train.py: error: lr is 0",
+        ),
+        (
+            "Traceback (most recent call last):\n  File x\n    assert 1 == 2\nAssertionError\n",
+            "AssertionError: assert 1 == 2",
+        ),
+        (
+            "Traceback (most recent call last):\n  File x\nmy.Trouble: no \x1b[31mred\nat all\n",
+            "my.Trouble: no ?[31mred",
+        ),
+    ],
+)
+def test_the_reason_in_what_a_process_has_printed(text, expected):
+    assert rehearsal.reason(text) == expected

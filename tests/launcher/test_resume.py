@@ -1,0 +1,435 @@
+"""A search whose manager or tuner was killed, at any moment, and that is resumed: it is exact."""
+
+import ast
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import nni_node
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, nobody
+from experiment import MANAGER, UNCHECKED, Experiment, free_port, metric_value, processes_at
+from nni.experiment import rest
+
+from nnisearch.before import config
+from nnisearch.shared import processes
+from nnisearch.start import resume as recovery
+
+TRIALS, REPORTS = 9, 5
+TRIAL = f"""
+import sys, time
+sys.path.append({str(ROOT / "tests" / "support")!r})
+from other_project import report
+for number in range({REPORTS}):
+    report("PERIODICAL", number, number)
+    time.sleep(0.3)
+report("FINAL", 0.5)
+"""
+CONFIG = {
+    "experimentName": "killed",
+    "trialCommand": "python3 trial.py",
+    "trialConcurrency": 2,
+    "maxTrialNumber": TRIALS,
+    "tuner": {"name": "Random"},
+    "trainingService": {"platform": "local"},
+    "searchSpace": {"x": {"_type": "uniform", "_value": [0, 1]}},
+}
+
+
+@pytest.fixture
+def search(tmp_path, home, environment):
+    """Start the search above with changes; of which nothing is left when the test ends."""
+    (tmp_path / "trial.py").write_text(TRIAL)
+    (tmp_path / "killed.yml").write_text(yaml.safe_dump(CONFIG))
+
+    def start(**changes):
+        changes = {"trialCodeDirectory": str(tmp_path)} | changes
+        return Experiment(tmp_path / "killed.yml", home, environment, UNCHECKED, **changes)
+
+    return start
+
+
+def resuming(search):
+    """Return the command that resumes a search, and what it is started with."""
+    args = ["--resume", search.id, "-p", str(search.port), "--detach"]
+    how = {"env": search.environment, "cwd": search.home, "text": True}
+    return [sys.executable, *UNCHECKED, *args], how
+
+
+def resume(search):
+    """Resume a search and return what was printed."""
+    command, how = resuming(search)
+    return subprocess.run(
+        command, **how, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=300
+    ).stdout
+
+
+def manager(search):
+    (found,) = processes_at(search.home, MANAGER)
+    return found
+
+
+def tuner(search):
+    """Return the tuner's process: the Python that runs `-m nni`, not the shell that started it."""
+    return next(
+        p
+        for p in processes_at(search.home)
+        if p.name().startswith("python") and "--exp_params" in p.cmdline()
+    )
+
+
+def trial_processes(search):
+    """Return the processes of a search's trials: Python, and the shell that NNI starts."""
+    found = []
+    for process in processes_at(search.home):
+        with contextlib.suppress(psutil.Error):
+            if "NNI_TRIAL_JOB_ID" in process.environ():
+                found += [process, process.parent()]
+    return found
+
+
+def reports(search, trial):
+    """Return a trial's reports in their order, as pairs of their kind and value."""
+    metrics = search.get(f"metric-data/{trial['trialJobId']}")
+    return [(metric["type"], metric_value(metric)) for metric in metrics]
+
+
+def assert_is_exact(search):
+    """Assert that a search comes to its end with all that was asked for, each once."""
+    trials = search.wait(240)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * TRIALS
+    assert len({trial["sequenceId"] for trial in trials}) == TRIALS
+    assert len({trial["hyperParameters"][0] for trial in trials}) == TRIALS
+    once = [("PERIODICAL", number) for number in range(REPORTS)] + [("FINAL", 0.5)]
+    assert [reports(search, trial) for trial in trials] == [once] * TRIALS
+
+
+# When the search is broken off: how many trials have ended, and whether one under way has reported.
+MOMENTS = {
+    "at its first trial": lambda ended, has_reported: True,
+    "in the middle of a trial": lambda ended, has_reported: has_reported,
+    "in the middle": lambda ended, has_reported: ended >= 3 and has_reported,
+    "at its end": lambda ended, has_reported: ended >= TRIALS - 2 and has_reported,
+}
+
+
+def wait_for(search, moment):
+    """Wait until a search has come to the moment."""
+
+    def is_there(trials):
+        running = [trial for trial in trials if trial["status"] == "RUNNING"]
+        has_reported = any(1 <= len(reports(search, trial)) <= 2 for trial in running)
+        return running and moment(len([t for t in trials if "endTime" in t]), has_reported)
+
+    end = time.monotonic() + 120
+    while not is_there(search.get("trial-jobs")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("when", "orphans"),
+    [
+        ("at its first trial", "run on"),
+        ("in the middle of a trial", "have ended"),
+        ("in the middle", "run on"),
+        ("at its end", "have ended"),
+    ],
+)
+def test_after_its_manager_is_killed_a_search_is_exact(search, when, orphans):
+    one = search()
+    wait_for(one, MOMENTS[when])
+    trials = trial_processes(one)
+    assert trials
+    manager(one).kill()
+    if orphans == "have ended":
+        psutil.wait_procs(trials, timeout=60)
+    resume(one)
+    assert not any(map(processes.lives, trials))
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+def test_after_its_tuner_is_killed_a_search_is_exact(search):
+    one = search(tuner={"name": "TPE"})
+    wait_for(one, MOMENTS["in the middle"])
+    tuner(one).kill()
+    time.sleep(5)
+    resume(one)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+def events(search):
+    """Return the events of a search's trials as NNI has stored them."""
+    path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
+    # Not read-only: what the killed manager has half written, SQLite takes back at the next look.
+    with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
+        rows = database.execute("select event from TrialJobEvent order by rowid")
+        return [event for (event,) in rows]
+
+
+# So that the manager waits for it, when it has taken up the trials and not started them.
+SLOW_TUNER = "import sys, time; time.sleep(5 * ('--exp_params' in sys.orig_argv))"
+
+
+def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search, tmp_path):
+    one = search()
+    wait_for(one, MOMENTS["in the middle"])
+    manager(one).kill()
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_TUNER)
+    command, how = resuming(one)
+    how["env"] = one.environment | {
+        "PYTHONPATH": f"{tmp_path / 'slow'}:{one.environment['PYTHONPATH']}"
+    }
+    with subprocess.Popen(command, **how, stderr=subprocess.DEVNULL) as broken:
+        while "ADD_RESUMED" not in events(one):
+            assert broken.poll() is None
+        manager(one).kill()
+        assert broken.wait(60) == 1
+    assert events(one)[-1] == "ADD_RESUMED"  # killed before the first trial was started anew
+    resume(one)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+def test_of_two_that_resume_a_search_at_once_one_does(search):
+    one = search()
+    manager(one).kill()
+    command, how = resuming(one)
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    elsewhere = [str(free_port()) if part == str(one.port) else part for part in command]
+    with subprocess.Popen(command, **how) as first, subprocess.Popen(elsewhere, **how) as second:
+        printed = [process.communicate(timeout=120)[0] for process in (first, second)]
+    arguments = manager(one).cmdline()  # there is one only
+    one.port = int(arguments[arguments.index("--port") + 1])
+    # Whoever comes later is refused, or shows what the other has started.
+    assert sorted([first.returncode, second.returncode]) in ([0, 0], [0, 1]), printed
+    assert "Traceback" not in "".join(printed)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+def test_a_search_that_was_stopped_and_resumed_twice_is_exact(search):
+    one = search()
+    for when in ("in the middle of a trial", "in the middle"):
+        wait_for(one, MOMENTS[when])
+        one.nnictl("stop", one.id)
+        resume(one)
+    assert_is_exact(one)
+    assert one.stop() == []
+
+
+SLEEP = "import os, sys, time; {change}; print(flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def start_sleeper():
+    """Start a process that sleeps, with the arguments given, as root or as another user."""
+    sleepers = []
+
+    def start_sleeper(*args, change="pass", **variables):
+        command = [sys.executable, "-c", SLEEP.format(change=change), *args]
+        environment = os.environ | variables
+        sleepers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+        sleepers[-1].stdout.readline()
+        return sleepers[-1]
+
+    yield start_sleeper
+    for sleeper in sleepers:
+        sleeper.kill()
+        sleeper.communicate()
+
+
+def manager_arguments(id):
+    return ["/somewhere/nni_node/main.js", "--port", "8090", "--experiment-id", id]
+
+
+ENTRY = {"status": "RUNNING", "port": 8090, "logDir": "/nowhere"}  # of NNI's list
+
+
+def write_list(home, listed):
+    """Write NNI's list of experiments; return its path."""
+    (home / "nni-experiments").mkdir()
+    path = home / "nni-experiments" / ".experiment"
+    path.write_text(json.dumps(listed))
+    return path
+
+
+def statuses(home, environment, numbers):
+    """Return what nnisearch makes of NNI's list, of running experiments with these processes."""
+    write_list(home, {id: ENTRY | {"id": id, "pid": pid} for id, pid in numbers.items()})
+    code = "from nnisearch.start import resume as recovery; print(recovery.list_experiments())"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.check_output(command, env=environment | {"HOME": str(home)}, text=True)
+    return {id: known["status"] for id, known in ast.literal_eval(printed).items()}
+
+
+def test_alive_is_an_experiment_whose_manager_is(start_sleeper, tmp_path, environment):
+    zombie = start_sleeper(*manager_arguments("zombie"))
+    zombie.kill()
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.1)
+    numbers = {
+        "alive": start_sleeper(*manager_arguments("alive")).pid,
+        "another": start_sleeper(*manager_arguments("alive")).pid,
+        "recurred": start_sleeper("alive").pid,
+        "zombie": zombie.pid,
+        "gone": 2**22 + 1,
+    }
+    found = statuses(tmp_path, environment, numbers)
+    assert found == dict.fromkeys(numbers, "STOPPED") | {"alive": "RUNNING"}
+
+
+def test_alive_is_not_what_another_user_calls_so(start_sleeper, tmp_path, environment):
+    change = f"os.setuid({nobody()})"
+    numbers = {"feigned": start_sleeper(*manager_arguments("feigned"), change=change).pid}
+    assert statuses(tmp_path, environment, numbers) == {"feigned": "STOPPED"}
+
+
+def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line():
+    known = {"id": "abc", "port": 8090, "status": "VIEWED", "prefixUrl": None}
+    with pytest.raises(ValueError, match="is abc, but nnictl view shows it; allowed: "):
+        recovery.is_running(known)
+    known |= {"status": "RUNNING", "prefixUrl": "nni/one"}
+    with pytest.raises(ValueError, match="it runs at http://localhost:8090/nni/one; allowed: "):
+        recovery.is_running(known)
+    assert not recovery.is_running(known | {"status": "STOPPED"})
+    assert recovery.is_running(known | {"prefixUrl": None})
+
+
+def test_not_ended_is_what_only_reads_an_experiments_files(start_sleeper, tmp_path):
+    folder = tmp_path / "abc"
+    start_sleeper("less", f"{folder}/log/nnimanager.log")
+    start_sleeper(NNI_EXP_ID="abcd")
+    assert processes.processes_of("abc", folder) == set()
+
+
+def test_a_resume_ends_the_tuner_that_a_dying_manager_has_left(
+    start_sleeper, tmp_path, monkeypatch
+):
+    left = start_sleeper(NNI_LOG_DIRECTORY=f"{tmp_path}/abc/log")
+    other = start_sleeper(NNI_LOG_DIRECTORY=f"{tmp_path}/abcd/log")
+    noted = []
+    experiments = types.SimpleNamespace(update_experiment=lambda *change: noted.append(change))
+    monkeypatch.setattr(recovery, "Experiments", lambda: experiments)
+    recovery.prepare({"id": "abc", "logDir": str(tmp_path), "status": "RUNNING"})
+    assert left.wait(0) == -signal.SIGTERM
+    assert other.poll() is None
+    assert noted == [("abc", "status", "STOPPED")]
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [[], [1], 3, "text", None, {"abc": 3}, {"abc": {}}, {"abc": ENTRY}, {"abc": {"id": 3} | ENTRY}],
+    ids=str,
+)
+def test_a_damaged_list_is_refused(tmp_path, monkeypatch, listed):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_list(tmp_path, listed)
+    with pytest.raises(ValueError, match=rf"^{path} is damaged.*; allowed: .*$"):
+        recovery.list_experiments()
+
+
+NODE = Path(nni_node.__path__[0]).resolve() / "node"
+# As NNI's manager and its Python change their list.
+CHANGE_BY_NODE = f"""
+require({str(ROOT / "nnisearch" / "manager" / "pace.js")!r})({{mode: "local", python: "python3"}});
+require("fs").writeFileSync(process.argv[1], process.argv[2]);
+"""
+CHANGE_BY_PYTHON = """
+import json, sys
+from nnisearch.start.resume import Experiments
+(id, known), = json.loads(sys.argv[2]).items()
+Experiments().update_experiment(id, "status", known["status"])
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [[NODE, "-e", CHANGE_BY_NODE], [sys.executable, "-c", CHANGE_BY_PYTHON]],
+    ids=["manager", "command"],
+)
+def test_nnis_list_is_whole_at_each_moment(tmp_path, environment, change):
+    path = write_list(tmp_path, {"abc": {"id": "abc", "status": "RUNNING"}})
+    before, after = path.read_text(), {"abc": {"id": "abc", "status": "STOPPED"}}
+    (tmp_path / "who reads it meanwhile").hardlink_to(path)
+    how = {"env": environment | {"HOME": str(tmp_path)}, "cwd": ROOT, "check": True}
+    subprocess.run([*change, path, json.dumps(after)], **how)
+    assert json.loads(path.read_text()) == after
+    assert (tmp_path / "who reads it meanwhile").read_text() == before
+    assert [file.name for file in path.parent.iterdir()] == [".experiment"]
+
+
+def test_a_list_that_is_a_pipe_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "nni-experiments").mkdir()
+    os.mkfifo(tmp_path / "nni-experiments" / ".experiment")
+    with pytest.raises(ValueError, match=r"\.experiment is damaged: it is no file; allowed: "):
+        recovery.list_experiments()
+
+
+def test_a_damaged_list_is_kept_as_it_is(tmp_path, environment):
+    path = write_list(tmp_path, {})
+    path.write_text(damaged := '{"abc": {"id": "abc"')
+    command = [sys.executable, "-m", "nnisearch.cli", "--resume", "abc"]
+    how = {"env": environment | {"HOME": str(tmp_path)}, "capture_output": True, "text": True}
+    result = subprocess.run(command, **how)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"nnisearch: error: {path} is not JSON: ")
+    assert path.read_text() == damaged
+
+
+GOOD = CONFIG | {"trialCodeDirectory": "/"}
+
+
+@pytest.mark.parametrize(
+    ("params", "part"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "its configuration is []; allowed: an object"),
+        ("null", "its configuration is None; allowed: an object"),
+        ("{}", "trainingService is not set"),
+        (json.dumps(GOOD | {"trialConcurrency": 0}), "trialConcurrency is 0; allowed: "),
+        (json.dumps(GOOD | {"trialCodeDirectory": "/no/such"}), "/no/such"),
+        (json.dumps(GOOD | {"tuner": {"name": 3}}), "name"),
+        (json.dumps(GOOD | {"another": 3}), "another is no key of NNI's ExperimentConfig"),
+        (json.dumps(GOOD | {"searchSpace": {"__symbol__": 1}}), "no key that runs code"),
+    ],
+)
+def test_an_experiment_whose_configuration_is_damaged(tmp_path, params, part):
+    path = tmp_path / "abc" / "db" / "nni.sqlite"
+    path.parent.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE ExperimentProfile (params text, revision integer)")
+        database.execute("INSERT INTO ExperimentProfile VALUES (?, 1)", [params])
+    with pytest.raises(ValueError) as error:
+        config.load_stored("abc", tmp_path / "abc")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("experiment abc")
+    assert str(path) in str(error.value)
+    assert part in str(error.value)
+
+
+def test_a_manager_that_does_not_answer_is_said(monkeypatch):
+    monkeypatch.setattr(rest, "timeout", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        known = {"id": "abc", "pid": 4000000, "port": silent.getsockname()[1]}
+        with pytest.raises(ValueError) as error:
+            recovery.running_config(known)
+    line = str(error.value)
+    assert line.startswith("--resume is abc; allowed: one that answers; its manager, process 4000")
+    assert line.endswith("kill -CONT 4000000 if it is stopped, or kill -9 4000000 and this again")
+    assert "\n" not in line

@@ -1,0 +1,523 @@
+"""nnisearch/tuners.py: Optuna's samplers and Hyperband, as NNI calls them and in real searches."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+
+import nni
+import pytest
+import tuners
+from conftest import LIGHT_TRIAL, ROOT, SPACE
+from experiment import SEARCH, accuracy, parameters
+from nni.runtime.msg_dispatcher import MsgDispatcher
+
+from nnisearch.tuners import PACKAGES, OptunaTuner
+
+KINDS = {
+    "names": {"_type": "choice", "_value": ["a", None, True]},
+    "sizes": {"_type": "choice", "_value": [64, 4, 16]},
+    "randint": {"_type": "randint", "_value": [-2, 3]},
+    "uniform": {"_type": "uniform", "_value": [-1, 2]},
+    "quniform": {"_type": "quniform", "_value": [0, 1, 0.25]},
+    "loguniform": {"_type": "loguniform", "_value": [0.001, 0.1]},
+    "qloguniform": {"_type": "qloguniform", "_value": [1, 100, 10]},
+    "normal": {"_type": "normal", "_value": [5, 2]},
+    "qnormal": {"_type": "qnormal", "_value": [5, 2, 0.5]},
+    "lognormal": {"_type": "lognormal", "_value": [0, 1]},
+    "qlognormal": {"_type": "qlognormal", "_value": [0, 1, 0.5]},
+}
+LINE = {"x": {"_type": "uniform", "_value": [-1, 1]}}
+
+
+def make(space=LINE, **arguments):
+    tuner = OptunaTuner(**({"sampler": "TPESampler", "seed": 0} | arguments))
+    tuner.update_search_space(space)
+    return tuner
+
+
+def search(tuner, trials, function, at_a_time=2):
+    """Give a tuner the results of so many trials, some at a time; return their parameters."""
+    everything = []
+    for first in range(0, trials, at_a_time):
+        ids = range(first, min(first + at_a_time, trials))
+        given = {id: tuner.generate_parameters(id) for id in ids}
+        for id, values in given.items():
+            tuner.receive_trial_result(id, values, function(values))
+            tuner.trial_end(id, True)
+        everything += given.values()
+    return everything
+
+
+def multiple(value, step):
+    return math.isclose(value / step, round(value / step))
+
+
+@pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler", "RandomSampler"])
+def test_every_kind_of_search_space(sampler):
+    drawn = search(make(KINDS, sampler=sampler), 30, lambda values: values["uniform"])
+    assert all(list(values) == list(KINDS) for values in drawn)
+    columns = {key: [values[key] for values in drawn] for key in KINDS}
+    assert set(map(repr, columns["names"])) <= {"'a'", "None", "True"}
+    assert set(columns["sizes"]) <= {4, 16, 64}
+    assert set(columns["randint"]) <= {-2, -1, 0, 1, 2}
+    assert all(type(value) is int for value in columns["randint"])
+    assert all(-1 <= value <= 2 for value in columns["uniform"])
+    assert all(0 <= value <= 1 and multiple(value, 0.25) for value in columns["quniform"])
+    assert all(0.001 <= value <= 0.1 for value in columns["loguniform"])
+    assert all(
+        1 <= value <= 100 and (value == 1 or multiple(value, 10))
+        for value in columns["qloguniform"]
+    )
+    assert all(-2 < value < 12 for value in columns["normal"])
+    assert all(multiple(value, 0.5) for value in columns["qnormal"] + columns["qlognormal"])
+    assert all(0 < value < math.exp(3.5) for value in columns["lognormal"])
+    assert all(len(set(map(repr, column))) > 1 for column in columns.values())
+
+
+def test_numbers_to_choose_from_are_ordered_and_names_are_not():
+    distributions = make(KINDS).space.distributions
+    assert (distributions["sizes"].low, distributions["sizes"].high) == (0, 2)
+    assert distributions["names"].choices == (0, 1, 2)
+    values = search(make({"sizes": KINDS["sizes"]}), 40, lambda values: -values["sizes"])
+    assert {given["sizes"] for given in values} == {4, 16, 64}
+    assert sum(given["sizes"] == 4 for given in values) > 20
+
+
+def test_a_nested_space_is_refused_in_a_line():
+    nested = {"layer": {"_type": "choice", "_value": [{"_name": "none"}]}}
+    with pytest.raises(ValueError, match=r"^layer is nested; allowed with Optuna: [^\n]*$"):
+        make(nested)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"sampler": "BestSampler"}, "sampler is 'BestSampler'; allowed: .*TPESampler"),
+        ({"sampler": "version"}, "sampler is 'version'; allowed"),
+        ({"sampler_args": {"trials": 3}}, "unexpected keyword argument 'trials'"),
+        ({"optimize_mode": "best"}, "minimize.*maximize"),
+    ],
+)
+def test_arguments_that_optuna_lacks_are_refused(arguments, part):
+    with pytest.raises((ValueError, TypeError), match=part):
+        make(**arguments)
+
+
+def test_a_seed_repeats_the_parameters():
+    one, same, other = (
+        search(make(KINDS, seed=seed), 12, lambda values: values["normal"]) for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize(("optimize_mode", "sign"), [("maximize", -1), ("minimize", 1)])
+@pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
+def test_it_learns(sampler, optimize_mode, sign):
+    tuner = make(sampler=sampler, optimize_mode=optimize_mode)
+    drawn = search(tuner, 30, lambda values: {"default": sign * (values["x"] - 0.3) ** 2})
+    assert min(abs(values["x"] - 0.3) for values in drawn) < 0.05
+    assert abs(tuner.study.best_params["x"] - 0.3) < 0.05
+
+
+def test_trials_that_end_without_a_result_are_left_out():
+    tuner = make()
+    given = [tuner.generate_parameters(number) for number in range(4)]
+    tuner.trial_end(0, False)
+    tuner.receive_trial_result(1, given[1], 7.0)
+    tuner.trial_end(1, True)
+    with pytest.warns(UserWarning, match="nan is not acceptable"):
+        tuner.receive_trial_result(2, given[2], float("nan"))
+    tuner.trial_end(2, True)
+    tuner.receive_trial_result(1, given[1], 8.0)  # a second one, which NNI lets through
+    tuner.generate_parameters(4)
+    states = [trial.state.name for trial in tuner.study.trials]
+    assert states == ["FAIL", "COMPLETE", "FAIL", "RUNNING", "RUNNING"]
+    assert tuner.study.best_params["x"] == given[1]["x"]
+    assert tuner.study.best_value == 7.0
+
+
+@pytest.mark.filterwarnings("ignore:The value nan is not acceptable")
+@pytest.mark.parametrize("value", ["good", None, {"loss": 1}, [1], 10**400, math.nan])
+def test_a_result_that_is_no_number_is_a_failure(value):
+    tuner = make()
+    tuner.receive_trial_result(0, tuner.generate_parameters(0), value)
+    assert [trial.state.name for trial in tuner.study.trials] == ["FAIL"]
+
+
+def test_a_result_that_comes_after_the_trials_end_counts():
+    tuner = make()
+    given = [tuner.generate_parameters(number) for number in range(2)]
+    tuner.trial_end(0, True)  # NNI has a thread for ends, another for results and parameters
+    tuner.generate_parameters(2)
+    tuner.receive_trial_result(0, given[0], 7.0)
+    tuner.receive_trial_result(0, given[0], 8.0)
+    states = [trial.state.name for trial in tuner.study.trials]
+    assert states == ["FAIL", "RUNNING", "RUNNING", "COMPLETE"]
+    assert tuner.study.best_params["x"] == given[0]["x"]
+    assert tuner.study.best_value == 7.0
+
+
+CHOICES = [
+    [[1, 2], [3], []],
+    [{"a": 1}, {"a": [2]}, {}],
+    [{"_name": "a", "x": 1}, "b", None],  # NNI takes it for nested only if all have a _name
+    [None, True, 1, 0.5, "1"],
+    [True, False],
+    [3, 1, 3, 2.5],
+    [10**400, 1],
+    ["one"],
+]
+
+
+@pytest.mark.parametrize("values", CHOICES, ids=lambda values: repr(values)[:30])
+@pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
+def test_a_choice_may_be_of_anything(sampler, values):
+    space = LINE | {"what": {"_type": "choice", "_value": values}}
+    tuner = make(space, sampler=sampler)
+    drawn = search(tuner, 14, lambda given: given["x"])
+    assert all(any(given["what"] is value for value in values) for given in drawn)
+    resumed = make(space, sampler=sampler)
+    resumed.import_data([{"parameter": given, "value": given["x"]} for given in drawn])
+    chosen = [resumed.space.values(trial.params)["what"] for trial in resumed.study.trials]
+    assert list(map(repr, chosen)) == [repr(given["what"]) for given in drawn]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "part"),
+    [
+        ("unifrom", [0, 1], "allowed: choice, uniform"),
+        ("uniform", [1, 0], "the lower bound first"),
+        ("uniform", [0], "a list of 2 numbers"),
+        ("uniform", ["1e-4", 1], "allowed with Optuna for uniform: numbers"),
+        ("uniform", [0, math.nan], "finite numbers"),
+        ("uniform", [-math.inf, 0], "finite numbers"),
+        ("uniform", [0, 10**400], "finite numbers"),
+        ("uniform", [None, 1], "allowed for uniform: numbers"),
+        ("loguniform", [0, 1], "a lower bound above 0"),
+        ("quniform", [0, 1, 0], "a step that is not 0"),
+        ("qnormal", [0, 1, -1], "a step above 0"),
+        ("normal", [0, 0], "a deviation above 0"),
+        ("randint", [0, 1.5], "integers"),
+        ("randint", [3, 3], "two different bounds"),
+        ("choice", [], "at least one value"),
+        ("choice", [1, math.nan], "finite numbers"),
+        ("choice", "ab", "a list of at least one value"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_in_a_line(kind, values, part):
+    with pytest.raises(ValueError, match=part) as error:
+        make({"rate": {"_type": kind, "_value": values}})
+    assert "rate" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("space", [{}, [1], None, {"x": 1}, {"x": {"_type": "uniform"}}])
+def test_what_is_no_space_is_refused_in_a_line(space):
+    with pytest.raises(ValueError, match=r"^searchSpace[^\n]*$"):
+        make(space)
+
+
+@pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler", "RandomSampler"])
+def test_a_space_that_changes_keeps_the_results_that_fit_it(sampler):
+    space = LINE | {"size": {"_type": "choice", "_value": [1, 2, 4]}}
+    tuner = make(space, sampler=sampler)
+    drawn = search(tuner, 14, lambda values: values["x"])
+    running = {id: tuner.generate_parameters(id) for id in (14, 15, 16, 17)}
+    tuner.update_search_space(LINE | {"size": {"_type": "choice", "_value": ["4", 2, 1]}})
+    kept = [values for values in drawn if values["size"] != 4]
+    on = [id for id, values in running.items() if values["size"] != 4]
+    assert 0 < len(kept) < 14
+    states = [trial.state.name for trial in tuner.study.trials]
+    assert states == ["COMPLETE"] * len(kept) + ["RUNNING"] * len(on)
+    assert [tuner.space.values(trial.params) for trial in tuner.study.trials[: len(kept)]] == kept
+    for id, values in running.items():
+        tuner.receive_trial_result(id, values, 10.0 + id)
+        tuner.trial_end(id, True)
+    results = [trial.value for trial in tuner.study.trials]
+    assert results == [*(values["x"] for values in kept), *(10.0 + id for id in on)]
+    later = search(tuner, 12, lambda values: values["x"])
+    assert {values["size"] for values in later} == {"4", 2, 1}
+    assert not [values for values in later if values in drawn]
+
+
+def test_a_changed_space_with_a_seed_repeats_itself():
+    def both():
+        tuner = make(seed=3)
+        first = search(tuner, 6, lambda values: values["x"])
+        tuner.update_search_space({"x": {"_type": "uniform", "_value": [-2, 2]}})
+        return first + search(tuner, 6, lambda values: values["x"])
+
+    assert both() == both()
+
+
+def test_a_narrower_space_leaves_out_what_lies_outside():
+    tuner = make()
+    drawn = search(tuner, 10, lambda values: values["x"])
+    tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})
+    kept = [values["x"] for values in drawn if values["x"] >= 0]
+    assert [trial.params["x"] for trial in tuner.study.trials] == kept
+    tuner.update_search_space(LINE | {"y": {"_type": "uniform", "_value": [0, 1]}})
+    assert tuner.study.trials == []
+    assert set(tuner.generate_parameters(10)) == {"x", "y"}
+
+
+def test_a_changed_space_that_cannot_be_searched_leaves_the_old_one(caplog):
+    tuner = make()
+    search(tuner, 4, lambda values: values["x"])
+    with caplog.at_level(logging.ERROR, logger="nni"):
+        tuner.update_search_space({"x": {"_type": "quniform", "_value": [0, 1, 0]}})
+    assert "the old one stays: searchSpace: x is [0, 1, 0]" in caplog.text
+    assert len(tuner.study.trials) == 4
+    assert -1 <= tuner.generate_parameters(4)["x"] <= 1
+
+
+@pytest.mark.parametrize("sampler", ["BruteForceSampler", "GridSampler"])
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_sampler_that_has_tried_everything_ends_the_search(sampler):
+    space = {"size": {"_type": "choice", "_value": [1, 2, 4]}}
+    arguments = {"GridSampler": {"search_space": {"size": [0, 1, 2]}}}
+    tuner = make(space, sampler=sampler, sampler_args=arguments.get(sampler))
+    drawn = search(tuner, 3, lambda values: values["size"], at_a_time=1)
+    assert sorted(values["size"] for values in drawn) == [1, 2, 4]
+    with pytest.raises(nni.NoMoreTrialError):
+        tuner.generate_parameters(3)
+    assert tuner.generate_multiple_parameters([3, 4]) == []
+
+
+@pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
+def test_results_of_before_come_back_in(sampler):
+    first = make(KINDS, sampler=sampler)
+    drawn = search(first, 12, lambda values: values["uniform"])
+    records = [{"parameter": values, "value": values["uniform"]} for values in drawn]
+    resumed = make(KINDS, sampler=sampler)
+    resumed.import_data([*records, {"parameter": drawn[0], "value": float("nan")}])
+    assert resumed.study.best_value == first.study.best_value
+    for ours, theirs in zip(resumed.study.trials, first.study.trials, strict=True):
+        assert ours.value == theirs.value
+        assert ours.params["loguniform"] == pytest.approx(theirs.params["loguniform"])
+        assert ours.params["names"] == theirs.params["names"]
+    assert resumed.generate_parameters(12) not in drawn
+
+
+FOREIGN = [
+    {"parameter": {"size": 1}, "value": 1},  # without rate
+    {"parameter": {"size": 3, "rate": 0.1}, "value": 1},  # a foreign value
+    {"parameter": {"size": True, "rate": 0.1}, "value": 1},
+    {"parameter": {"size": "1", "rate": 0.1}, "value": 1},
+    {"parameter": {"size": 1, "rate": 0.5}, "value": 1},  # outside
+    {"parameter": {"size": 1, "rate": 0}, "value": 1},
+    {"parameter": {"size": 1, "rate": "0.1"}, "value": 1},
+    {"parameter": {"size": 1, "rate": None}, "value": 1},
+    {"parameter": {"size": 1, "rate": [0.1]}, "value": 1},
+    {"parameter": {"size": 1, "rate": math.nan}, "value": 1},
+    {"parameter": {"size": [1], "rate": 0.1}, "value": 1},
+    {"parameter": "size 1", "value": 1},
+    {"parameter": None, "value": 1},
+    {"value": 1},
+    {"parameter": {"size": 1, "rate": 0.1}},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": "good"},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": None},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": {"loss": 1}},
+    {"parameter": {"size": 1, "rate": 0.1}, "value": 10**400},
+    "size 1",
+    None,
+]
+FITTING = [
+    {"parameter": {"size": 1, "rate": 0.1}, "value": 0.25},
+    {"parameter": {"size": 2.0, "rate": 0.01, "more": 1}, "value": {"default": 0.5}},
+]
+
+
+def test_imported_results_that_do_not_fit_are_left_out_and_counted(caplog):
+    space = {
+        "size": {"_type": "choice", "_value": [1, 2, 4]},
+        "rate": {"_type": "loguniform", "_value": [0.001, 0.1]},
+    }
+    tuner = make(space)
+    with caplog.at_level(logging.WARNING, logger="nni"):
+        MsgDispatcher("ws://_unittest_", tuner).handle_import_data([*FOREIGN, *FITTING])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{len(FOREIGN)} of {len(FOREIGN) + 2} results left out: rate is missing"
+    assert [trial.value for trial in tuner.study.trials] == [0.25, 0.5]
+
+
+def test_values_that_a_step_has_rounded_fit():
+    tuner = make(KINDS)
+    rounded = {"quniform": 1, "qloguniform": 1, "qnormal": -1, "qlognormal": 0}
+    given = tuner.generate_parameters(0) | rounded
+    tuner.import_data([{"parameter": given, "value": 1}])
+    assert tuner.space.values(tuner.study.trials[-1].params) == pytest.approx(given)
+
+
+THINK = """
+import sys
+from nnisearch.tuners import PACKAGES, OptunaTuner
+tuner = OptunaTuner(sys.argv[1], {"n_startup_trials": 2} if sys.argv[1] != "RandomSampler" else {})
+tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})
+for number in range(5):
+    values = tuner.generate_parameters(number)
+    tuner.receive_trial_result(number, values, values["x"])
+print(sys.modules["torch"].get_num_threads() if "torch" in sys.modules else "no torch")
+"""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "printed"),
+    [("GPSampler", "1"), ("TPESampler", "no torch"), ("RandomSampler", "no torch")],
+)
+def test_a_tuner_that_thinks_has_one_thread_and_the_others_no_torch(environment, sampler, printed):
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-W", "error", "-c", THINK, sampler]
+    thought = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert thought.stderr == ""  # where Optuna would say that it misses greenlet
+    assert thought.stdout.strip() == printed
+
+
+@pytest.mark.parametrize("sampler", ["GPSampler", "CmaEsSampler"])
+def test_a_sampler_whose_package_is_missing_is_refused(monkeypatch, sampler):
+    """Optuna would miss it when the first trials have ended."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    package = PACKAGES[sampler]
+    with pytest.raises(
+        ValueError, match=f"sampler is '{sampler}'; .*: after pip install {package}"
+    ):
+        OptunaTuner(sampler)
+
+
+def tuner_config(name, **arguments):
+    return {
+        "codeDirectory": str(ROOT),
+        "className": f"nnisearch.tuners.{name}",
+        "classArgs": arguments,
+    }
+
+
+def test_a_search_by_optuna_and_its_resumption(experiment):
+    tuner = tuner_config("OptunaTuner", sampler="GPSampler", seed=0)
+    changes = {"tuner": tuner, "searchSpace": SPACE, "trialCommand": LIGHT_TRIAL}
+    demo = experiment("configs/demo.yml", SEARCH, maxTrialNumber=6, **changes)
+    before = demo.wait_for(lambda trials: sum("endTime" in trial for trial in trials) >= 2, 120)
+    demo.nnictl("stop", demo.id)
+    demo.resume()
+    trials = demo.wait(120)
+    succeeded = [trial for trial in trials if trial["status"] == "SUCCEEDED"]
+    assert len(succeeded) >= 4
+    assert all(accuracy(trial) > 5 for trial in succeeded)
+    log = (demo.home / "nni-experiments" / demo.id / "log" / "dispatcher.log").read_text()
+    assert "ERROR" not in log
+    ended = {trial["trialJobId"] for trial in before if trial["status"] == "SUCCEEDED"}
+    assert ended <= {trial["trialJobId"] for trial in succeeded}
+    assert demo.stop() == []
+
+
+X_IS_THE_RESULT = "sleep 0.3; python3 tests/support/other_project.py"
+
+
+def test_a_search_whose_space_changes_and_into_which_results_are_brought(experiment):
+    tuner = tuner_config("OptunaTuner", sampler="TPESampler", seed=0)
+    space = LINE | {"kind": {"_type": "choice", "_value": ["a", "b"]}}
+    changes = {"trialCommand": X_IS_THE_RESULT, "maxTrialNumber": 99}
+    search = experiment("configs/demo.yml", tuner=tuner, searchSpace=space, **changes)
+    search.wait_for(lambda trials: sum("endTime" in trial for trial in trials) >= 3, 60)
+    new = space | {"kind": {"_type": "choice", "_value": ["b", "c", None]}}
+    (search.home / "space.json").write_text(json.dumps(new))
+    search.nnictl("update", "searchspace", search.id, "-f", search.home / "space.json")
+    foreign = [{"parameter": {"x": 0}, "value": 1}, {"parameter": {"x": 0, "kind": "c"}}]
+    foreign += [{"parameter": {"x": 0, "kind": "c"}, "value": "good"}]
+    fitting = {"parameter": {"x": 0, "kind": None}, "value": 1}
+    (search.home / "results.json").write_text(json.dumps([*foreign, fitting]))
+    search.nnictl("experiment", "import", search.id, "-f", search.home / "results.json")
+    search.wait_for(lambda trials: {parameters(t)["kind"] for t in trials} >= {"c", None}, 90)
+    assert search.get("check-status")["status"] == "RUNNING"
+    log = (search.home / "nni-experiments" / search.id / "log" / "dispatcher.log").read_text()
+    assert "ERROR" not in log
+    assert "3 of 4 results left out: kind is missing" in log
+    assert search.stop() == []
+
+
+def test_hyperband_gives_the_best_more_epochs(experiment):
+    space = {key: SPACE[key] for key in ("batch_size", "lr", "momentum")}
+    tuner = tuner_config("Hyperband", optimize_mode="maximize", R=2, eta=2)
+    changes = {"tuner": tuner, "searchSpace": space, "trialCommand": LIGHT_TRIAL}
+    demo = experiment("configs/demo.yml", SEARCH, maxTrialNumber=5, **changes)
+    trials = demo.wait(180)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
+    given = {trial["trialJobId"]: parameters(trial) for trial in trials}
+    assert sorted(values["epochs"] for values in given.values()) == [1, 1, 2, 2, 2]
+    short = [trial for trial in trials if given[trial["trialJobId"]]["epochs"] == 1]
+    best = given[max(short, key=accuracy)["trialJobId"]]
+    assert best | {"epochs": 2} in given.values()
+    assert demo.stop() == []
+
+
+@pytest.fixture
+def hyperband(monkeypatch):
+    """Make a Hyperband that keeps what it sends to NNI's manager in a list."""
+
+    def hyperband(**arguments):
+        advisor = tuners.HyperbandTuner(R=4, eta=2, seed=0, **arguments).advisor
+        advisor.sent = []
+        monkeypatch.setattr(advisor, "send", lambda command, data: advisor.sent.append(data))
+        advisor.handle_update_search_space(LINE)
+        return advisor
+
+    return hyperband
+
+
+def run_next(advisor, **reported):
+    """Let the next trial that an advisor gives out report that, or nothing, and end."""
+    advisor.handle_request_trial_jobs(1)
+    job = json.loads(advisor.sent[-1])
+    metric = {"parameter_id": job["parameter_id"], "trial_job_id": job["parameter_id"]}
+    if reported:
+        advisor.handle_report_metric_data(metric | {"type": "FINAL"} | reported)
+    end = {"trial_job_id": job["parameter_id"], "hyper_params": advisor.sent[-1]}
+    advisor.handle_trial_end(end | {"event": "SUCCEEDED" if reported else "FAILED"})
+    return job
+
+
+def test_hyperband_calls_its_budget_as_the_trial_does(hyperband):
+    assert run_next(hyperband(), value="1")["parameters"].keys() == {"x", "epochs"}
+    advisor = hyperband(budget="TRIAL_BUDGET")
+    assert run_next(advisor, value="1")["parameters"].keys() == {"x", "TRIAL_BUDGET"}
+
+
+def test_hyperband_survives_a_round_in_which_nothing_was_reported(hyperband):
+    advisor = hyperband()
+    jobs = [run_next(advisor) for _ in range(3)] + [run_next(advisor, value="0.5")]
+    assert [job["parameters"]["epochs"] for job in jobs] == [1] * 4
+    second = [run_next(advisor, value="0.5") for _ in range(2)]
+    assert [job["parameters"]["epochs"] for job in second] == [2, 2]
+    assert second[0]["parameters"]["x"] == jobs[3]["parameters"]["x"]
+
+
+def test_hyperband_resumed_takes_the_trials_of_before_for_no_ones(hyperband):
+    advisor = hyperband()
+    old = {"parameter_id": "0-2_1_3", "parameters": {"x": 0.5, "epochs": 2}}
+    advisor.handle_add_customized_trial([old, {"parameter_id": None, "parameters": {"x": 0}}])
+    for id in ("0-2_1_3", None):
+        metric = {"parameter_id": id, "trial_job_id": "a", "type": "FINAL", "value": "1"}
+        advisor.handle_report_metric_data(metric)
+        end = {"trial_job_id": "a", "hyper_params": json.dumps({"parameter_id": id})}
+        advisor.handle_trial_end(end | {"event": "SUCCEEDED"})
+    assert advisor.sent == []
+    assert run_next(advisor, value="1")["parameter_id"].startswith("1-2_0_")
+
+
+@pytest.mark.parametrize("name", tuners.TUNERS)
+def test_a_replayed_search_keeps_two_trials_running(name):
+    space = json.loads((ROOT / "search_space.json").read_text())
+    given = {key: entry["_value"][0] for key, entry in space.items()}
+    row = {"hyperparameters": given, "test": 50.0, "seconds": 10.0}  # and all others are like it
+    ended = tuners.search(name, 0, 95, tuners.Model([row] * 2), space)
+    assert [round(seconds) for seconds, _ in ended] == [10 * (n // 2 + 1) for n in range(19)]
+    assert tuners.best_so_far(ended, [5, 15]).tolist() == pytest.approx([10, 50])
+
+
+def test_when_a_replayed_search_has_reached_a_goal():
+    ended = [(10, 40), (11, 60), (12, 50), (13, 70)]
+    assert tuners.best_so_far(ended, [9, 11, 12.5, 20]).tolist() == [10, 60, 60, 70]
+    assert tuners.first(ended, 60) == (2, 11)
+    assert tuners.first(ended, 71) == (math.inf, math.inf)
