@@ -10,7 +10,6 @@ experiment like any other. CONFIG may be any configuration of NNI, of any projec
 
 import ipaddress
 import os
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ with signals.silently_interrupted():  # NNI takes a second
     from nnisearch.before import checks, gpus
     from nnisearch.before import config as configuration
     from nnisearch.before.rehearsal import rehearse
-    from nnisearch.shared.output import Parser, may_be_closed
+    from nnisearch.shared.output import Parser, may_be_closed, remove
     from nnisearch.shared.results import some
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
@@ -72,7 +71,7 @@ def begin(args, default_config, check):
         check(config)
         if args.rehearsal and not args.resume:  # else it has run before
             rehearse(config, folder / "rehearsal", leftover=folder)
-            shutil.rmtree(folder / "rehearsal")
+            remove(folder / "rehearsal")
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
         prepare_environment(config, args.listen)

@@ -27,7 +27,7 @@ from nnisearch.before.config import is_local, shipped_class
 from nnisearch.before.gpus import free_gpus
 from nnisearch.shared.processes import stop
 from nnisearch.shared.signals import uninterrupted
-from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason
+from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason, tail
 
 TUNER_PATIENCE = 120  # seconds until a search starts although its tuner has not answered
 TRIAL_PATIENCE = 600  # the same for its trial, which may have to download its data
@@ -78,7 +78,7 @@ def leashed(command, leftover, **how):
     finally:
         with uninterrupted():
             leash.communicate(b"It goes on.")
-            stop(process.pid)  # where the leash has failed
+            stop(process.pid, leftover)  # where the leash has failed
             process.wait()
 
 
@@ -161,8 +161,8 @@ def rehearse_tuner(config, folder, leftover):
 
 
 def read(path):
-    """Return the text in a file of another process, "" while it is not there."""
-    return path.read_text(errors="replace") if path.exists() else ""
+    """Return the end of another process's file, "" while it is not there."""
+    return tail(path) if path.exists() else ""
 
 
 def with_hint(why):
@@ -274,7 +274,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
     metrics.touch()
     given = {
         "NNI_PLATFORM": "local",
-        "NNI_EXP_ID": folder.parent.name,
+        "NNI_EXP_ID": leftover.name,
         "NNI_SYS_DIR": str(folder),
         "NNI_TRIAL_JOB_ID": folder.name,
         "NNI_OUTPUT_DIR": str(folder),
@@ -314,7 +314,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         has_asked = bool(asked) or was_opened()
         if trial.returncode == 0:
             return None, has_asked
-    words = errors.read_text(errors="replace") or output.read_text(errors="replace")
+    words = tail(errors) or tail(output)
     if trial.returncode < 0:
         how = f"it is ended by signal {-trial.returncode}"
     else:

@@ -6,17 +6,18 @@ Its first line is the process's number. A search holds the other end, so what it
 it, also by kill -9. FOLDER is what it leaves then; if more is written, it tidies up by itself.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder
+    from nnisearch.shared.output import remove
     from nnisearch.shared.processes import stop
 
+    folder = Path(sys.argv[1])
     pid = sys.stdin.readline()
     has_ended_well = sys.stdin.read()
     if pid:
-        stop(int(pid))
+        stop(int(pid), folder)
     if not has_ended_well:
-        shutil.rmtree(sys.argv[1], ignore_errors=True)
+        remove(folder)

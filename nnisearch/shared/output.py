@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import signal
 import stat
 import sys
@@ -41,6 +42,16 @@ def write(path, content):
             raise
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove(folder):
+    """Remove a folder, as far as possible, also if folders in it forbid their user to write."""
+    for place, names, _ in os.walk(folder):
+        for name in names:
+            if not os.path.islink(path := os.path.join(place, name)):
+                with contextlib.suppress(OSError):
+                    os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_special(path):

@@ -52,7 +52,7 @@ def processes_of(id, folder):
             is_trial = environment.get("NNI_EXP_ID") == id
             script = arguments[1] if arguments[:1] == ["bash"] and arguments[1:] else ""
             is_shell = script.startswith(f"{folder}/") and script.endswith("/run.sh")
-            is_tuner = environment.get("NNI_LOG_DIRECTORY") == f"{folder}/log"
+            is_tuner = environment.get("NNI_LOG_DIRECTORY", "").startswith(f"{folder}/")
             is_gpu_collector = environment.get("METRIC_OUTPUT_DIR", "").startswith(f"{folder}/")
             if is_trial or is_shell or is_tuner or is_gpu_collector:
                 found |= {process, *process.children(recursive=True)}
@@ -78,9 +78,12 @@ def lives(process):
     return False
 
 
-def stop(pid):
-    """End a process, and all that it has started, also if it has ended before that."""
-    family = set()
+def stop(pid, folder):
+    """End a process, and all that it has started, also if it has ended before that.
+
+    folder is the experiment's. What has left the process's session is known by its environment.
+    """
+    family = processes_of(folder.name, folder)
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         family |= {parent, *parent.children(recursive=True)}

@@ -18,11 +18,16 @@ def one_line(text):
     return "".join(char if char.isprintable() else "?" for char in " ".join(words))
 
 
+def tail(path, size=100_000):
+    """Return the last bytes of a file as text. Raises OSError."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - size))
+        return file.read().decode(errors="replace")
+
+
 def last_line(path):
     """Return the last line that has been written to a file, made fit to be shown, or ""."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 1000))
-        lines = file.read().decode(errors="replace").strip().splitlines()
+    lines = tail(path, 1000).strip().splitlines()
     return one_line(lines[-1]) if lines else ""
 
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from nni.experiment import RunMode, rest
 from nni.tools.nnictl.nnictl_utils import update_experiment
 
 from nnisearch.before.config import is_local
+from nnisearch.shared.output import remove
 from nnisearch.shared.processes import end, manager_of, processes_of, stop
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line
@@ -89,7 +89,7 @@ def experiment_folder(experiment):
     except BaseException:
         if experiment._action == "create":
             with uninterrupted():
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
                 with contextlib.suppress(OSError):  # as one that another search is using, too
                     for parent in made:
                         parent.rmdir()
@@ -162,7 +162,7 @@ def undo(folder, action, latest):
     """
     id = folder.name
     if manager := manager_of(id):
-        stop(manager.pid)
+        stop(manager.pid, folder)
     end(processes_of(id, folder))
     if action == "create":
         Experiments().remove_experiment(id)

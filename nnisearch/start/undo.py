@@ -7,7 +7,6 @@ kill -9: a manager that NNI has not listed yet would run on without anybody know
 are start.undo()'s.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,9 +14,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder
     has_ended = sys.stdin.read()
     if not has_ended:
+        from nnisearch.shared.output import remove
         from nnisearch.start.launch import undo  # not at the top: NNI takes a second
 
         folder, action, latest = sys.argv[1:]
-        undo(Path(folder), action, latest)
+        folder = Path(folder)
+        undo(folder, action, latest)
         if action == "create":
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)

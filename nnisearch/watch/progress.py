@@ -20,7 +20,7 @@ from nnisearch.before.gpus import waiting_for
 from nnisearch.shared.direction import direction
 from nnisearch.shared.output import may_be_closed
 from nnisearch.shared.results import ENDED, NO_RESULT, Trials, has_result
-from nnisearch.shared.text import one_line, reason
+from nnisearch.shared.text import one_line, reason, tail
 from nnisearch.watch.life import Life, listed
 
 # By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
@@ -303,9 +303,7 @@ def title(trial):
 def failure(trial, folder):
     """Return why a trial has failed: from its stderr on this machine, else where to look."""
     try:
-        with open(folder / "trials" / trial["id"] / "stderr", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 100_000))  # the end says it, and is not endless
-            return one_line(reason(file.read().decode(errors="replace")))
+        return one_line(reason(tail(folder / "trials" / trial["id"] / "stderr")))
     except OSError:
         return f"its files are at {one_line(trial['path'] or 'no place that NNI knows')}"
 

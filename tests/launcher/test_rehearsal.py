@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -152,11 +153,39 @@ def test_whoever_waits_is_told_for_what(rehearse, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("end", ["sleep 987", "exit 0"])
-def test_nothing_is_left_of_the_trial_that_was_tried(rehearse, tmp_path, end):
-    rehearse(trialCommand=f"sleep 987 & echo $! > pid; cat $NNI_SYS_DIR/parameter.cfg; {end}")
+@pytest.mark.parametrize(
+    "start",
+    ["sleep 987 & echo $! > pid", "setsid -f bash -c 'echo $$ > pid; exec sleep 987'; sleep 0.5"],
+)
+def test_nothing_is_left_of_the_trial_that_was_tried(rehearse, tmp_path, start, end):
+    rehearse(trialCommand=f"{start}; cat $NNI_SYS_DIR/parameter.cfg; {end}")
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int((tmp_path / "pid").read_text()))
         assert process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_read_only_folders_are_removed_and_what_they_link_to_stays(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir(mode=0o500)
+    inner = tmp_path / "folder" / "read-only" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "file").touch()
+    (inner / "link").symlink_to(other)
+    for path, mode in (
+        (inner, 0),
+        (inner.parent, 0o500),
+        (inner.parents[1], 0o700),
+        (other, 0o500),
+    ):
+        os.chown(path, 65534, 65534)
+        path.chmod(mode)
+    tmp_path.chmod(0o777)
+    code = "from pathlib import Path; from nnisearch.shared.output import remove; import os;"
+    code += f"os.chdir({str(tmp_path)!r}); os.setuid(65534); remove(Path('folder'))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert other.stat().st_mode & 0o777 == 0o500
 
 
 def test_a_trial_is_tried_on_a_free_gpu_only(rehearse, tmp_path, monkeypatch):
