@@ -13,6 +13,7 @@ import queue
 import re
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -62,24 +63,20 @@ class Waiting:
 
 @contextlib.contextmanager
 def leashed(command, leftover, **how):
-    """Start a process that ends here, or with this process; then the folder leftover goes, too.
+    """Run a command that ends here, or with this process; then the folder leftover goes, too.
 
-    It is in a session of its own, and out of reach of Ctrl-C.
+    It is in a session of its own, and out of reach of Ctrl-C. leash.py starts it, so that there is
+    no moment at which it would be left.
     """
+    command = [sys.executable, LEASH, leftover, *command]
     with uninterrupted():
-        leash = subprocess.Popen(
-            [sys.executable, LEASH, leftover], stdin=subprocess.PIPE, start_new_session=True
-        )
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)
-        leash.stdin.write(b"%d\n" % process.pid)
-        leash.stdin.flush()
+        leash = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **how)
     try:
-        yield process
+        yield leash
     finally:
         with uninterrupted():
             leash.communicate(b"It goes on.")
-            stop(process.pid, leftover)  # where the leash has failed
-            process.wait()
+            stop(leash.pid, leftover)  # what is left where the leash has failed
 
 
 def rehearse(config, folder, leftover):
@@ -315,8 +312,8 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         if trial.returncode == 0:
             return None, has_asked
     words = tail(errors) or tail(output)
-    if trial.returncode < 0:
-        how = f"it is ended by signal {-trial.returncode}"
+    if 128 < trial.returncode < 128 + signal.NSIG:
+        how = f"it is ended by signal {trial.returncode - 128}"
     else:
         how = f"it fails with status {trial.returncode}"
     return f"{how}: {reason(words)}", has_asked

@@ -243,6 +243,14 @@ def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(
     assert "Traceback" not in printed
 
 
+def test_a_command_does_not_outlive_a_launcher_that_dies_at_once(tmp_path):
+    (tmp_path / "left").mkdir()
+    command = [sys.executable, rehearsal.LEASH, tmp_path / "left", "sleep", "987"]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL)
+    assert result.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "left").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
