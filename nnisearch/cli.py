@@ -24,7 +24,7 @@ with signals.silently_interrupted():  # NNI takes a second
     from nnisearch.before import checks, gpus
     from nnisearch.before import config as configuration
     from nnisearch.before.rehearsal import rehearse
-    from nnisearch.shared.output import Parser, may_be_closed, remove
+    from nnisearch.shared.output import Parser, may_be_closed, prepare_output, remove
     from nnisearch.shared.results import some
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
@@ -80,7 +80,7 @@ def begin(args, default_config, check):
 
 
 def parse_args(argv, prog, default_config):
-    parser = Parser(prog, __doc__.splitlines()[0])
+    parser = Parser(prog, __doc__)
     add = parser.add_argument
     add("config", nargs="?", type=Path, metavar="CONFIG", help="a configuration of NNI")
     add("-p", "--port", type=int, help="of the Web UI (default: the first free one from 8090 on)")
@@ -125,11 +125,10 @@ def main(
     path to search by where argv names none, and why it is that one. check(config) raises ValueError
     for what a project's own trial refuses. within is choose.main's.
     """
+    prepare_output()
     prog = command.removeprefix("python ")
     args = parse_args(argv, prog, default_config)
     nni.silence_stdout()  # it names addresses that do not answer
-    if sys.stdout:  # None where the shell has closed it
-        sys.stdout.reconfigure(line_buffering=True)  # also where it is no terminal
     signals.end_by_exit()
     # The trials' python3 is this one, also where its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from nnisearch.after.importance import as_dict, importances
-from nnisearch.shared.output import Parser, may_be_closed, write
+from nnisearch.shared.output import Parser, may_be_closed, prepare_output, write
 from nnisearch.shared.processes import manager_of
 from nnisearch.shared.results import (
     ENDED,
@@ -75,7 +75,7 @@ def cell(value):
     if isinstance(value, float):
         return f"{value:.4g}"
     text = value if isinstance(value, str) and value.strip() else json.dumps(value)
-    return one_line(text if len(text) <= 40 else f"{text[:39]}…")
+    return one_line(text, 40)
 
 
 def table(trials, choice):
@@ -104,7 +104,7 @@ def as_csv(trials):
         for value in map(values.get, keys):
             is_text = isinstance(value, str)
             is_plain = is_text or value is None or isinstance(value, (int, float))
-            row.append(one_line(value) if is_text and value else value)
+            row.append(one_line(value, math.inf) if is_text and value else value)
             row[-1] = row[-1] if is_plain else json.dumps(value)
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([[*measured, *map(one_line, keys)], *rows])
@@ -168,7 +168,7 @@ def plot(trials, choice, top, direction):
 
 
 def parse_args(argv, prog, within):
-    parser = Parser(prog, __doc__.splitlines()[0])
+    parser = Parser(prog, __doc__)
     add = parser.add_argument
     latest = "default: the one last started, resumed or viewed by this user"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
@@ -234,6 +234,7 @@ def left_behind(search):
 
 def main(argv=None, prog="nnichoose", within=0.0):
     """Print what a search has found, and write the choice where it is asked for."""
+    prepare_output()
     args = parse_args(argv, prog, within)
     with may_be_closed():
         try:

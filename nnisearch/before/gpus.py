@@ -30,7 +30,7 @@ def gpus():
         log, end, _ = answer.stdout.partition("</nvidia_smi_log>")  # a warning may follow
         listed = ElementTree.fromstring(log + end).findall("gpu")
     except (OSError, subprocess.SubprocessError, ElementTree.ParseError) as error:
-        said = f"; it says: {one_line(said)[:300]}" if said else ""
+        said = f"; it says: {one_line(said, 300)}" if said else ""
         raise ValueError(f"nvidia-smi fails: {one_line(error)}{said}") from None
     return [[describe(p.findtext("pid")) for p in gpu.iter("process_info")] for gpu in listed]
 

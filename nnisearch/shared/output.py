@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
 import secrets
 import shutil
@@ -17,11 +18,19 @@ class Parser(argparse.ArgumentParser):
     """A command's flags, each to be written out in full; an error is one line."""
 
     def __init__(self, prog, description):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        first = (description or "").partition("\n")[0]  # `python -OO` keeps no docstrings
+        super().__init__(prog=prog, description=first, allow_abbrev=False)
 
     def error(self, message):
         """Exit with status 2 and the message."""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def prepare_output():
+    """Print each line at once, and escape a character that the terminal does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not a notebook's, and not one that is closed
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def write(path, content):
@@ -63,8 +72,9 @@ def open_special(path):
     if not path.exists():
         return None
     found = path.stat()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError):  # it has been closed, or is none of the system's
+    for stream in (sys.stdout, sys.stderr):
+        # It has been closed, or is none of the system's.
+        with contextlib.suppress(OSError, AttributeError):
             if os.path.samestat(found, os.fstat(stream.fileno())):  # may be a file, by >
                 stream.flush()
                 return os.dup(stream.fileno())
@@ -88,9 +98,10 @@ def may_be_closed():
     """End the command without a word once nobody reads what it prints, as in `… | head -1`."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:  # None where the shell has closed it
+            sys.stdout.flush()
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # Python flushes them again when it ends
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # Python flushes them at its end
             os.dup2(nowhere, stream.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -53,7 +53,7 @@ def read_result(text):
         value = text
     found = number(value)
     shown = text if isinstance(text, str) else json.dumps(text)
-    return found, None if found is not None else one_line(shown[:60] + "…" * (len(shown) > 60))
+    return found, None if found is not None else one_line(shown, 60)
 
 
 def has_result(trial):
@@ -272,8 +272,11 @@ def checked(trial):
 def measure(trial):
     """Add to a trial its last intermediate result and the area under their curve, of width 1.
 
-    The area is their mean, because each stands for its part of the trial.
+    The area is their mean, because each stands for its part of the trial. A negative duration, of a
+    trial during which the clock went back, is unknown.
     """
+    if (trial["seconds"] or 0) < 0:
+        trial["seconds"] = None
     values = trial["intermediate"]
     trial["last"] = values[-1] if values else None
     trial["area"] = sum(values) / len(values) if values and None not in values else None

@@ -10,12 +10,28 @@ THREAD_DIED = re.compile(
 )
 
 
-def one_line(text):
-    """Return a text, or what an exception says, in one line and without control characters."""
-    words = str(text).split()
+# What colours a text on a terminal, or moves the cursor there (ECMA-48).
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
+
+
+def uncoloured(text):
+    """Return a text without a terminal's escape sequences."""
+    return ESCAPES.sub("", text)
+
+
+def one_line(text, longest=1000):
+    """Return a text, or what an exception says, in one line and without control characters.
+
+    Of a line longer than that many characters the middle is left out: its end often says why.
+    """
+    words = uncoloured(str(text)).split()
     if not words and isinstance(text, Exception):
         words = [type(text).__name__]
-    return "".join(char if char.isprintable() else "?" for char in " ".join(words))
+    line = "".join(char if char.isprintable() else "?" for char in " ".join(words))
+    if len(line) <= longest:
+        return line
+    start = longest // 3
+    return f"{line[:start]}...{line[start + 3 - longest :]}"
 
 
 def tail(path, size=100_000):
@@ -36,7 +52,7 @@ def reason(text):
 
     That is the end of its last traceback, or a later line that speaks of an error, or its last.
     """
-    lines = text.splitlines()
+    lines = uncoloured(text).splitlines()
     found = -1
     for number, line in enumerate(lines):
         if line.startswith("Traceback (most recent call last):"):

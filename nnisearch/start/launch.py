@@ -20,7 +20,7 @@ from nnisearch.before.config import is_local
 from nnisearch.shared.output import remove
 from nnisearch.shared.processes import end, manager_of, processes_of, stop
 from nnisearch.shared.signals import uninterrupted
-from nnisearch.shared.text import one_line
+from nnisearch.shared.text import one_line, uncoloured
 from nnisearch.start.patches import PATIENCE, Experiments, patience
 
 PORT = 8090
@@ -198,6 +198,6 @@ def last_words(logs):
         ("dispatcher.log", r".*(?:ERROR|CRITICAL).*"),
     ):
         with contextlib.suppress(OSError):
-            text = (logs / name).read_text(encoding="utf-8", errors="replace")
+            text = uncoloured((logs / name).read_text(encoding="utf-8", errors="replace"))
             words += map(one_line, re.findall(pattern, text, re.MULTILINE)[-4:])
     return words

@@ -8,7 +8,7 @@ import psutil
 
 from nnisearch.shared.processes import lives, manager_of
 from nnisearch.shared.results import EXPERIMENTS, read_json
-from nnisearch.shared.text import THREAD_DIED, one_line
+from nnisearch.shared.text import THREAD_DIED, one_line, uncoloured
 
 
 def listed(id):
@@ -94,4 +94,4 @@ class Log:
             file.seek(self.place)
             new = file.read()
             self.place += len(new)
-            self.text = (self.text + new.decode(errors="replace"))[-self.KEPT :]
+            self.text = uncoloured(self.text + new.decode(errors="replace"))[-self.KEPT :]

@@ -234,7 +234,7 @@ class Endings:
             return "without a result" + (f": it reported {one_line(reported)}" if reported else "")
         if trial["status"] == "EARLY_STOPPED":
             limit = self.config.max_trial_duration
-            if limit is not None and (trial["seconds"] or 0) >= parse_time(str(limit)):
+            if limit is not None and (trial["seconds"] or 0) >= parse_time(limit):
                 return f"ended by maxTrialDuration ({limit})"
             return f"ended by {'the assessor' if self.config.assessor else 'the tuner'}"
         if trial["status"] == "FAILED" and (status := exit_status(trial, self.folder)):

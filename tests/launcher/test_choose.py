@@ -427,12 +427,16 @@ def test_strange_searches_are_shown(run, tmp_path):
         f"key{escape}": f"value{escape}\n2",
         "list": [1, {"a": None}],
         "none": None,
-        "long": "x" * 99,
+        "long": "é" * 9999,
     }
-    database(tmp_path, [trial(0, 1.0, **odd), trial(1, f"no{escape}")], experimentName=None)
-    result = run()
+    entries = [trial(0, 1.0, **odd), trial(1, f"no{escape}"), trial(2, 1.0, seconds=-3570)]
+    database(tmp_path, entries, experimentName=None)
+    result = run(PYTHONIOENCODING="ascii", PYTHONOPTIMIZE="2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[0] == "abc123"
+    assert max(map(len, result.stdout.splitlines()[:4])) < 400
+    assert "* the choice, trial 0 " in result.stdout  # the other one's duration is not known
+    assert "é" * 9999 in run("--csv").stdout
     shown = [result, run("--csv"), run("--json"), run("--out", "best.json", "--top", 1)]
     database(tmp_path, [trial(0, f"no{escape}")], f"bad{escape}", 2000, experimentName=escape)
     shown.append(run())

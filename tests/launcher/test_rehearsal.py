@@ -267,8 +267,14 @@ def test_a_command_does_not_outlive_a_launcher_that_dies_at_once(tmp_path):
         ),
         (
             "Traceback (most recent call last):\n  File x\nmy.Trouble: no \x1b[31mred\nat all\n",
-            "my.Trouble: no ?[31mred",
+            "my.Trouble: no red",
         ),
+        (  # of rich, and of Python 3.13
+            "╭─ \x1b[1;31mTraceback \x1b[0m─╮\n\x1b[1;91mValueError: \x1b[0mbad \x1b[1m3\x1b[0m\n",
+            "ValueError: bad 3",
+        ),
+        ("\x1b[1;35mKeyError\x1b[0m: \x1b[35m'a'\x1b[0m\ncounting\n", "KeyError: 'a'"),
+        (f"IndexError: {'x' * 60_000} is wrong", f"IndexError: {'x' * 321}...{'x' * 655} is wrong"),
     ],
 )
 def test_the_reason_in_what_a_process_has_printed(text, expected):

@@ -96,6 +96,17 @@ def assert_nothing_is_left(home):
 # The start
 
 
+# A notebook's output is no TextIOWrapper, and `python -OO` keeps no docstrings.
+NOTEBOOK = """
+import io, sys
+sys.stdout = io.StringIO()
+import search
+status = search.main()
+sys.__stdout__.write(sys.stdout.getvalue())
+sys.exit(status)
+"""
+
+
 def test_a_search_in_the_foreground(run_search, home):
     port = free_port()
     result = run_search("-p", port, config=demo(maxTrialNumber=3))
@@ -108,8 +119,8 @@ def test_a_search_in_the_foreground(run_search, home):
     assert printed[-1] == f"To keep the choice: python choose.py {id} --out best.json"
     assert "%|" not in result.stderr  # no progress bar without a terminal
     assert id in nnictl(home, "experiment", "list")
-    again = run_search("--resume", id)  # which watches what still runs
-    assert again.returncode == 0
+    again = run_search("--resume", id, how=["-OO", "-c", NOTEBOOK])  # watches what still runs
+    assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-8:] == printed[-8:]  # the table and what is below it
     nnictl(home, "stop", id)
 
@@ -179,11 +190,11 @@ cli.main(["config.yml", "--detach"])
 
 def test_names_and_errors_do_not_reach_the_terminal_as_they_are(run_search, home):
     result = run_search(how=["-c", NAMED])
-    assert result.stdout.startswith("Search abc: ?[31mred\n"), result.stderr
+    assert result.stdout.startswith("Search abc: red\n"), result.stderr
     (home / "\x1b[31mred.yml").write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
     result = run_search("\x1b[31mred.yml")
     assert "trialComand is no key of NNI" in refusal(result)
-    assert "?[31mred.yml" in result.stdout
+    assert "red.yml" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
 
 
