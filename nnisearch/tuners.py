@@ -18,8 +18,6 @@ import threading
 import optuna
 from nni import NoMoreTrialError
 from nni.algorithms.hpo import hyperband_advisor
-from nni.common import load
-from nni.runtime.msg_dispatcher import MsgDispatcher
 from nni.tuner import Tuner
 from nni.utils import OptimizeMode, extract_scalar_reward
 from optuna.trial import TrialState
@@ -54,7 +52,6 @@ class OptunaTuner(Tuner):
             meanwhile.daemon = True
             meanwhile.start()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        MsgDispatcher.handle_import_data = handle_import_data
         self.seed = seed
         self.make_sampler = functools.partial(
             getattr(optuna.samplers, sampler), **(sampler_args or {})
@@ -174,18 +171,6 @@ def number(value):
         return float(extract_scalar_reward(value))
     except (RuntimeError, OverflowError):  # text, None, an object without default; 400 digits
         return math.nan
-
-
-def handle_import_data(dispatcher, data):
-    """Give imported results to the tuner, in place of NNI's method, which dies of a value's lack
-    or of text that is no JSON before the tuner sees it."""
-    for record in data:
-        if isinstance(record, dict) and isinstance(record.get("value"), str):
-            try:
-                record["value"] = load(record["value"])
-            except ValueError:
-                continue  # it stays text, for the tuner to judge
-    dispatcher.tuner.import_data(data)
 
 
 class Hyperband(hyperband_advisor.Hyperband):

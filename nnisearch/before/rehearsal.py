@@ -4,25 +4,24 @@ What fails here would fail in the search, and is refused in one line. What takes
 whoever waits for more than five seconds is told for what.
 """
 
-import base64
 import contextlib
 import ctypes
 import json
 import os
-import queue
 import re
-import secrets
 import select
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 from nni.runtime.tuner_command_channel.command_type import CommandType
-from websockets.exceptions import WebSocketException
-from websockets.sync.server import serve
+from websockets.frames import Opcode
+from websockets.http11 import Request
+from websockets.protocol import State
+from websockets.server import ServerProtocol
 
 from nnisearch.before.config import is_local, shipped_class
 from nnisearch.before.gpus import free_gpus
@@ -40,6 +39,7 @@ HINTS = {
     "'int' object has no attribute 'is_integer'": "allowed: bounds with a point, such as 0.0",
 }
 LEASH = Path(__file__).parents[1] / "shared" / "leash.py"
+DISPATCHER = Path(__file__).resolve().parents[1] / "manager" / "dispatcher.py"
 IN_OPEN = 0x20  # of inotify(7)
 
 
@@ -117,8 +117,6 @@ def rehearse_tuner(config, folder, leftover):
     """
     algorithms = config.json()
     space = algorithms.pop("searchSpace")
-    for key in ("trainingService", "sharedStorage"):  # ps shows it, and passwords stand there
-        algorithms.pop(key, None)
     # A tuner of the user's own may want results before it proposes more than NNI asks for at first.
     number = 5 if shipped_class(config.tuner) else config.trial_concurrency
     number = min(number, config.max_trial_number or number)
@@ -127,14 +125,16 @@ def rehearse_tuner(config, folder, leftover):
         Manager() as manager,
         (folder / "output").open("w") as output,
         leashed(
-            dispatcher_command(algorithms),
+            dispatcher_command(manager.other),
             leftover,
             cwd=folder,
-            env=os.environ | dispatcher_environment(config, folder, manager.url),
+            env=os.environ | dispatcher_environment(config, folder),
             stdout=output,
             stderr=output,
+            pass_fds=[manager.other.fileno()],
         ) as tuner,
     ):
+        manager.begin(algorithms)
         waiting = Waiting("the tuner's first parameters", TUNER_PATIENCE)
         log = folder / "dispatcher.log"
 
@@ -178,13 +178,12 @@ def describe(config):
     return one_line(", ".join(words))
 
 
-def dispatcher_command(algorithms):
-    """Return the command by which NNI's manager starts the dispatcher."""
-    encoded = base64.b64encode(json.dumps(algorithms).encode()).decode()
-    return [sys.executable, "-m", "nni", "--exp_params", encoded]
+def dispatcher_command(connection):
+    """Return the command by which guard.js starts the dispatcher, with its end of a connection."""
+    return [sys.executable, DISPATCHER, str(connection.fileno())]
 
 
-def dispatcher_environment(config, folder, url):
+def dispatcher_environment(config, folder):
     """Return the variables that NNI's manager sets for the dispatcher."""
     return {
         "SDK_PROCESS": "dispatcher",
@@ -193,7 +192,7 @@ def dispatcher_environment(config, folder, url):
         "NNI_LOG_DIRECTORY": str(folder),
         "NNI_LOG_LEVEL": config.log_level,
         "NNI_INCLUDE_INTERMEDIATE_RESULTS": "false",
-        "NNI_TUNER_COMMAND_CHANNEL": url,
+        "NNI_TUNER_COMMAND_CHANNEL": "ws://localhost/tuner",
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, config.tuner_gpu_indices or [])),
     }
 
@@ -206,45 +205,66 @@ def final_result(proposal):
 
 
 class Manager:
-    """The manager's end of the channel to NNI's dispatcher, a web socket at url."""
+    """The manager's end of a web socket to NNI's dispatcher, which is given the socket other."""
 
     def __enter__(self):
-        self.received = queue.Queue()
-        place = f"/{secrets.token_urlsafe()}"  # which no other user of this machine can know
-
-        def receive(channel):
-            if channel.request.path == place:
-                self.received.put(channel)
-                with contextlib.suppress(WebSocketException):
-                    for message in channel:
-                        self.received.put(message)
-
-        self.channel = None
-        self.server = serve(receive, "127.0.0.1", 0, max_size=None)
-        self.url = f"ws://127.0.0.1:{self.server.socket.getsockname()[1]}{place}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.own, self.other = socket.socketpair()
+        self.protocol = ServerProtocol(max_size=None)
+        self.part, self.received = b"", []  # of a message, and messages that are whole
         return self
 
     def __exit__(self, *_):
-        self.server.shutdown()
+        self.own.close()
+        self.other.close()
+
+    def begin(self, config):
+        """Send the dispatcher, which has been started, its configuration."""
+        self.other.close()
+        self.write(json.dumps(config).encode() + b"\n")
+
+    def write(self, data):
+        with contextlib.suppress(OSError):  # it has ended, which read_on() will tell
+            self.own.sendall(data)
 
     def send(self, command, data, has_ended=None, waiting=None):
-        """Send a command, once the dispatcher has connected. Raises what next() does."""
-        if self.channel is None:
-            self.channel = self.next(has_ended, waiting)
-        with contextlib.suppress(WebSocketException):  # it has ended, which next() will tell
-            self.channel.send(command.value.decode() + json.dumps(data))
+        """Send a command, once the dispatcher has connected. Raises what read_on() does."""
+        while self.protocol.state is State.CONNECTING:
+            self.read_on(has_ended, waiting)
+        if self.protocol.state is State.OPEN:
+            self.protocol.send_text(command.value + json.dumps(data).encode())
+            self.write(b"".join(self.protocol.data_to_send()))
 
     def next(self, has_ended, waiting):
-        """Return the next message. Raises EOFError if the tuner has ended, TimeoutError."""
-        while waiting.goes_on():
-            with contextlib.suppress(queue.Empty):
-                return self.received.get(timeout=0.1)
-            if has_ended() and self.received.empty():
+        """Return the next message. Raises what read_on() does."""
+        while not self.received:
+            self.send(CommandType.Ping, "")  # a dispatcher whose worker has died ends when it hears
+            self.read_on(has_ended, waiting)
+        return self.received.pop(0)
+
+    def read_on(self, has_ended, waiting):
+        """Read what comes within 0.1 s. Raises EOFError if the tuner has ended, TimeoutError."""
+        if not waiting.goes_on():
+            raise TimeoutError
+        if not select.select([self.own], [], [], 0.1)[0]:
+            if has_ended():
                 raise EOFError
-            if self.channel is not None:  # a dispatcher whose worker has died ends when it hears
-                self.send(CommandType.Ping, "")
-        raise TimeoutError
+            return
+        try:
+            data = self.own.recv(65536)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise EOFError
+        self.protocol.receive_data(data)
+        for event in self.protocol.events_received():
+            if isinstance(event, Request):
+                self.protocol.send_response(self.protocol.accept(event))
+            elif event.opcode in (Opcode.TEXT, Opcode.CONT):
+                self.part += event.data
+                if event.fin:
+                    self.received.append(self.part.decode())
+                    self.part = b""
+        self.write(b"".join(self.protocol.data_to_send()))
 
     def parameters(self, number, has_ended, waiting):
         """Return so many sets of parameters, as JSON, or fewer if the tuner has no more."""

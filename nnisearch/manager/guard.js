@@ -7,6 +7,7 @@
 // - what NNI writes is this user's alone, on each machine, and no password is in a process's arguments.
 // --listen gives up the first for the address that it names.
 "use strict";
+const { spawn } = require("child_process");
 const crypto = require("crypto");
 const fs = require("fs");
 const net = require("net");
@@ -87,12 +88,17 @@ function listenOnIPv6(server, port, then) {
     bind.call(six, port, "::1").unref();
 }
 
+// Returns a function that hands a connection to the server of the Web UI's port.
 function guardPorts({ port, listen, machines }) {
+    let webUI;
+    const adopted = new Set();
     net.Server.prototype.listen = function (at, ...rest) {
         if (at === port) {
             const isAsked = ({ localAddress }) =>
                 Boolean(listen) && ["0.0.0.0", ipv4(localAddress ?? "")].includes(listen);
-            guard(this, (socket) => isOwn(socket) || isAsked(socket), Boolean(listen));
+            const isWelcome = (s) => adopted.has(s) || isOwn(s) || isAsked(s);
+            guard(this, isWelcome, Boolean(listen));
+            webUI = this;
             const address = listen ? "0.0.0.0" : "127.0.0.1";
             listenOnIPv6(this, port, () => bind.call(this, at, address, ...rest));
             return this;
@@ -103,10 +109,14 @@ function guardPorts({ port, listen, machines }) {
         }
         return bind.call(this, at, ...rest);
     };
+    return (connection) => {
+        adopted.add(connection);
+        webUI.emit("connection", connection);
+    };
 }
 
 module.exports = function (settings) {
-    guardPorts(settings);
+    const adopt = guardPorts(settings);
     // Whoever knows a runner's ID could report in its name, and ps on its machine shows that ID.
     const secret = crypto.randomBytes(16).toString("hex");
     const reusable = "training_service/reusable";
@@ -116,11 +126,24 @@ module.exports = function (settings) {
         "node_modules/http-proxy/index.js": (proxy) => {
             proxy.createProxyServer = () => ({ web: (_, answer) => answer.status(403).end() });
         },
-        // The tuner's arguments, which ps shows to everybody, without passwords and keys.
+        // The tuner's process, by a socket that nobody else has: its port may be lost to others, and
+        // ps shows its arguments to everybody. And without the shell that NNI starts it by.
         "common/utils.js": (utils) => {
-            const { getMsgDispatcherCommand } = utils;
-            utils.getMsgDispatcherCommand = ({ trainingService, sharedStorage, ...needed }) =>
-                getMsgDispatcherCommand(needed);
+            let config;
+            utils.getMsgDispatcherCommand = ({ searchSpace, ...needed }) => {
+                config = needed;
+                return [settings.python, `${__dirname}/dispatcher.py`, "3"];
+            };
+            utils.getTunerProc = ([python, ...args], stdio, cwd, env) => {
+                const tuner = spawn(python, args, { stdio: [...stdio, "pipe"], cwd, env });
+                tuner.on("error", ({ message }) => console.error(message)); // Python is not there
+                const connection = tuner.stdio[3];
+                connection.writable = true; // which Node 16 has false, although it is
+                connection.on("error", () => {}); // it has ended
+                connection.write(`${JSON.stringify(config)}\n`);
+                adopt(connection);
+                return tuner;
+            };
         },
         "training_service/common/util.js": (util) => {
             const { execMkdir } = util;

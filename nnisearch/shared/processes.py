@@ -39,6 +39,11 @@ def manager_of(id):
     return managers().get(id)
 
 
+def is_tuner(process):
+    """Return whether a process is one that the tuner is in."""
+    return any(part.endswith("/nnisearch/manager/dispatcher.py") for part in process.cmdline())
+
+
 def processes_of(id, folder):
     """Return what an experiment's manager has started, and what that has started, by NNI's marks.
 

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import psutil
 
-from nnisearch.shared.processes import lives, manager_of
+from nnisearch.shared.processes import is_tuner, lives, manager_of
 from nnisearch.shared.results import EXPERIMENTS, read_json
 from nnisearch.shared.text import THREAD_DIED, one_line, uncoloured
 
@@ -48,8 +48,8 @@ class Life:
             with contextlib.suppress(psutil.Error):
                 if "--tuner-command-channel" in self.manager.cmdline():
                     return False  # the tuner is a user's program that called nni.experiment
-                children = self.manager.children(recursive=True)
-                found = [child for child in children if "--exp_params" in " ".join(child.cmdline())]
+                children = self.manager.children()
+                found = [child for child in children if is_tuner(child)]
                 self.tuner = found[-1] if found else None
         if self.tuner is None:
             self.passes_without += 1

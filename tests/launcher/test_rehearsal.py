@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from test_checks import LOCAL, REMOTE
+from test_checks import LOCAL
 from test_experiment import stand_in_nvidia_smi
 from test_other_projects import CONFIG, TRIAL
 
@@ -24,6 +25,8 @@ TUNER = """
 from nni.tuner import Tuner
 
 class Mine(Tuner):
+    def __init__({init}):
+        pass
     def update_search_space(self, search_space):
         {update}
     def generate_parameters(self, parameter_id, **kwargs):
@@ -49,8 +52,9 @@ def rehearse(tmp_path, monkeypatch):
     return rehearse
 
 
-def write_tuner(tmp_path, update="pass", generate="return {'x': 7}"):
-    (tmp_path / "mine.py").write_text(TUNER.format(update=update, generate=generate))
+def write_tuner(tmp_path, init="self", update="pass", generate="return {'x': 7}"):
+    text = TUNER.format(init=init, update=update, generate=generate)
+    (tmp_path / "mine.py").write_text(text)
     return {"className": "mine.Mine", "codeDirectory": "."}
 
 
@@ -87,24 +91,25 @@ def test_what_a_tuner_raises_is_the_refusal(rehearse, tmp_path, change, part):
 def test_a_tuner_sees_what_nnis_manager_gives_it(rehearse, tmp_path):
     (tmp_path / "nni.txt").touch()
     sees = (
-        "import os, sys; from pathlib import Path; assert sys.path[-1] == "
-        f"'{tmp_path}', sys.path; assert os.getcwd() == sys.path[0] == "
+        "import __main__, multiprocessing, os, sys; from pathlib import Path; "
+        f"assert sys.path[-1] == '{tmp_path}', sys.path; assert os.getcwd() == sys.path[0] == "
         "os.environ['NNI_LOG_DIRECTORY']; assert Path(os.environ['NNI_CHECKPOINT_DIRECTORY'])"
-        ".is_dir(); assert os.environ['CUDA_VISIBLE_DEVICES'] == ''"
+        ".is_dir(); assert os.environ['CUDA_VISIBLE_DEVICES'] == ''; "
+        "assert __main__.__spec__.name == 'nni.__main__'; assert __main__.__file__ == sys.argv[0]; "
+        "assert not {'mends', 'dispatcher', 'nnisearch'} & set(sys.modules); "
+        "assert multiprocessing.get_context('spawn').Pool(1).apply(len, [[1]]) == 1"
     )
     rehearse(tuner=write_tuner(tmp_path, update=sees))
 
 
 def test_no_password_is_in_the_tuners_command_line(rehearse, tmp_path):
-    blob = {"storageType": "AzureBlob", "localMounted": "nomount", "containerName": "mine"}
-    blob |= {"localMountPoint": "/tmp", "remoteMountPoint": "/tmp"}
-    blob |= {"storageAccountName": "me", "storageAccountKey": "secret"}
-    tells = f"import sys; open('{tmp_path}/told', 'w').write(sys.argv[-1])"
-    tuner = write_tuner(tmp_path, update=tells)
-    rehearse(tuner=tuner, sharedStorage=blob, trainingService=REMOTE | {"nniManagerIp": "::1"})
-    told = base64.b64decode((tmp_path / "told").read_text()).decode()
-    assert "mine.Mine" in told
-    assert "secret" not in told
+    reads = "told = open('/proc/self/cmdline').read(), sys.argv[2]"
+    tells = f"import sys; {reads}; open('{tmp_path}/told', 'w').write('|'.join(told))"
+    tuner = write_tuner(tmp_path, init="self, word", update=tells)
+    rehearse(tuner=tuner | {"classArgs": {"word": "secret" * 50_000}})
+    shown, given = (tmp_path / "told").read_text().split("|")
+    assert len(shown) < 1000
+    assert json.loads(base64.b64decode(given))["tuner"]["classArgs"] == {"word": "secret" * 50_000}
 
 
 @pytest.mark.parametrize(

@@ -80,12 +80,8 @@ def manager(search):
 
 
 def tuner(search):
-    """Return the tuner's process: the Python that runs `-m nni`, not the shell that started it."""
-    return next(
-        p
-        for p in processes_at(search.home)
-        if p.name().startswith("python") and "--exp_params" in p.cmdline()
-    )
+    """Return the tuner's process."""
+    return next(filter(processes.is_tuner, processes_at(search.home)))
 
 
 def trial_processes(search):
@@ -180,7 +176,7 @@ def events(search):
 
 
 # So that the manager waits for it, when it has taken up the trials and not started them.
-SLOW_TUNER = "import sys, time; time.sleep(5 * ('--exp_params' in sys.orig_argv))"
+SLOW_TUNER = "import sys, time; time.sleep(5 * ('dispatcher.py' in ' '.join(sys.orig_argv)))"
 
 
 def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search, tmp_path):

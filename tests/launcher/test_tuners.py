@@ -5,14 +5,15 @@ import logging
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nni
 import pytest
 import tuners
 from conftest import LIGHT_TRIAL, ROOT, SPACE
 from experiment import SEARCH, accuracy, parameters
-from nni.runtime.msg_dispatcher import MsgDispatcher
 
+from nnisearch.manager import mends
 from nnisearch.tuners import PACKAGES, OptunaTuner
 
 KINDS = {
@@ -337,7 +338,7 @@ def test_imported_results_that_do_not_fit_are_left_out_and_counted(caplog):
     }
     tuner = make(space)
     with caplog.at_level(logging.WARNING, logger="nni"):
-        MsgDispatcher("ws://_unittest_", tuner).handle_import_data([*FOREIGN, *FITTING])
+        mends.handle_import_data(SimpleNamespace(tuner=tuner), [*FOREIGN, *FITTING])
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"{len(FOREIGN)} of {len(FOREIGN) + 2} results left out: rate is missing"
     assert [trial.value for trial in tuner.study.trials] == [0.25, 0.5]
@@ -353,6 +354,8 @@ def test_values_that_a_step_has_rounded_fit():
 
 THINK = """
 import sys
+from types import SimpleNamespace
+from nnisearch.manager import mends
 from nnisearch.tuners import PACKAGES, OptunaTuner
 tuner = OptunaTuner(sys.argv[1], {"n_startup_trials": 2} if sys.argv[1] != "RandomSampler" else {})
 tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})
