@@ -4,10 +4,14 @@ NNI is the judge of what it can run, by the rehearsal; here stands what it would
 Each check raises ValueError with one line that names the key, its value and what is allowed.
 """
 
+import grp
 import os
+import pwd
 import shutil
+import stat
 import sys
 import tempfile
+from contextlib import suppress
 
 from nni.experiment.config.utils import camel_case
 
@@ -85,6 +89,33 @@ def check_algorithms(config):
             allowed += ", since NNI's ends at its first result"
             named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI takes it for either
             raise ValueError(f"{named}; allowed: {allowed}")
+
+
+def check_private(folder, key="experimentWorkingDirectory"):
+    """Check that no other user can replace what NNI keeps in a folder, and runs.
+
+    Raises ValueError, which names the key by which the folder was given.
+    """
+    found = folder.stat() if folder.exists() else None
+    if found is None or found.st_mode & stat.S_ISVTX:
+        return
+    is_open_to_group = found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid)
+    if found.st_mode & stat.S_IWOTH or is_open_to_group:
+        who = "others" if found.st_mode & stat.S_IWOTH else "its group"
+        allowed = "a folder that only you can write to, or a sticky one"
+        way = f"chmod go-w '{folder}', or a new folder in it"
+        raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {who} can write to it: {way}")
+
+
+def is_private_group(number):
+    """Return whether a group has this user as its only member, as many systems make one per user.
+
+    Not all systems tell who belongs to a group. Such a group has the name, or number, of its user.
+    """
+    with suppress(KeyError):
+        group, name = grp.getgrgid(number), pwd.getpwuid(os.getuid()).pw_name
+        return group.gr_name == name and set(group.gr_mem) <= {name}
+    return number == os.getuid()
 
 
 def check_disk(folder, size, key="experimentWorkingDirectory"):

@@ -82,8 +82,15 @@ function writeListWhole() {
     fs.writeFileSync = (file, ...rest) => {
         if (path.basename(String(file)) !== ".experiment") return writeFileSync(file, ...rest);
         const unfinished = `${file}.${process.pid}`;
-        writeFileSync(unfinished, ...rest);
+        const sync = (name, flags, write = () => {}) => { // else a power cut empties it
+            const opened = fs.openSync(name, flags, 0o600);
+            write(opened);
+            fs.fsyncSync(opened);
+            fs.closeSync(opened);
+        };
+        sync(unfinished, "w", (opened) => writeFileSync(opened, ...rest));
         fs.renameSync(unfinished, file);
+        sync(path.dirname(file), "r");
     };
 }
 

@@ -1,7 +1,9 @@
 """config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
 
 import datetime
+import grp
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -344,6 +346,27 @@ def test_a_home_that_cannot_be_written(tmp_path):
     assert str(error.value).startswith(
         f"experimentWorkingDirectory is '{folder}'; allowed: a folder"
     )
+
+
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
+    checks.check_private(tmp_path / "missing")
+    user = pwd.getpwuid(os.getuid()).pw_name
+    own, shared = (grp.struct_group((user, "x", 7, who)) for who in ([user], [user, "another"]))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: own)
+    for mode in (0o755, 0o775, 0o1777):
+        tmp_path.chmod(mode)
+        checks.check_private(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(ValueError) as error:
+        checks.check_private(tmp_path)
+    assert str(error.value) == (
+        f"experimentWorkingDirectory is '{tmp_path}'; allowed: a folder that only you can write to,"
+        f" or a sticky one; others can write to it: chmod go-w '{tmp_path}', or a new folder in it"
+    )
+    monkeypatch.setattr(grp, "getgrgid", lambda _: shared)
+    tmp_path.chmod(0o775)
+    with pytest.raises(ValueError, match="; its group can write to it: chmod go-w "):
+        checks.check_private(tmp_path)
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
