@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from nnisearch.shared import signals
+from nnisearch.shared.imports import without_pandas
 
-with signals.silently_interrupted():  # NNI takes a second
+with signals.silently_interrupted(), without_pandas():  # NNI takes half a second
     import nni
     from nni.experiment import Experiment
 
