@@ -27,7 +27,6 @@ SHALLOW_SPACES = ("TpeTuner", "RandomTuner", "GridSearchTuner")
 
 # Python, and so NNI, takes true and false for numbers.
 COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
-COUNTS += ("max_trial_duration", "max_experiment_duration")
 
 MANY = 1000  # trials at a time
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nni.experiment import RunMode, rest
 
-from nnisearch.before.config import is_local
+from nnisearch.before.config import is_local, services
 from nnisearch.shared.output import remove
 from nnisearch.shared.processes import end, manager_of, managers, processes_of, stop
 from nnisearch.shared.signals import uninterrupted
@@ -57,7 +57,7 @@ def find_port(wanted, count):
 
 def prepare_environment(config, listen):
     """Set what NNI's manager inherits: this Python for the trials, and manager.js for itself."""
-    machines = getattr(config.training_service, "machine_list", None) or []
+    machines = [m for one in services(config) for m in getattr(one, "machine_list", None) or []]
     found = [socket.getaddrinfo(machine.host, None) for machine in machines]
     guard = {
         "listen": listen,

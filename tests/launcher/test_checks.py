@@ -81,9 +81,31 @@ def test_the_projects_configurations_pass(name):
         ),
         ({"maxTrialDuration": "5x"}, ["maxTrialDuration is '5x'; allowed: ", "90, 90s, 30m"]),
         ({"maxExperimentDuration": "0s"}, ["maxExperimentDuration is '0s'; allowed: "]),
+        ({"maxTrialDuration": True}, ["maxTrialDuration is True; allowed: more than 0 seconds"]),
+        ({"logLevel": "loud"}, ["logLevel is 'loud'; allowed: fatal, error, "]),
         ({"tunerGpuIndices": "a"}, ["tunerGpuIndices is 'a': invalid literal"]),
+        (
+            {"trainingService": [{"platform": "local", "gpuIndices": [0, 0]}]},
+            ["gpuIndices is [0, 0]: Duplication", "; allowed: a GPU's number"],
+        ),
+        ({"trainingService": REMOTE | {"machineList": MACHINE}}, ["machineList is of another"]),
+        ({"trainingService": None}, ["trainingService is None: allowed: an object with"]),
+        ({"tuner": {"className": "a.B"}}, ["allowed: codeDirectory is not None"]),
+        # Keys of version 1, of another place, misspelled, and like no other.
+        ({"author": "me"}, ["author is no key of NNI's ExperimentConfig; allowed: to leave it"]),
+        ({"maxTrialNum": 3}, ["; allowed: maxTrialNumber"]),
+        ({"gpuIndices": [0]}, ["; allowed: there, but in LocalConfig or RemoteMachineConfig"]),
+        (
+            {"tuner": {"builtinTunerName": "TPE"}},
+            ["builtinTunerName is no key of NNI's AlgorithmConfig; allowed: name"],
+        ),
+        (
+            {"tuner": {"name": "TPE", "class_arg": {}}},
+            ["class_arg is no key", "allowed: classArgs"],
+        ),
+        ({"tuner": {"name": "TPE", "xyz": 1}}, ["; allowed: name, className, codeDirectory, cla"]),
         ({"trainingService": "local"}, ["trainingService is 'local': "]),
-        ({"trainingService": [REMOTE, REMOTE]}, ["trainingService is list: "]),
+        ({"trainingService": [REMOTE, REMOTE]}, ["trainingService is list: nniManagerIp is not"]),
         ({"tuner": None}, ["tuner must be set"]),
         ({"trainingService": {"platform": "locl"}}, ["platform is 'locl'; allowed: local, remote"]),
         ({"searchSpaceFile": "no.json", "searchSpace": None}, ["no.json"]),
@@ -104,6 +126,27 @@ def test_files_that_are_no_configuration(tmp_path, content):
     for broken in (path, tmp_path / "missing.yml"):
         with pytest.raises(ValueError, match=f"^{broken}: .+$"):
             config.load(broken)
+
+
+def test_a_search_space_that_does_not_parse_is_named_with_its_line(load, tmp_path):
+    (tmp_path / "space.json").write_text('{"lr":\n  {"_type": "choice"\n   "_value": [1]}}')
+    line = refusal(load, searchSpaceFile="space.json", searchSpace=None)
+    assert f"searchSpaceFile is {tmp_path}/space.json: " in line
+    assert "line 3, column 4" in line
+    assert "<" not in line.replace("<scalar>", "")
+
+
+def test_values_that_nni_takes_in_several_forms(load):
+    forms = {"maxTrialDuration": 600, "maxExperimentDuration": "1.5h", "tunerGpuIndices": 1}
+    service = {"platform": "local", "gpuIndices": "0, 2"}
+    loaded = load(**forms, trainingService=[service])
+    assert checks.check(loaded) == []
+    assert loaded.tuner_gpu_indices == [1]
+    assert loaded.training_service.gpu_indices == [0, 2]
+    assert loaded.training_service.reuse_mode  # as NNI runs a list
+    loaded = load(trainingService=[service, REMOTE], nniManagerIp="127.0.0.1")
+    assert checks.check(loaded) == []
+    assert [one.platform for one in config.services(loaded)] == ["local", "remote"]
 
 
 def test_a_pipe_is_no_configuration(tmp_path):
