@@ -9,7 +9,6 @@ import os
 import pwd
 import shutil
 import stat
-import sys
 import tempfile
 from contextlib import suppress
 
@@ -36,9 +35,11 @@ def check(config):
 
     Raises ValueError.
     """
-    if len(sys.executable.split()) > 1:  # NNI starts its tuner by a shell, unquoted
-        allowed = "a Python whose path has no spaces"
-        raise ValueError(f"the Python is {sys.executable!r}; allowed: {allowed}")
+    for key in ("experiment_working_directory", "trial_code_directory"):
+        folder = str(getattr(config, key))
+        if os.fsencode(folder) != folder.encode(errors="replace"):  # as NNI's manager writes it
+            allowed = "a name in UTF-8, under a locale such as LC_ALL=C.UTF-8"
+            raise ValueError(f"{camel_case(key)} is {folder!a}; allowed: {allowed}")
     check_code(config.json(), "the configuration")
     check_algorithms(config)
     if is_local(config):

@@ -64,9 +64,9 @@ def prepare_environment(config, listen):
         "machines": [place[4][0] for places in found for place in places],
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
-    preload = json.dumps(str(PRELOAD), ensure_ascii=False)  # quoted: its path may have spaces
+    preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))  # its path may have spaces, too
     # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
-    own = f"--openssl-config=/dev/null --require {preload}"
+    own = f'--openssl-config=/dev/null --require "{preload}"'
     os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} {own}"
     os.environ["NNI_GUARD"] = json.dumps(guard)
 

@@ -370,9 +370,11 @@ def test_who_holds_the_gpus(load, tmp_path, monkeypatch):
     assert gpus.waiting_for(service) is None
 
 
-def test_a_python_whose_path_has_a_space(load, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/my python/python3")
-    assert "the Python is '/my python/python3'; allowed: " in refusal(load)
+def test_a_folder_whose_name_is_not_utf_8(load):
+    loaded = load()
+    loaded.experiment_working_directory = os.fsdecode(b"/caf\xe9")
+    with pytest.raises(ValueError, match=r"^experimentWorking.* is '/caf\\udce9'; allowed: "):
+        checks.check(loaded)
 
 
 def test_a_machine_without_ps(load, tmp_path, monkeypatch):
