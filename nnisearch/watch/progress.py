@@ -27,6 +27,7 @@ from nnisearch.watch.life import Life, listed
 tqdm.set_lock(threading.RLock())
 
 PATIENCE = 20  # s of a manager's silence before it is said
+IDLE = 60  # s in which nothing runs and the tuner proposes nothing, before it is said
 QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
 
 
@@ -62,7 +63,7 @@ class Search:
         self.trials = Trials(folder / "db" / "nni.sqlite")
         self.life = Life(id, folder)
         self.heard = self.changed = time.monotonic()
-        self.is_silent = False
+        self.is_silent = self.is_idle = False
 
     def ask(self):
         """Return the manager's status and the trials of which something is new.
@@ -85,7 +86,7 @@ class Search:
             return None, []
         self.heard, self.is_silent = time.monotonic(), False
         if changed:
-            self.changed = self.heard
+            self.changed, self.is_idle = self.heard, False
         return status, changed
 
     def is_done(self, status):
@@ -119,6 +120,14 @@ class Search:
                 words = self.life.last_words() or one_line(" ".join(status["errors"]))
                 what = f"{who}: {words or 'without a word; was it killed?'}"
             raise RuntimeError(f"search {self.id}: {what}; {how}")
+        idle = time.monotonic() - self.changed
+        has_trials = any(trial["status"] not in ENDED for trial in self.trials.known.values())
+        if idle > IDLE and not has_trials and not self.is_idle:
+            self.is_idle = True
+            tqdm.write(
+                f"search {self.id}: no trial runs or waits, and the tuner has proposed none for"
+                f" {idle:.0f} s; it is waited for; its log: {self.life.dispatcher.path}"
+            )
 
     def next_steps(self, before=""):
         """Return the commands to go on with the search, and to see the results that it has."""

@@ -363,6 +363,20 @@ def test_no_more_trials_with_one_in_the_queue_is_not_the_end(watched, monkeypatc
     assert not watched.is_done(no_more)  # NNI may be about to start one
 
 
+def test_a_search_in_which_nothing_runs_and_nothing_comes_says_so_once(watched, capsys):
+    watched.trials.update()
+    watched.life.tuner_is_dead = lambda: False
+    watched.changed -= 100
+    watched.check({"status": "RUNNING"})
+    assert capsys.readouterr().out == ""  # a trial waits
+    watched.trials.known["id1"]["status"] = "SUCCEEDED"
+    for _ in range(2):
+        watched.check({"status": "RUNNING"})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.search(r"no trial runs or waits, and the tuner has proposed none for 1\d\d s", line)
+    assert line.endswith("abc123/log/dispatcher.log")
+
+
 def test_what_is_only_viewed_says_so(watched):
     with pytest.raises(RuntimeError, match=r"shown by nnictl view.*: nnictl stop abc123; nnis"):
         watched.check({"status": "VIEWED"})
@@ -384,6 +398,36 @@ def test_a_pass_reads_only_what_is_new(tmp_path):
     assert (changed["status"], changed["result"]) == ("SUCCEEDED", 61.0)
     assert changed["intermediate"] == [2.0, 1.5]
     assert (changed["seconds"], changed["heard"]) == (7.5, 9_000)
+
+
+def test_nni_can_write_while_a_search_is_read_and_a_query_is_not_stopped(tmp_path, monkeypatch):
+    path = database(tmp_path, [trial(0, 60.0, None, [1.0] * 2500)])
+    blocked, connect = [], sqlite3.connect
+
+    class Connection(sqlite3.Connection):
+        def execute(self, *args):
+            blocked.append(signal.SIGTSTP in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+            return super().execute(*args)
+
+    monkeypatch.setattr(
+        results.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Connection)
+    )
+    trials = results.Trials(path)
+    with contextlib.closing(connect(path, timeout=0, isolation_level=None)) as nni:
+        nni.execute("PRAGMA synchronous = OFF")
+        note_metric, written = trials.note_metric, []
+
+        def write_and_note(*metric):
+            row = (9_000, "new", "1", "PERIODICAL", 0, json.dumps("1.5"))
+            written.append(nni.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row))
+            return note_metric(*metric)
+
+        monkeypatch.setattr(trials, "note_metric", write_and_note)
+        (found,) = trials.update()
+    assert len(found["intermediate"]) == 2500 < len(written)
+    assert all(blocked)
+    assert len(blocked) == 1 + 2 + 4  # a thousand rows at a time
+    assert signal.SIGTSTP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_remote_trial_that_is_silent_for_longer_than_any_before_is_named_once(monkeypatch):
