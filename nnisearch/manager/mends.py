@@ -3,13 +3,21 @@
 dispatcher.py loads this without a package: it imports NNI and others' packages, and not nnisearch.
 """
 
+import collections
+import functools
+import json
 import logging
+import math
 import os
+import threading
 
 import websockets
-from nni.common import load
-from nni.runtime.msg_dispatcher import MsgDispatcher
-from nni.runtime.tuner_command_channel import channel, websocket
+from nni.algorithms.hpo.batch_tuner import BatchTuner
+from nni.common import dump, load
+from nni.common.hpo_utils import format_parameters, format_search_space
+from nni.runtime import msg_dispatcher, msg_dispatcher_base
+from nni.runtime.tuner_command_channel import CommandType, channel, websocket
+from nni.tools import package_utils
 
 log = logging.getLogger("nni.mends")  # below nni, whose lines reach dispatcher.log
 
@@ -17,7 +25,19 @@ log = logging.getLogger("nni.mends")  # below nni, whose lines reach dispatcher.
 def apply(connection):
     """Mend NNI before it begins; connection is the socket to its manager."""
     stay_with(connection)
-    MsgDispatcher.handle_import_data = handle_import_data
+    msg_dispatcher.MsgDispatcher = Dispatcher
+    msg_dispatcher_base.MsgDispatcherBase.enqueue_command = enqueue_in_order
+    package_utils.create_builtin_class_instance = create_with_memory
+
+
+create = package_utils.create_builtin_class_instance
+
+
+def create_with_memory(*arguments):
+    """Return one of NNI's own tuners or assessors, which can make a new one like itself."""
+    algorithm = create(*arguments)
+    algorithm.make_anew = functools.partial(create_with_memory, *arguments)
+    return algorithm
 
 
 def stay_with(connection):
@@ -40,15 +60,196 @@ def stay_with(connection):
     channel.TunerCommandChannel._retry_send = channel.TunerCommandChannel._retry_receive = end
 
 
-def handle_import_data(dispatcher, data):
-    """Give imported results to the tuner as they are, and let it judge them.
+def enqueue_in_order(advisor, command, data):
+    """Give an advisor all commands in one thread. NNI told it of a trial's end in a second one."""
+    advisor.default_command_queue.put((command, data))
 
-    NNI's method dies of a result without a value, or of text that is no JSON.
+
+class Dispatcher(msg_dispatcher.MsgDispatcher):
+    """NNI's dispatcher, with which a tuner hears of each trial once and in order.
+
+    - The tuner has one thread. NNI told it of a trial's end in the assessor's thread, at any
+      moment: most tuners die of a result that comes after its trial's end.
+    - A resumed search gives out no set of parameters that it has given out before.
+    - NNI's own tuners do not hear of what they would die of: results that are no finite numbers or
+      that do not fit the search space, and the user's own trials.
     """
-    for record in data:
-        if isinstance(record, dict) and isinstance(record.get("value"), str):
-            try:
-                record["value"] = load(record["value"])
-            except ValueError:
-                continue  # it stays text
-    dispatcher.tuner.import_data(data)
+
+    def __init__(self, url, tuner, assessor=None):
+        super().__init__(url, tuner, assessor)
+        self.is_nnis = type(tuner).__module__.startswith("nni.algorithms.")
+        self.space = None
+        self.ended = set()  # IDs of trials
+        self.told = set()  # (ID of a trial, ID of its parameters) with a result
+        self.results = []  # in the form of import_data()
+        self.given_out = collections.Counter()  # how often each set of parameters was given out
+        self.expected = collections.Counter()  # how often the tuner may still repeat such a set
+
+    def enqueue_command(self, command, data):
+        is_intermediate = command is CommandType.ReportMetricData and data["type"] == "PERIODICAL"
+        if is_intermediate or command is CommandType.TrialEnd:
+            self.assessor_command_queue.put((command, data))
+        if not is_intermediate:
+            self.default_command_queue.put((command, data))
+
+    def process_command(self, command, data):
+        is_assessors = threading.current_thread() is self.assessor_worker
+        if command is CommandType.TrialEnd and is_assessors:
+            self.tell_assessor_of_end(data)
+        else:
+            super().process_command(command, data)
+
+    def tell_assessor_of_end(self, data):
+        trial = data["trial_job_id"]
+        msg_dispatcher._ended_trials.add(trial)
+        if msg_dispatcher._trial_history.pop(trial, None) is not None:
+            self.assessor.trial_end(trial, data["event"] == "SUCCEEDED")
+
+    def handle_trial_end(self, data):
+        trial, id = data["trial_job_id"], load(data["hyper_params"])["parameter_id"]
+        self.ended.add(trial)
+        if id is None or self.is_created_in_previous_exp(id):
+            return  # this tuner has not proposed it
+        # NNI's own tuners die of a failure after a result, and miss a success without a result.
+        has_result = (trial, id) in self.told
+        self.tuner.trial_end(id, has_result if self.is_nnis else data["event"] == "SUCCEEDED")
+
+    def is_created_in_previous_exp(self, param_id):
+        return param_id is not None and super().is_created_in_previous_exp(param_id)
+
+    def handle_report_metric_data(self, data):
+        trial, id = data["trial_job_id"], data["parameter_id"]
+        if data["type"] == "PERIODICAL":  # also of a trial that a resumed search runs again
+            self._handle_intermediate_metric_data(data | {"value": load(data["value"])})
+        elif data["type"] != "FINAL":
+            super().handle_report_metric_data(data)
+        elif trial in self.ended or (trial, id) in self.told:
+            log.warning("trial %s: a result after its end, or a second one, is left out", trial)
+        else:
+            self.tell_result(trial, id, load(data["value"]))
+
+    def tell_result(self, trial, id, value):
+        if self.is_nnis and (value := scalar(given := value)) is None:
+            log.warning("trial %s: its result is no finite number: %r", trial, given)
+            return
+        self.told.add((trial, id))
+        if self.is_created_in_previous_exp(id):
+            self.learn([{"parameter": self.get_previous_param(id), "value": value}])
+            return
+        if id is not None:
+            parameters = msg_dispatcher._trial_params[id]
+            self.results.append({"parameter": parameters, "value": value})
+        metric = {"parameter_id": id, "trial_job_id": trial, "value": value}
+        self._handle_final_metric_data(metric)
+
+    def handle_initialize(self, data):
+        self.space = formatted(data)
+        super().handle_initialize(data)
+
+    def handle_update_search_space(self, data):
+        """Search another space from now on. One that the tuner does not take leaves the old one."""
+        make_anew = getattr(self.tuner, "make_anew", None)
+        tuner = make_anew() if make_anew else self.tuner
+        try:
+            tuner.update_search_space(data)
+        except Exception:
+            log.exception("the new search space is not taken")
+            return
+        self.space = formatted(data)
+        if make_anew:  # NNI's own tuners mix up what they know of the old space with the new one
+            self.tuner = tuner
+            self.recovered_max_param_id = msg_dispatcher._next_parameter_id - 1
+            self.recovered_trial_params |= msg_dispatcher._trial_params
+            self.expected = self.given_out.copy()
+            known, self.results = self.results, []
+            self.learn(known)
+
+    def handle_request_trial_jobs(self, data):
+        is_short = False
+        while data:
+            ids = [msg_dispatcher._create_parameter_id() for _ in range(data)]
+            sets = self.tuner.generate_multiple_parameters(
+                ids, st_callback=self.send_trial_callback
+            )
+            is_short |= len(sets) < data
+            data = 0
+            for id, parameters in zip(ids, sets, strict=False):
+                if self.expected[text := as_text(parameters)]:
+                    self.expected[text] -= 1
+                    self.tuner.trial_end(id, False)
+                    data += 1
+                else:
+                    self.send_trial_callback(id, parameters)
+        if is_short:
+            self.send(CommandType.NoMoreTrialJobs, dump({"parameter_id": ids[0]}))
+
+    def send_trial_callback(self, id_, params):
+        self.given_out[as_text(params)] += 1
+        super().send_trial_callback(id_, params)
+
+    def handle_add_customized_trial(self, data):
+        """Note all trials of a search that is resumed, whatever has become of them."""
+        super().handle_add_customized_trial(data)
+        proposed = [trial for trial in data if trial["parameter_id"] is not None]
+        self.given_out.update(as_text(trial["parameters"]) for trial in proposed)
+        self.expected |= self.given_out
+
+    def handle_import_data(self, data):
+        for record in data:
+            if isinstance(record, dict) and isinstance(record.get("value"), str):
+                try:
+                    record["value"] = load(record["value"])
+                except ValueError:
+                    continue  # it stays text
+        if isinstance(self.tuner, BatchTuner):  # it would miss a 0, and drop what it has proposed
+            self.expected.update(as_text(record["parameter"]) for record in filter(self.fits, data))
+        else:
+            self.learn(data)
+
+    def learn(self, records):
+        """Give results, in the form of import_data(), to the tuner; one of its own judges them."""
+        if self.is_nnis:
+            fitting = list(filter(self.fits, records))
+            if len(fitting) < len(records):
+                left_out = len(records) - len(fitting)
+                log.warning("%d of %d results left out: they do not fit", left_out, len(records))
+            # NNI's own tuners take a plain 0 for the lack of a result.
+            records = [
+                {"parameter": r["parameter"], "value": scalar(r["value"]) or {"default": 0}}
+                for r in fitting
+            ]
+        self.results += records
+        if not isinstance(self.tuner, BatchTuner):
+            self.tuner.import_data(records)
+
+    def fits(self, record):
+        """Return whether one of NNI's own tuners can learn from a result."""
+        try:
+            if self.space is not None and not isinstance(self.tuner, BatchTuner):
+                format_parameters(record["parameter"], self.space)
+            return scalar(record["value"]) is not None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+
+
+def scalar(value):
+    """Return a result as a finite number, None if it is none and has none as its default."""
+    value = value.get("default") if isinstance(value, dict) else value
+    value = value.item() if getattr(value, "shape", None) == () else value  # one of NumPy's
+    try:
+        return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def formatted(space):
+    """Return a search space as NNI's own tuners see it, None if it is another tuner's kind."""
+    try:
+        return format_search_space(space)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def as_text(parameters):
+    """Return parameters as text that is equal for equal ones: JavaScript writes 1.0 as 1."""
+    return json.dumps(json.loads(dump(parameters), parse_int=float), sort_keys=True)

@@ -29,13 +29,9 @@ def managers():
         with contextlib.suppress(psutil.Error):
             arguments = process.cmdline()
             if any(argument.endswith("nni_node/main.js") for argument in arguments[:5]):
-                found[argument_of(process, "--experiment-id")] = process
+                given = dict(itertools.pairwise(arguments))
+                found[given.get("--experiment-id")] = process
     return found
-
-
-def argument_of(process, name):
-    """Return what follows an argument of a process, or None. Raises psutil.Error."""
-    return dict(itertools.pairwise(process.cmdline())).get(name)
 
 
 def manager_of(id):

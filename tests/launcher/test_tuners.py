@@ -5,7 +5,6 @@ import logging
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import nni
 import pytest
@@ -338,7 +337,7 @@ def test_imported_results_that_do_not_fit_are_left_out_and_counted(caplog):
     }
     tuner = make(space)
     with caplog.at_level(logging.WARNING, logger="nni"):
-        mends.handle_import_data(SimpleNamespace(tuner=tuner), [*FOREIGN, *FITTING])
+        mends.Dispatcher("ws://_unittest_", tuner).handle_import_data([*FOREIGN, *FITTING])
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"{len(FOREIGN)} of {len(FOREIGN) + 2} results left out: rate is missing"
     assert [trial.value for trial in tuner.study.trials] == [0.25, 0.5]
@@ -354,8 +353,6 @@ def test_values_that_a_step_has_rounded_fit():
 
 THINK = """
 import sys
-from types import SimpleNamespace
-from nnisearch.manager import mends
 from nnisearch.tuners import PACKAGES, OptunaTuner
 tuner = OptunaTuner(sys.argv[1], {"n_startup_trials": 2} if sys.argv[1] != "RandomSampler" else {})
 tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})

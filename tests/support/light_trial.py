@@ -7,10 +7,7 @@ import json
 import sys
 import time
 
-from nnisearch.shared.imports import without_pandas
-
-with without_pandas():
-    import nni
+import nni
 
 if __name__ == "__main__":
     given = nni.get_next_parameter()

@@ -1,0 +1,164 @@
+"""pace.js in NNI's own manager and local training service, with stand-ins for all around them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nni_node
+import pytest
+from conftest import ROOT
+
+NNI_NODE = Path(nni_node.__path__[0]).resolve()
+
+
+def run(script, *args):
+    """Return what a script for tests/support/pace.js returns."""
+    given = {
+        "NNI_NODE": str(NNI_NODE),
+        "PACE": str(ROOT / "nnisearch" / "manager" / "pace.js"),
+        "PYTHON": sys.executable,
+    }
+    node = [NNI_NODE / "node", ROOT / "tests" / "support" / "pace.js", script, *map(str, args)]
+    ended = subprocess.run(
+        node, env=os.environ | given, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+START = """
+    const { manager, endTrial, jobs } = makeManager(PARAMS);
+    await manager.onTunerCommand("ID", "");
+    const ended = manager.manageTrials();
+"""
+
+
+def start(more="Infinity", **params):
+    """Return the script that starts a manager, whose tuner gives out so many sets."""
+    return START.replace("PARAMS", f"{json.dumps(params)}, {more}")
+
+
+def test_a_result_reaches_the_tuner_before_its_trials_end():
+    script = """
+        await until(() => jobs.size === 1);
+        const metric = (type) => JSON.stringify({ trial_job_id: "t0", parameter_id: 0, type });
+        endTrial("t0", "EARLY_STOPPED");
+        for (const kind of ["PERIODICAL", "FINAL", "FINAL"])
+            manager.onTrialJobMetrics({ id: "t0", data: metric(kind) });
+        await until(() => events.includes("EN t0"));
+        await manager.onTrialJobMetrics({ id: "t0", data: metric("FINAL") });
+        return events.filter((event) => event.endsWith(" t0"));
+    """
+    told = run(start(trialConcurrency=1, maxTrialNumber=1) + script)
+    assert [event for event in told if event in ("ME t0", "EN t0")] == ["ME t0"] * 2 + ["EN t0"]
+    assert told.count("stored metric t0") == 2
+
+
+def test_the_tuner_is_asked_when_a_limit_rises_and_the_pauses_are_nnis_when_nothing_runs():
+    script = """
+        await until(() => manager.status.status === "NO_MORE_TRIAL" && jobs.size === 2);
+        const asked = () => events.filter((event) => event.startsWith("GE"));
+        const whileItRan = new Set(pauses);
+        for (const id of jobs.keys()) endTrial(id);
+        await until(() => manager.status.status === "DONE");
+        pauses.length = 0;
+        await until(() => pauses.length > 2);
+        const whenDone = pauses.at(-1);
+        const change = (type, params) => manager.updateExperimentProfile({ params }, type);
+        await change("MAX_TRIAL_NUM", { maxTrialNum: 4, maxTrialNumber: 2 });
+        await until(() => jobs.size === 4);
+        for (const id of jobs.keys()) endTrial(id);
+        await until(() => manager.status.status === "DONE");
+        await change("TRIAL_CONCURRENCY", { trialConcurrency: "3" });
+        await change("MAX_TRIAL_NUM", { maxTrialNumber: 9 });
+        await until(() => jobs.size === 7);
+        return [[...whileItRan], whenDone, asked()];
+    """
+    while_it_ran, when_done, asked = run(start(trialConcurrency=2, maxTrialNumber=2) + script)
+    assert (while_it_ran, when_done) == ([50], 5000)
+    assert asked == ["GE 2", "GE 2", "GE 3"]
+
+
+def test_a_tuner_that_has_no_more_is_asked_at_a_trials_end_and_in_another_space():
+    script = """
+        await until(() => manager.status.status === "TUNER_NO_MORE_TRIAL");
+        await pause(100);
+        const asked = () => events.filter((event) => event.startsWith("GE")).length;
+        const counts = [asked()];
+        endTrial("t0");
+        await until(() => asked() > counts[0]);
+        await pause(100);
+        counts.push(asked());
+        const params = { searchSpace: { x: { _type: "choice", _value: [1] } } };
+        await manager.updateExperimentProfile({ params }, "SEARCH_SPACE");
+        await until(() => asked() > counts[1]);
+        return counts;
+    """
+    assert run(start(more=1, trialConcurrency=2, maxTrialNumber=9) + script) == [1, 2]
+
+
+def test_what_a_button_must_not_be_given_is_refused_in_a_line():
+    script = """
+        const refused = [];
+        for (const [type, params] of [
+            ["TRIAL_CONCURRENCY", { trialConcurrency: 0 }],
+            ["MAX_TRIAL_NUM", { maxTrialNumber: "many" }],
+            ["MAX_EXEC_DURATION", { maxExperimentDuration: "abc" }],
+            ["SEARCH_SPACE", { searchSpace: { x: { _type: "choise", _value: [1] } } }],
+        ]) await manager.updateExperimentProfile({ params }, type).catch(
+            ({ message }) => refused.push(message));
+        await manager.updateExperimentProfile(
+            { params: { maxExecDuration: 60 } }, "MAX_EXEC_DURATION");
+        endTrial("t0");
+        await manager.cancelTrialJobByUser("t0").catch(({ message }) => refused.push(message));
+        return [refused, manager.experimentProfile.params];
+    """
+    asked = "await until(() => jobs.size === 1);" + script
+    refused, params = run(start(trialConcurrency=1, maxTrialNumber=1) + asked)
+    assert refused[:3] == [
+        "trialConcurrency is 0; allowed: a whole number from 1 on",
+        'maxTrialNumber is "many"; allowed: a whole number from 1 on',
+        'maxExperimentDuration is "abc"; allowed: a number and s, m, h or d',
+    ]
+    assert refused[3].startswith("searchSpace: x: _type is choise; allowed: choice, ")
+    assert refused[4:] == ["trial t0 has ended: SUCCEEDED"]
+    assert params == {"trialConcurrency": 1, "maxTrialNumber": 1, "maxExperimentDuration": 60}
+
+
+TRIAL = """
+import json, os, pathlib, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: (report("late"), os._exit(1)))
+def report(value):
+    text = json.dumps({"value": value})
+    path = pathlib.Path(os.environ["NNI_SYS_DIR"], ".nni", "metrics")
+    with path.open("a") as file:
+        file.write(f"ME{len(text):06d}{text}")
+report("first")
+sys.argv[1] == "waits" and signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("waits", "EARLY_STOPPED"), ("ends", "SUCCEEDED")])
+def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, status):
+    (tmp_path / "trial.py").write_text(TRIAL)
+    script = """
+        const [folder, command] = process.argv.slice(3);
+        const service = makeService(folder, command);
+        const hyperParameters = { index: 0, value: "" };
+        service.submitTrialJob({ id: "t0", sequenceId: 0, hyperParameters });
+        const loop = service.runJobLoop();
+        await until(() => events.includes("metric first"));
+        if (command.endsWith("ends")) await pause(300);
+        await service.cancelTrialJob("t0", true);
+        await service.cancelTrialJob("t0", true);
+        await until(async () => (await service.getTrialJob("t0")).status !== "RUNNING");
+        events.push((await service.getTrialJob("t0")).status);
+        await service.cancelTrialJob("t0");
+        events.push((await service.getTrialJob("t0")).status);
+        return events;
+    """
+    reports = ["metric first", "metric late"] if how == "waits" else ["metric first"]
+    command = f"exec {sys.executable} trial.py {how}"
+    assert run(script, tmp_path, command) == [*reports, status, status]
