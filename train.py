@@ -4,13 +4,13 @@
     python search.py                 # a search: many trials, hyperparameters from NNI's tuner
     torchrun --standalone --nproc-per-node=gpu train.py      # the baseline on several GPUs
 
-A trial reports the mean training loss of every 2,000 batches as intermediate results and the
-accuracy on the test images, in percent, as its final result. Network and training are those of
-https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html; main(), at the end, is the
-whole trial in order.
+A trial reports the mean training loss of every 2,000 batches as intermediate results, and the
+accuracy on the test images, in percent, as its final result. Network and training follow
+https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html. Read main() first, at the
+end: it is the whole trial in order.
 """
 
-import fast_start  # before torch and NNI, since it makes them load faster
+import trial.start  # before torch and NNI: it makes them load faster
 
 import argparse
 import functools
@@ -18,47 +18,45 @@ import json
 import math
 import signal
 import sys
-from pathlib import Path
 
 import nni
 import torch
 import torch.nn.functional as F
-from nni.utils import merge_parameter
 from torch import nn
 from tqdm import tqdm
 
-import cifar10
-import files
-import hyperparameters
-import processes
-import step
-from hyperparameters import Choice, Integer, NotAllowed, Number
-from optimizers import LR_SCHEDULES, OPTIMIZERS, learning_rates
+from trial import batch, data, hyperparameters, optimizers, processes
+from trial.hyperparameters import Choice, Integer, NotAllowed, Number
 
-# The keys that a search space may use. Each is a flag, too: batch_size is --batch-size.
+try:
+    from trial import fast
+except ImportError:  # trial/fast.py may be deleted: training computes the same, more slowly
+    fast = None
+
+# A search space may use these keys. Each is a flag, too: batch_size is --batch-size.
 HYPERPARAMETERS = {
     "batch_size": Integer(4, "how many images a step learns from", at_least=1),
     "lr": Number(0.001, "the learning rate: how far a step goes", above=0),
     "epochs": Integer(2, "how often each training image is learned from", at_least=1),
-    "optimizer": Choice("SGD", "how a step makes use of the gradients", OPTIMIZERS),
+    "optimizer": Choice("SGD", "how a step uses the gradients", optimizers.OPTIMIZERS),
     "momentum": Number(0.9, "how much past gradients count; Adam's beta1", at_least=0, below=1),
     "weight_decay": Number(0.0, "how strongly a step pulls the weights to 0", at_least=0),
     "label_smoothing": Number(0.0, "how much of a label all classes share", at_least=0, below=1),
-    "lr_schedule": Choice("constant", "how the learning rate changes in time", LR_SCHEDULES),
-    "augment": Integer(0, "mirror, and shift by up to so many pixels", at_least=0, at_most=16),
+    "lr_schedule": Choice("constant", "how the learning rate changes", optimizers.LR_SCHEDULES),
+    "augment": Integer(0, "mirror images and shift them by up to N pixels", at_least=0, at_most=16),
 }
 
 
 def load_data(args):
     """Return training images, their labels, test images, their labels.
 
-    images: uint8 (N, 3, 32, 32), labels: int64 (N,). Raises OSError if the data cannot be had.
+    images: uint8 (N, 3, 32, 32), labels: int64 (N,). Raises OSError if the data cannot be loaded.
     """
     if args.dataset == "synthetic":
-        data = cifar10.make_synthetic()
+        data_set = data.make_synthetic()
     else:
-        data = cifar10.load_cifar10(args.data_dir)
-    return cifar10.hold_out(*data[:2]) if args.validate else data
+        data_set = data.load_cifar10(args.data_dir)
+    return data.hold_out(*data_set[:2]) if args.validate else data_set
 
 
 class Net(nn.Module):
@@ -74,7 +72,7 @@ class Net(nn.Module):
         self.fc3 = nn.Linear(84, 10)
 
     def forward(self, x):
-        # The tutorial has relu before pool: the same result, from four times as many numbers.
+        # The tutorial calls relu before pool: the same result, but relu has four times the work.
         x = F.relu(self.pool(self.conv1(x)))
         x = F.relu(self.pool(self.conv2(x)))
         x = torch.flatten(x, 1)
@@ -87,39 +85,39 @@ def train_step(model, optimizer, images, labels, args, index):
     """Learn from one batch, the images with these indices; return its mean loss, a tensor ().
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), index: int64 (n,), on the model's device. The
-    loss stays there, too: to read it at every step, Python would wait for the GPU at every step.
-    And a GPU repeats a recording of the step, in which no value can be read: no print, no .item().
-    Of several processes each has its share of the batch, and returns its share of the loss.
+    loss stays on the device: reading it at every step would make Python wait for the GPU. On a GPU
+    this step is recorded once and replayed as a CUDA graph: no print, no .item(). Of several
+    processes, each learns from its share of the batch and returns its share of the loss.
     """
-    inputs, targets = step.make_batch(images, labels, index, args.augment)
+    inputs, targets = batch.make(images, labels, index, args.augment)
     optimizer.zero_grad()
     logits = model(inputs)
-    losses = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=args.label_smoothing)
-    loss = losses / len(index)  # their mean; summed above, as this process may have a share only
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=args.label_smoothing)
+    loss = loss / len(index)  # the mean of the whole batch; this process may have only a share
     loss.backward()
-    processes.sum_gradients(model)  # does nothing where a process has the batch to itself
+    processes.sum_gradients(model)  # does nothing for a single process
     optimizer.step()
     return loss.detach()
 
 
 def train(model, optimizer, images, labels, args):
-    """Train for args.epochs, printing and reporting to NNI the mean loss of each window of batches.
+    """Train for args.epochs; print and report to NNI the mean loss of each window of batches.
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), on the model's device. A window is
-    args.report_every batches, or the whole epoch where that is shorter. The batches after the
-    last whole window go unreported, as in the tutorial. Raises FloatingPointError at the end of
-    the window in which the loss stopped being finite.
+    args.report_every batches, or the whole epoch if that is shorter. The batches after the last
+    whole window are not reported, as in the tutorial. Raises FloatingPointError at the end of a
+    window if the loss is not finite.
     """
     model.train()
-    # learn(index) is train_step() with all but the index filled in.
+    # learn(index) is train_step() with all other arguments filled in.
     learn = functools.partial(train_step, model, optimizer, images, labels, args)
     batch_size = min(args.batch_size, len(images))
-    # A GPU computes faster than Python starts the parts of a step. A CUDA graph is a recorded step,
-    # whose parts start at once; several processes have to meet within a step, so they do without.
-    if images.is_cuda and processes.count() == 1:
-        learn = step.as_cuda_graph(learn, batch_size, images.device)
+    # A GPU computes faster than Python can start the parts of a step. A CUDA graph, a recorded
+    # step, starts them all at once. Several processes exchange gradients within a step: no graph.
+    if fast and images.is_cuda and processes.count() == 1:
+        learn = fast.as_cuda_graph(learn, batch_size, images.device)
     steps = args.epochs * math.ceil(len(images) / batch_size)
-    rates = learning_rates(args, steps)  # one for each step
+    rates = optimizers.learning_rates(args, steps)  # one for each step
     running_loss = torch.zeros((), device=images.device)
     for epoch in range(1, args.epochs + 1):
         batches = torch.randperm(len(images)).to(images.device).split(batch_size)
@@ -128,7 +126,7 @@ def train(model, optimizer, images, labels, args):
         disable = None if processes.is_first() else True
         progress = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=disable)
         for number, index in enumerate(progress, start=1):
-            optimizer.lr.fill_(next(rates))  # in place: a graph reads where it read before
+            optimizer.lr.fill_(next(rates))  # in place: a graph reads the same memory each time
             running_loss += learn(index)
             if number % window == 0 or number == len(batches):
                 mean_loss = processes.total(running_loss) / window
@@ -145,38 +143,39 @@ def train(model, optimizer, images, labels, args):
 def test(model, images, labels, tta=False):
     """Return how many of the images (uint8, (N, 3, 32, 32)) get their label (int64, (N,)).
 
-    With tta, test-time augmentation, an image's logits are those of all its step.views() added.
+    With tta, test-time augmentation, the logits of an image are summed over its batch.views().
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
     images, labels = processes.own_share(images), processes.own_share(labels)
     for x, y in zip(images.split(250), labels.split(250), strict=True):
-        inputs = step.normalize(x)
-        logits = sum(model(view) for view in step.views(inputs)) if tta else model(inputs)
+        inputs = batch.normalize(x)
+        logits = sum(model(view) for view in batch.views(inputs)) if tta else model(inputs)
         correct += (logits.argmax(1) == y).sum()
     return processes.total(correct)
 
 
-def train_and_test(args, data):
-    """Train and test on what load_data() returns; return the model and how much it gets right."""
-    train_images, train_labels, test_images, test_labels = (x.to(args.device) for x in data)
+def train_and_test(args, data_set):
+    """Train and test on what load_data() returns; return the model and test()'s number."""
+    train_images, train_labels, test_images, test_labels = (x.to(args.device) for x in data_set)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
     model = Net().to(args.device)
-    step.prepare(model, train_images.device, args.batch_size // processes.count())
-    optimizer = OPTIMIZERS[args.optimizer](args, model)
+    if fast:
+        fast.prepare(model, train_images.device, args.batch_size // processes.count())
+    optimizer = optimizers.OPTIMIZERS[args.optimizer](args, model)
     try:
         train(model, optimizer, train_images, train_labels, args)
     except FloatingPointError as error:
-        # The trial goes on to its final result, so that the tuner learns how bad these values are.
+        # The trial goes on to its final result: the tuner learns that these values are bad.
         if processes.is_first():
             print(f"Warning: training ends early: {error}", file=sys.stderr)
     return model, test(model, test_images, test_labels, args.tta)
 
 
 def set_hyperparameters(args, values, source):
-    """Set in args the values, a dict of hyperparameters.
+    """Set values, a dict of hyperparameters, in args. source names where they come from.
 
-    Raises NotAllowed, a ValueError, with one line that names source, key, value and what is
-    allowed, for a key that does not exist, a wrong type and a value out of range.
+    Raises NotAllowed, a ValueError, for an unknown key, a wrong type or a value out of bounds.
     """
     if not isinstance(values, dict):
         raise NotAllowed(f"{source} is {values!r}; allowed: an object of hyperparameters")
@@ -184,14 +183,7 @@ def set_hyperparameters(args, values, source):
         if key not in HYPERPARAMETERS:
             keys = ", ".join(HYPERPARAMETERS)
             raise NotAllowed(f"{source}: {key} is {value!r}; allowed keys: {keys}")
-        try:
-            merge_parameter(args, {key: value})
-            is_allowed = HYPERPARAMETERS[key].accepts(getattr(args, key))
-        except (ValueError, OverflowError):  # the type is wrong
-            is_allowed = False
-        if not is_allowed or isinstance(value, bool):  # Python takes True for 1
-            allowed = HYPERPARAMETERS[key].allowed
-            raise NotAllowed(f"{source}: {key} is {value!r}; allowed: {allowed}")
+        setattr(args, key, HYPERPARAMETERS[key].parse(value, f"{source}: {key}"))
 
 
 def parse_args(argv):
@@ -200,8 +192,8 @@ def parse_args(argv):
     Exits with status 2, and one line on stderr, for a flag or a value that is not allowed.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage=argparse.SUPPRESS,  # an error is one line, without the usage above it
+        description=(__doc__ or "").partition("\n")[0],  # python -OO has none
+        usage=argparse.SUPPRESS,  # an error is one line, without the usage
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -209,22 +201,22 @@ def parse_args(argv):
         flag = "--" + key.replace("_", "-")
         text = f"{entry.meaning}: {entry.allowed} (default: {entry.default})".replace("%", "%%")
         add(flag, type=entry.from_text, default=argparse.SUPPRESS, metavar="VALUE", help=text)
-    add("--params", type=Path, metavar="FILE", help="take hyperparameters from this JSON file")
-    add("--dataset", default="cifar10", choices=cifar10.DATASETS, help="synthetic: no download")
-    add("--data-dir", default=cifar10.default_data_dir(), type=Path, help="has or gets CIFAR-10")
+    add("--params", type=data.as_path, metavar="FILE", help="a JSON file with hyperparameters")
+    add("--dataset", default="cifar10", choices=data.DATASETS, help="synthetic: no download")
+    add("--data-dir", default=data.default_folder(), type=data.as_path, help="holds CIFAR-10")
     add("--seed", type=int, default=0, help="draws the initial weights and the images' order")
-    add("--device", default=step.default_device(), help="where to train, as torch names it")
-    add("--report-every", type=int, default=2000, help="report the mean loss of so many batches")
-    add("--validate", action="store_true", help="hold out training images and test on those")
+    add("--device", default=processes.default_device(), help="where to train, as torch names it")
+    add("--report-every", type=int, default=2000, help="batches per reported mean loss")
+    add("--validate", action="store_true", help="test on held-out training images")
     add("--tta", action="store_true", help="test each image mirrored and shifted, too")
-    add("--save", type=Path, metavar="FILE", help="write the trained weights there, a state dict")
+    add("--save", type=data.as_path, metavar="FILE", help="write the trained state dict there")
     args, unknown = parser.parse_known_args(argv)
     flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}  # those given
     for key, entry in HYPERPARAMETERS.items():
-        setattr(args, key, entry.kind(entry.default))  # 0 is a number's default as well as 0.0
+        setattr(args, key, entry.kind(entry.default))  # a number's default may be 0 instead of 0.0
     try:
         if unknown:
-            words = " ".join(" ".join(unknown).split())  # one line, whatever they hold
+            words = " ".join(" ".join(unknown).split())  # one line
             raise NotAllowed(f"unknown: {words}; allowed: the flags in --help")
         if args.params:
             set_hyperparameters(args, hyperparameters.read(args.params), args.params)
@@ -235,7 +227,7 @@ def parse_args(argv):
             raise NotAllowed(f"--report-every is {args.report_every}; allowed: an integer >= 1")
         if args.save and (args.save.is_dir() or not args.save.absolute().parent.is_dir()):
             raise NotAllowed(f"--save is {args.save}; allowed: a file in a folder that exists")
-        step.check_device(args.device)
+        processes.check_device(args.device)
     except (OSError, NotAllowed) as error:
         parser.error(error)
     return args
@@ -243,29 +235,29 @@ def parse_args(argv):
 
 def main(argv=None):
     """Run one trial with argv, by default the command line, and return its accuracy in percent."""
-    nni.silence_stdout()  # by itself the script would print each result twice, once in NNI's words
+    nni.silence_stdout()  # otherwise NNI prints each result, too, if it runs without a search
     args = parse_args(argv)
     processes.start()
     torch.manual_seed(args.seed)
     try:
-        data = load_data(args)  # before NNI is asked, so that search.py can wait for the download
-        # What the tuner has chosen. Only the first process asks NNI, and tells the others.
+        data_set = load_data(args)  # first: search.py waits for the download until NNI is asked
+        # The tuner's choice. Only the first process asks NNI, and tells the others.
         tuned = nni.get_next_parameter() if processes.is_first() else None
         set_hyperparameters(args, processes.from_first(tuned), "tuner")
         processes.check_batch_size(args.batch_size)
         if processes.is_first():
             print("Hyperparameters:", json.dumps({key: vars(args)[key] for key in HYPERPARAMETERS}))
             print(f"Training on {args.device}{processes.note()}")
-        with hyperparameters.limited_by_memory(args):
-            model, correct = train_and_test(args, data)
-        accuracy = 100 * correct / len(data[3])
+        with batch.limited_by_memory(args):
+            model, correct = train_and_test(args, data_set)
+        accuracy = 100 * correct / len(data_set[3])
         if processes.is_first():
             name = "Validation acc" if args.validate else "Acc"
-            print(f"{name}: {accuracy:.3f}% ({correct}/{len(data[3])})")
+            print(f"{name}: {accuracy:.3f}% ({correct}/{len(data_set[3])})")
             nni.report_final_result(accuracy)
             if args.save:
                 state = model.cpu().state_dict()
-                files.save(state, args.save, state.values())
+                data.save(state, args.save, state.values())
     except (OSError, NotAllowed) as error:  # of a file or a value, which the error names
         sys.exit(f"train.py: error: {error}")
     processes.end()
@@ -273,6 +265,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # NNI kills a trial by SIGTERM. As an exit it lets main() remove a file that is half written.
+    # NNI kills a trial by SIGTERM. Exiting lets main() remove a file that it has half written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

@@ -4,7 +4,7 @@
     python bench/compare.py --quick     # 1 run of one epoch
     python bench/compare.py --processes 2      # instead: one process against two of torchrun
     python bench/compare.py --ladder    # instead: seconds to 64.28, 70, 75 and 78 %, 25 minutes
-    python bench/compare.py --busy      # instead: docs/fast.json on idle and on busy cores
+    python bench/compare.py --busy      # instead: fast.json on idle and on busy cores
 
 They run in turn, so that a machine that grows slower is slower for all of them; the figures
 are medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
@@ -33,10 +33,10 @@ COMMANDS = {
 }
 # By the accuracy to reach, in %: hyperparameters that do, the fastest known.
 LADDER = {
-    64.28: ["--params", ROOT / "docs" / "fast.json"],
-    70: ["--params", ROOT / "docs" / "reach70.json"],
-    75: ["--params", ROOT / "docs" / "reach75.json"],
-    78: ["--params", ROOT / "docs" / "reach78.json"],
+    64.28: ["--params", ROOT / "configs" / "params" / "fast.json"],
+    70: ["--params", ROOT / "configs" / "params" / "reach70.json"],
+    75: ["--params", ROOT / "configs" / "params" / "reach75.json"],
+    78: ["--params", ROOT / "configs" / "params" / "reach78.json"],
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 COLUMNS = {  # key: (heading, format)
@@ -144,7 +144,7 @@ def busy_cores():
 
 
 def busy(runs):
-    """Print the seconds of docs/fast.json with idle and with busy cores, by how its threads wait.
+    """Print the seconds of fast.json on idle and on busy cores, by how its threads wait.
 
     The numbers of threads show which is best there; for train.py as it is, train.py chooses.
     """

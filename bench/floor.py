@@ -7,22 +7,22 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import step
 import train
+from trial import batch
 
 
 class FixedBatch:
-    """step.make_batch() with the same answer to every index: the first batch that there is."""
+    """batch.make() with the same answer to every index: the first batch that there is."""
 
-    batch = None
+    first = None
 
     def __call__(self, images, labels, index, pixels):
-        if self.batch is None:
+        if self.first is None:
             size = len(index)
-            self.batch = step.normalize(images[:size]), labels[:size]
-        return self.batch
+            self.first = batch.normalize(images[:size]), labels[:size]
+        return self.first
 
 
 if __name__ == "__main__":
-    step.make_batch = FixedBatch()
+    batch.make = FixedBatch()
     train.main()

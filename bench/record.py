@@ -21,9 +21,9 @@ from compare import hardware
 from experiment import ROOT
 from nni.algorithms.hpo.random_tuner import RandomTuner
 
-import cifar10
 import train
 from nnisearch.shared.output import write
+from trial import data
 
 TABLE = ROOT / "bench" / "table.json"
 
@@ -64,8 +64,8 @@ def main():
     rows = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
     recorded = [row["hyperparameters"] for row in rows]
     wanted = [values for values in wanted if values not in recorded]
-    data = cifar10.load_cifar10(train.parse_args([]).data_dir)
-    tested = {"held_out": cifar10.hold_out(*data[:2])[2:], "test": data[2:]}
+    data_set = data.load_cifar10(train.parse_args([]).data_dir)
+    tested = {"held_out": data.hold_out(*data_set[:2])[2:], "test": data_set[2:]}
     machine = hardware()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for row in pool.map(lambda values: record(values, tested), wanted):

@@ -1,7 +1,7 @@
 """Train with several seeds and print the test accuracy's mean and deviation, plain and with --tta.
 
     python bench/seeds.py                                # the baseline, seeds 0 to 4
-    python bench/seeds.py --params docs/reach79.json     # flags of train.py
+    python bench/seeds.py --params configs/params/reach79.json     # flags of train.py
 
 Without a GPU as many seeds run at a time as there are cores, a thread each; on a GPU one.
 """
@@ -20,8 +20,8 @@ from compare import hardware, run_timed, with_spread
 from experiment import ROOT
 
 sys.path.insert(0, str(ROOT))
-import cifar10
 import train
+from trial import data
 
 
 def run(seed, flags, folder):
@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5, help="seeds 0 to RUNS - 1")
     args, flags = parser.parse_known_args()
     settings = train.parse_args(flags)
-    images, labels = cifar10.load_cifar10(settings.data_dir)[2:]
+    images, labels = data.load_cifar10(settings.data_dir)[2:]
     at_a_time = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     print(f"{hardware()}, {at_a_time} at a time")
     print(json.dumps({key: getattr(settings, key) for key in train.HYPERPARAMETERS}))

@@ -117,8 +117,8 @@ def start(environment, tmp_path):
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += [f"--nproc-per-node={processes}"]
         if code and processes:
-            (tmp_path / "trial.py").write_text(code)
-            command.append(tmp_path / "trial.py")
+            (tmp_path / "program.py").write_text(code)
+            command.append(tmp_path / "program.py")
         else:
             command += ["-c", code] if code else [ROOT / "train.py"]
         return subprocess.Popen(

@@ -69,7 +69,7 @@ def test_the_search_space_reaches(point):
 
 @pytest.mark.parametrize("name", ["fast", "reach70", "reach75", "reach78", "reach79"])
 def test_the_hyperparameters_of_the_ladder_are_accepted(name):
-    path = ROOT / "docs" / f"{name}.json"
+    path = ROOT / "configs" / "params" / f"{name}.json"
     assert (
         vars(train.parse_args(["--params", str(path)])).items()
         >= json.loads(path.read_text()).items()

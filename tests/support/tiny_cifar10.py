@@ -10,7 +10,7 @@ import threading
 import numpy as np
 from torchvision.datasets import CIFAR10
 
-import cifar10
+from trial import data
 
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
 
@@ -31,8 +31,8 @@ def md5(content):
 
 
 def expect(archive, port=0):
-    """Make torchvision and cifar10.py take these for CIFAR-10, the local server for its home."""
-    cifar10.SHAPES = [(50, 3, 32, 32), (50,), (10, 3, 32, 32), (10,)]
+    """Make torchvision and trial/data.py take these for CIFAR-10, the local server for its home."""
+    data.SHAPES = [(50, 3, 32, 32), (50,), (10, 3, 32, 32), (10,)]
     CIFAR10.train_list = [[name, md5(FILES[name])] for name in TRAIN]
     CIFAR10.test_list = [["test_batch", md5(FILES["test_batch"])]]
     CIFAR10.meta = CIFAR10.meta | {"md5": md5(FILES["batches.meta"])}

@@ -20,20 +20,20 @@ import torch
 from conftest import nobody
 from torchvision.datasets import CIFAR10
 
-import cifar10
-import files
+from trial import data
 
 # What a child process runs to load the tiny data set in place of CIFAR-10.
 LOAD = """
 import os, sys
 from pathlib import Path
-import cifar10, tiny_cifar10
+import tiny_cifar10
+from trial import data
 folder, archive, port = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 tiny_cifar10.expect(archive, port)
 if len(sys.argv) > 4:
     os.setuid(int(sys.argv[4]))
 try:
-    print([len(tensor) for tensor in cifar10.load_cifar10(folder)])
+    print([len(tensor) for tensor in data.load_cifar10(folder)])
 except FileNotFoundError as error:
     sys.exit(str(error))
 """
@@ -45,7 +45,7 @@ def archive(tmp_path, monkeypatch):
     """The archive of the tiny data set, which torchvision takes for CIFAR-10 in this test."""
     for name in ("train_list", "test_list", "meta", "tgz_md5", "url"):
         monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))
-    monkeypatch.setattr(cifar10, "SHAPES", cifar10.SHAPES)
+    monkeypatch.setattr(data, "SHAPES", data.SHAPES)
     (tmp_path / "home").mkdir()
     archive = tiny_cifar10.write_archive(tmp_path / "home")
     tiny_cifar10.expect(archive)
@@ -72,15 +72,15 @@ def names(folder):
 
 def test_the_cache_holds_what_torchvision_decodes(archive, folder):
     tiny_cifar10.write(folder)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     shutil.copytree(folder / CIFAR10.base_folder, folder.parent / "copy" / CIFAR10.base_folder)
     shutil.rmtree(folder / CIFAR10.base_folder)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder.parent / "copy")
+    assert_equals_torchvisions(data.load_cifar10(folder), folder.parent / "copy")
 
 
 def test_the_real_cache_holds_what_torchvision_decodes(cifar10_dir):
-    cifar10.load_cifar10(cifar10_dir)
-    tensors = cifar10.load_cifar10(cifar10_dir)
+    data.load_cifar10(cifar10_dir)
+    tensors = data.load_cifar10(cifar10_dir)
     assert [len(tensor) for tensor in tensors] == [50_000, 50_000, 10_000, 10_000]
     assert_equals_torchvisions(tensors, cifar10_dir)
 
@@ -88,7 +88,7 @@ def test_the_real_cache_holds_what_torchvision_decodes(cifar10_dir):
 def test_an_archive_brought_by_hand_is_enough(archive, folder):
     folder.mkdir()
     shutil.copy(archive, folder)
-    assert len(cifar10.load_cifar10(folder)[0]) == 50
+    assert len(data.load_cifar10(folder)[0]) == 50
 
 
 # Makes twenty processes of one, since each would take seconds to import torchvision.
@@ -134,28 +134,28 @@ def test_twenty_at_once_on_an_empty_folder_download_once(run, archive, folder, t
 )
 def test_a_damaged_cache_is_made_anew(archive, folder, capsys, damage):
     tiny_cifar10.write(folder)
-    cifar10.load_cifar10(folder)
+    data.load_cifar10(folder)
     cache = folder / "cifar10.pt"
     good = cache.read_bytes()
     cache.write_bytes(damage(good))
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
     assert cache.read_bytes() == good
 
 
 def test_a_flipped_bit_in_the_cache_is_noticed(archive, folder, capsys):
     tiny_cifar10.write(folder)
-    first_image = cifar10.load_cifar10(folder)[0][0].numpy().tobytes()
+    first_image = data.load_cifar10(folder)[0][0].numpy().tobytes()
     cache = folder / "cifar10.pt"
     content = bytearray(cache.read_bytes())
     content[content.index(first_image) + 1000] ^= 1
     cache.write_bytes(content)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
 
 
 def with_checksums(tensors):
-    return {"tensors": tensors, "checksums": cifar10.checksums(tensors)}
+    return {"tensors": tensors, "checksums": data.checksums(tensors)}
 
 
 @pytest.mark.parametrize(
@@ -175,12 +175,12 @@ def with_checksums(tensors):
 )
 def test_a_cache_of_something_else_is_not_used(archive, folder, capsys, other):
     tiny_cifar10.write(folder)
-    tensors = cifar10.load_cifar10(folder)
+    tensors = data.load_cifar10(folder)
     cache = folder / "cifar10.pt"
     torch.save(other([tensor.clone() for tensor in tensors]), cache)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
-    assert_equals_torchvisions(cifar10.read_cache(cache), folder)
+    assert_equals_torchvisions(data.read_cache(cache), folder)
 
 
 @pytest.mark.parametrize(
@@ -188,20 +188,29 @@ def test_a_cache_of_something_else_is_not_used(archive, folder, capsys, other):
     [os.mkfifo, Path.mkdir, lambda cache: cache.symlink_to("/dev/zero")],
     ids=["fifo", "folder", "device"],
 )
-def test_a_cache_that_is_no_regular_file_is_left_alone(start, archive, folder, put):
+def test_a_cache_that_is_no_regular_file_is_left_alone(archive, folder, capsys, put):
     tiny_cifar10.write(folder)
     cache = folder / "cifar10.pt"
     put(cache)
     kind = stat.S_IFMT(cache.stat().st_mode)
-    with start(folder, archive, 0, code=LOAD) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=120)
-        finally:
-            process.kill()  # a fifo can hold it for ever
-    assert stdout == LENGTHS
-    assert stderr == f"{cache} is not a regular file, so this run decodes CIFAR-10 for itself\n"
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
+    line = f"{cache} is not a regular file, so this run decodes CIFAR-10 for itself\n"
+    assert capsys.readouterr().err == line
     assert stat.S_IFMT(cache.stat().st_mode) == kind
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt"]
+
+
+def test_a_fifo_put_in_the_caches_place_while_a_trial_waits_is_left_alone(
+    archive, folder, capsys, monkeypatch
+):
+    tiny_cifar10.write(folder)
+    cache = folder / "cifar10.pt"
+    monkeypatch.setattr("fcntl.flock", lambda file, operation: os.mkfifo(cache))
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
+    line = f"{cache} is not a regular file, so this run decodes CIFAR-10 for itself\n"
+    assert capsys.readouterr().err == line
+    assert data.read_cache(cache) is None  # it is not opened, even after the checks
+    assert cache.is_fifo()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("torch's")])
@@ -214,9 +223,9 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(archive, folder, error):
     with pytest.MonkeyPatch.context() as full_disk:
         full_disk.setattr("torch.save", half_written)
         with pytest.raises(OSError, match=f"cannot write {folder}/cifar10.pt"):
-            cifar10.load_cifar10(folder)
+            data.load_cifar10(folder)
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt.lock"]
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
 def test_an_end_while_a_file_is_written_is_not_called_a_full_disk(tmp_path, monkeypatch):
@@ -228,7 +237,7 @@ def test_an_end_while_a_file_is_written_is_not_called_a_full_disk(tmp_path, monk
 
     monkeypatch.setattr("torch.save", interrupted)
     with pytest.raises(SystemExit) as end:
-        files.save({}, tmp_path / "model.pt", [])
+        data.save({}, tmp_path / "model.pt", [])
     assert end.value.code == 143
     assert names(tmp_path) == []
 
@@ -243,7 +252,7 @@ def test_a_link_in_place_of_what_is_downloaded_is_not_followed(archive, folder, 
     link.symlink_to(folder.parent / name)
     with tiny_cifar10.server(archive) as (port, _):
         tiny_cifar10.expect(archive, port)
-        assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+        assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert target.read_text() == "of the user"
     assert not (folder.parent / "missing").exists()
     assert not link.is_symlink()
@@ -256,21 +265,26 @@ def test_a_link_in_place_of_the_batch_files_folder_is_told_and_not_followed(arch
     shutil.copy(archive, folder)
     (folder / CIFAR10.base_folder).symlink_to(target)
     with pytest.raises(FileNotFoundError, match=f"{folder}/{CIFAR10.base_folder} is a link"):
-        cifar10.load_cifar10(folder)
+        data.load_cifar10(folder)
     assert names(target) == ["data_batch_1"]
     assert (target / "data_batch_1").read_text() == "of the user"
 
 
-def test_links_of_the_user_to_a_good_data_set_are_followed_and_stay(archive, folder):
+def test_links_of_the_user_to_a_good_data_set_are_followed_and_stay(archive, folder, capsys):
     folder.mkdir()
     (folder / CIFAR10.filename).symlink_to(archive)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert (folder / CIFAR10.filename).readlink() == archive
     elsewhere = shutil.move(folder / CIFAR10.base_folder, folder.parent)
     (folder / CIFAR10.base_folder).symlink_to(elsewhere)
     (folder / "cifar10.pt").unlink()
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert (folder / CIFAR10.base_folder).is_symlink()
+    cache = shutil.move(folder / "cifar10.pt", folder.parent)
+    (folder / "cifar10.pt").symlink_to(cache)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
+    assert (folder / "cifar10.pt").is_symlink()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("is_damaged_before", [False, True])
@@ -283,7 +297,7 @@ def test_a_download_that_fails_leaves_all_as_it_was(archive, folder, is_damaged_
     with tiny_cifar10.server(archive, cut=True) as (port, _):
         tiny_cifar10.expect(archive, port)
         with pytest.raises(FileNotFoundError, match="Three ways on"):
-            cifar10.load_cifar10(folder)
+            data.load_cifar10(folder)
     assert names(folder) == [*before, "cifar10.pt.lock"]
     if is_damaged_before:
         assert (folder / CIFAR10.filename).read_text() == "brought by hand, damaged"
@@ -294,7 +308,7 @@ def test_other_files_beside_restored_batch_files_stay(archive, folder):
     shutil.copy(archive, folder)
     (batches / "test_batch").unlink()
     (batches / "notes").write_text("of the user")
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert (batches / "notes").read_text() == "of the user"
     assert names(batches) == sorted([*tiny_cifar10.FILES, "notes"])
 
@@ -306,7 +320,7 @@ def test_private_folders_of_killed_trials_go_unless_they_are_links(archive, fold
     (target := folder.parent / "target").mkdir()
     (target / "file").write_text("of the user")
     (folder / "cifar10.download.2").symlink_to(target)
-    cifar10.load_cifar10(folder)
+    data.load_cifar10(folder)
     assert names(target) == ["file"]
     assert names(folder) == [
         "cifar-10-batches-py",
@@ -320,7 +334,7 @@ def test_a_truncated_batch_file_is_restored_from_the_archive(archive, folder):
     batches = tiny_cifar10.write(folder)
     shutil.copy(archive, folder)
     (batches / "data_batch_3").write_bytes(b"half")
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
@@ -328,13 +342,13 @@ def test_a_truncated_file_is_named(archive, folder, name):
     batches = tiny_cifar10.write(folder)
     (batches / name).write_bytes(tiny_cifar10.FILES[name][:20])
     with pytest.raises(FileNotFoundError, match=f"damaged in {batches}: {name}\n"):
-        cifar10.load_cifar10(folder)
+        data.load_cifar10(folder)
     assert not (folder / "cifar10.pt").exists()
 
 
 def test_what_to_do_without_data_and_network(archive, folder):
     with pytest.raises(FileNotFoundError) as error:
-        cifar10.load_cifar10(folder)
+        data.load_cifar10(folder)
     message = str(error.value)
     assert str(folder) in message
     assert "Connection refused" in message
@@ -380,7 +394,7 @@ def test_a_file_system_without_locks(archive, folder, capsys, monkeypatch, numbe
 
     tiny_cifar10.write(folder)
     monkeypatch.setattr("fcntl.flock", no_lock)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     problem = f"{folder}/cifar10.pt.lock cannot be locked ({os.strerror(number)})"
     own = "so this run decodes CIFAR-10 for itself"
     assert capsys.readouterr().err == f"{problem}, {own}\n"
@@ -417,8 +431,8 @@ def test_who_waits_for_long_is_told_once_for_whose_file(
             owner = 1_234_567
             os.chown(path, owner, -1)
         fcntl.flock(file, fcntl.LOCK_EX)
-        monkeypatch.setattr(files, "PATIENCE", 0.01)
-        loading = pool.submit(cifar10.load_cifar10, folder)
+        monkeypatch.setattr(data, "NOTICE_AFTER", 0.01)
+        loading = pool.submit(data.load_cifar10, folder)
         while not (told := capsys.readouterr().err):
             time.sleep(0.01)
         fcntl.flock(file, fcntl.LOCK_UN)
@@ -435,7 +449,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(archive, folder, capsys, na
     target.chmod(0o600)
     lock = folder / "cifar10.pt.lock"
     lock.symlink_to(folder.parent / name)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert f"{lock} cannot be locked (" in capsys.readouterr().err
     assert target.read_text() == "of the user"
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
@@ -448,7 +462,7 @@ def test_a_lock_file_keeps_what_it_holds(archive, folder):
     target.write_text("of the user")
     target.chmod(0o600)
     (folder / "cifar10.pt.lock").hardlink_to(target)
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert target.read_text() == "of the user"
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
 
@@ -463,9 +477,9 @@ def test_a_link_in_place_of_an_unfinished_file_is_not_followed(tmp_path, monkeyp
     if how == "by guessing":
         monkeypatch.setattr("secrets.token_hex", lambda length: foreseen)
         with pytest.raises(OSError, match=f"cannot write {path}.*File exists"):
-            files.save({}, path, [])
+            data.save({}, path, [])
     else:
-        files.save({}, path, [])
+        data.save({}, path, [])
         assert torch.load(path) == {}
     assert target.read_text() == "of the user"
 
@@ -474,7 +488,7 @@ def test_an_unfinished_file_that_cannot_be_removed_stays(archive, folder):
     tiny_cifar10.write(folder)
     (folder / "cifar10.pt.1.tmp" / "of another user").mkdir(parents=True)
     (folder / "cifar10.pt.2.tmp").touch()
-    assert_equals_torchvisions(cifar10.load_cifar10(folder), folder)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert names(folder) == [
         "cifar-10-batches-py",
         "cifar10.pt",
@@ -487,8 +501,8 @@ def test_what_is_saved_is_for_those_whom_the_umask_allows(archive, folder):
     tiny_cifar10.write(folder)
     before = os.umask(0o027)
     try:
-        cifar10.load_cifar10(folder)
-        files.save({}, folder / "model.pt", [])
+        data.load_cifar10(folder)
+        data.save({}, folder / "model.pt", [])
     finally:
         os.umask(before)
     for name in ("cifar10.pt", "cifar10.pt.lock", "model.pt"):
@@ -499,7 +513,7 @@ def test_save_replaces_regular_files_only(tmp_path):
     path = tmp_path / "fifo"
     os.mkfifo(path)
     with pytest.raises(OSError, match=f"cannot write {path}: it is not a regular file"):
-        files.save({}, path, [])
+        data.save({}, path, [])
     assert path.is_fifo()
     assert names(tmp_path) == ["fifo"]
 
@@ -509,7 +523,7 @@ def test_the_folder_of_the_batch_files_may_be_named(archive, folder, monkeypatch
     batches = tiny_cifar10.write(folder)
     monkeypatch.chdir(batches if data_dir == "." else folder.parent)
     before = names(batches)
-    assert_equals_torchvisions(cifar10.load_cifar10(Path(data_dir)), folder)
+    assert_equals_torchvisions(data.load_cifar10(Path(data_dir)), folder)
     assert names(batches) == before
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
 
@@ -517,17 +531,17 @@ def test_the_folder_of_the_batch_files_may_be_named(archive, folder, monkeypatch
 def test_a_folder_with_the_batch_files_name_may_hold_the_folder_of_them(archive, folder):
     outer = folder / CIFAR10.base_folder
     tiny_cifar10.write(outer)
-    assert_equals_torchvisions(cifar10.load_cifar10(outer), outer)
+    assert_equals_torchvisions(data.load_cifar10(outer), outer)
     assert names(outer) == ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
 
 
 def test_synthetic_images_are_the_same_for_everyone():
-    images, labels, test_images, test_labels = tensors = cifar10.make_synthetic()
+    images, labels, test_images, test_labels = tensors = data.make_synthetic()
     assert images.shape == (10_000, 3, 32, 32)
     assert test_images.shape == (2_000, 3, 32, 32)
     assert images.dtype == test_images.dtype == torch.uint8
     assert labels.bincount().tolist() == [1000] * 10
     assert test_labels.bincount().tolist() == [200] * 10
     assert 100 < images.float().mean() < 156
-    again = cifar10.make_synthetic()
+    again = data.make_synthetic()
     assert all(torch.equal(a, b) for a, b in zip(tensors, again, strict=True))

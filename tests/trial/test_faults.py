@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_data import LENGTHS, LOAD, names
 
 import train
-from optimizers import LR_SCHEDULES, OPTIMIZERS
+from trial.optimizers import LR_SCHEDULES, OPTIMIZERS
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "1000", "--epochs", "1"]
 
@@ -194,7 +194,7 @@ def test_data_and_output_folders_with_all_kinds_of_names(run, archive, tmp_path)
 import train
 for folder in map(Path, {[str(folder) for folder in folders]}):
     for _ in range(2):  # what torchvision decodes, and the cache
-        print([len(tensor) for tensor in cifar10.load_cifar10(folder)])
+        print([len(tensor) for tensor in data.load_cifar10(folder)])
     train.main(["--dataset", "synthetic", "--batch-size", "5000", "--epochs", "1",
                 "--save", str(folder / "模型 1.pt")])
 """
@@ -313,7 +313,7 @@ def test_hyperparameters_are_accepted_or_refused_in_one_line(tmp_path, capfd, fl
     else:
         for key, entry in train.HYPERPARAMETERS.items():
             assert type(getattr(args, key)) is entry.kind
-            assert entry.accepts(getattr(args, key))
+            assert entry.allows(getattr(args, key))
 
 
 def trial_processes(search, trial):

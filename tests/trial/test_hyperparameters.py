@@ -6,7 +6,7 @@ import pytest
 from conftest import BASELINE
 
 import train
-from hyperparameters import Number
+from trial.hyperparameters import Number
 
 KEYS = ", ".join(BASELINE)
 REFUSED = [

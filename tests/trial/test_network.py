@@ -2,8 +2,8 @@
 
 import torch
 
-import step
 import train
+from trial import batch
 
 
 def test_shape_and_parameters():
@@ -34,7 +34,7 @@ def test_initialisation_is_torchs_own():
 def test_normalize_is_the_tutorials():
     pixels = torch.arange(256, dtype=torch.uint8)
     expected = (pixels.double() / 255 - 0.5) / 0.5
-    torch.testing.assert_close(step.normalize(pixels).double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(batch.normalize(pixels).double(), expected, atol=1e-6, rtol=0)
 
 
 def test_import_has_no_side_effect(run, tmp_path):

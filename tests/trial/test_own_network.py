@@ -20,7 +20,8 @@ def test_the_readmes_own_network_and_data_are_searched(tmp_path, home, environme
     project.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, project)
-    shutil.copytree(ROOT / "nnisearch", project / "nnisearch")
+    for folder in ("trial", "nnisearch"):
+        shutil.copytree(ROOT / folder, project / folder)
     before = (ROOT / "train.py").read_text()
     after = re.sub(
         r"def load_data.*?\n\n\n", f"{ours.strip()}\n\n\n", before, count=1, flags=re.DOTALL

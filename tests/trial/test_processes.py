@@ -15,10 +15,11 @@ QUICK = ["--dataset", "synthetic", "--device", "cpu", "--lr", "0.05", "--epochs"
 # Computes with 64 bits: with 32 the rounding grows until the losses differ visibly. That takes its
 # time, so of fewer images.
 DOUBLE = """
-import sys, torch, cifar10, train
+import sys, torch, train
+from trial import data
 torch.set_default_dtype(torch.float64)
-make_synthetic = cifar10.make_synthetic
-cifar10.make_synthetic = lambda: [tensor[:2000] for tensor in make_synthetic()]
+make_synthetic = data.make_synthetic
+data.make_synthetic = lambda: [tensor[:2000] for tensor in make_synthetic()]
 train.main(sys.argv[1:])
 """
 

@@ -7,7 +7,7 @@ from conftest import settings
 from torch import nn
 
 import train
-from optimizers import SGD
+from trial.optimizers import SGD
 
 
 @pytest.fixture

@@ -15,10 +15,8 @@ import pytest
 import torch
 from conftest import BASELINE, ROOT
 
-import cifar10
-import files
-import step
 import train
+from trial import batch, data
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "128", "--lr", "0.05", "--epochs", "1"]
 
@@ -71,7 +69,7 @@ def test_a_run_by_hand(run, tmp_path):
 
     net = train.Net()
     net.load_state_dict(torch.load(model, weights_only=True))
-    correct = train.test(net, *cifar10.make_synthetic()[2:])
+    correct = train.test(net, *data.make_synthetic()[2:])
     assert accuracy == f"Acc: {correct / 20:.3f}% ({correct}/2000)"
 
 
@@ -129,11 +127,11 @@ def test_the_params_file_of_a_run(run, tmp_path):
 
 def test_save_replaces_a_file_whole_or_not_at_all(tmp_path):
     path = tmp_path / "model.pt"
-    files.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
+    data.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
     before = path.read_bytes()
     # A function of a function cannot be pickled; Python 3.14 has another error for that.
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        files.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
+        data.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -200,11 +198,25 @@ def test_data_that_cannot_be_had_ends_the_trial(run, environment, tmp_path):
 
 def test_data_dir_is_beside_the_script_or_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     assert train.parse_args([]).data_dir == ROOT / "data"
-    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
-    assert train.parse_args([]).data_dir == tmp_path
+    monkeypatch.setenv("CIFAR10_DIR", "~/images")
+    assert train.parse_args([]).data_dir == tmp_path / "images"
     assert str(train.parse_args(["--data-dir", "elsewhere"]).data_dir) == "elsewhere"
+
+
+def test_a_path_may_begin_with_the_users_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "best.json").write_text('{"lr": 0.5}')
+    args = train.parse_args(["--data-dir=~/data", "--params=~/best.json", "--save=~/model.pt"])
+    assert (args.data_dir, args.save) == (tmp_path / "data", tmp_path / "model.pt")
+    assert args.lr == 0.5
+
+
+def test_python_may_leave_out_docstrings(monkeypatch):
+    monkeypatch.setattr(train, "__doc__", None)  # as python -OO does
+    assert train.parse_args([]).lr == BASELINE["lr"]
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch finds no accelerator here")
@@ -225,8 +237,8 @@ def test_a_real_trial(run, cifar10_dir):
 
 
 def test_validation_holds_out_a_tenth_of_each_class():
-    images, labels = cifar10.make_synthetic()[:2]
-    kept, kept_labels, held, held_labels = cifar10.hold_out(images, labels)
+    images, labels = data.make_synthetic()[:2]
+    kept, kept_labels, held, held_labels = data.hold_out(images, labels)
     assert kept_labels.bincount().tolist() == [900] * 10
     assert held_labels.bincount().tolist() == [100] * 10
     assert held_labels[(held == images[-1]).flatten(1).all(1)].tolist() == [labels[-1]]
@@ -235,9 +247,10 @@ def test_validation_holds_out_a_tenth_of_each_class():
 
 def test_a_validated_run_does_not_look_at_the_test_images(run):
     code = """
-import sys, cifar10, train
-real = cifar10.make_synthetic
-cifar10.make_synthetic = lambda: real()[:2] + [None, None]
+import sys, train
+from trial import data
+real = data.make_synthetic
+data.make_synthetic = lambda: real()[:2] + [None, None]
 train.main(sys.argv[1:])
 """
     result = run(*QUICK, "--validate", code=code)
@@ -249,9 +262,9 @@ train.main(sys.argv[1:])
 def test_tta_adds_the_logits_of_the_views():
     torch.manual_seed(0)
     net = train.Net().eval()
-    images, labels = (tensor[:500] for tensor in cifar10.make_synthetic()[2:])
-    x = step.normalize(images)
-    views = step.views(x)
+    images, labels = (tensor[:500] for tensor in data.make_synthetic()[2:])
+    x = batch.normalize(images)
+    views = batch.views(x)
     with torch.no_grad():
         plain, averaged = net(x), sum(net(view) for view in views) / len(views)
     assert train.test(net, images, labels) == (plain.argmax(1) == labels).sum()
@@ -261,7 +274,7 @@ def test_tta_adds_the_logits_of_the_views():
 
 def test_the_views_are_the_image_shifted_by_up_to_2_pixels_and_all_that_mirrored():
     images = torch.randn(3, 2, 8, 8)
-    views = step.views(images)
+    views = batch.views(images)
     assert len(views) == len({view.numpy().tobytes() for view in views}) == 50
     assert torch.equal(views[12], images)
     places = itertools.product(range(5), range(5))
@@ -274,9 +287,10 @@ def test_the_views_are_the_image_shifted_by_up_to_2_pixels_and_all_that_mirrored
 
 def test_a_trial_has_its_data_before_it_asks_for_hyperparameters(run):
     code = """
-import sys, cifar10, nni, train
-real, order = cifar10.make_synthetic, []
-cifar10.make_synthetic = lambda: order.append("data") or real()
+import sys, nni, train
+from trial import data
+real, order = data.make_synthetic, []
+data.make_synthetic = lambda: order.append("data") or real()
 nni.get_next_parameter = lambda: order.append("NNI") or {}
 train.main(sys.argv[1:])
 assert order == ["data", "NNI"], order

@@ -10,11 +10,9 @@ from conftest import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import cifar10
-import optimizers
-import step
 import train
-from optimizers import orthogonalize
+from trial import batch, data, fast, optimizers
+from trial.optimizers import orthogonalize
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those whose steps are torch.optim's
 SCHEDULERS = {
@@ -55,16 +53,16 @@ def optimizer_and_step(model, images, labels, args):
     return optimizer, functools.partial(train.train_step, model, optimizer, images, labels, args)
 
 
-def losses_and_weights(args, data, prepare=False, graph=True, lr_type=torch.float64):
+def losses_and_weights(args, samples, prepare=False, graph=True, lr_type=torch.float64):
     """Train with train.py's step; return the loss of each step and the trained parameters."""
-    images, labels = data
+    images, labels = samples
     torch.manual_seed(0)
     model = train.Net().to(images.device)
     if prepare:
-        step.prepare_cpu(model, args.batch_size)
+        fast.prepare_cpu(model, args.batch_size)
     optimizer, learn = optimizer_and_step(model, images, labels, args)
     if images.is_cuda and graph:
-        learn = step.as_cuda_graph(learn, args.batch_size, images.device)
+        learn = fast.as_cuda_graph(learn, args.batch_size, images.device)
     losses = []
     rates = optimizers.learning_rates(args, 200)
     for index, rate in zip(batches(images, args.batch_size, 200), rates, strict=True):
@@ -73,9 +71,9 @@ def losses_and_weights(args, data, prepare=False, graph=True, lr_type=torch.floa
     return losses, list(model.parameters())
 
 
-def reference(args, data):
+def reference(args, samples):
     """Train with torch.optim's class and the tutorial's loop; return as above."""
-    images, labels = data
+    images, labels = samples
     torch.manual_seed(0)
     model = train.Net()
     momentum = {"SGD": {"momentum": args.momentum}}
@@ -121,16 +119,18 @@ def double():
 
 
 @pytest.fixture(scope="module")
-def data():
-    return [tensor[:1000] for tensor in cifar10.make_synthetic()[:2]]
+def samples():
+    return [tensor[:1000] for tensor in data.make_synthetic()[:2]]
 
 
 @pytest.mark.parametrize("lr_schedule", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_weight_decay_label_smoothing_and_schedule_are_torchs(data, double, optimizer, lr_schedule):
+def test_weight_decay_label_smoothing_and_schedule_are_torchs(
+    samples, double, optimizer, lr_schedule
+):
     args = quick(optimizer=optimizer, weight_decay=0.05, label_smoothing=0.1)
     args.lr_schedule = lr_schedule
-    assert_agree(losses_and_weights(args, data), reference(args, data))
+    assert_agree(losses_and_weights(args, samples), reference(args, samples))
 
 
 @pytest.mark.parametrize("lr_schedule", SCHEDULERS)
@@ -198,7 +198,7 @@ def test_augmented_images_are_shifted_and_mirrored_each_by_itself():
     padded = F.pad(image, (2, 2, 2, 2), mode="reflect")[0]
     windows = [padded[:, top : top + 32, left : left + 32] for top in range(5) for left in range(5)]
     allowed = torch.stack([*windows, *(window.flip(2) for window in windows)])
-    augmented = step.augment(image.expand(2000, -1, -1, -1), 2, 2000)
+    augmented = batch.augment(image.expand(2000, -1, -1, -1), 2, 2000)
     which = (augmented[:, None, 0, ::5, ::5] == allowed[None, :, 0, ::5, ::5]).flatten(2).all(2)
     assert which.sum(1).tolist() == [1] * 2000
     counts = which.sum(0)
@@ -207,27 +207,29 @@ def test_augmented_images_are_shifted_and_mirrored_each_by_itself():
     assert torch.equal(augmented, allowed[which.int().argmax(1)])
 
 
-def test_a_step_augments_when_asked_to(data):
-    plain, augmented = (losses_and_weights(quick(augment=pixels), data)[0] for pixels in (0, 2))
+def test_a_step_augments_when_asked_to(samples):
+    plain, augmented = (losses_and_weights(quick(augment=pixels), samples)[0] for pixels in (0, 2))
     assert plain[0] != augmented[0]
 
 
 @pytest.mark.parametrize("batch_size", [4, 16])  # with and without the layout of oneDNN
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_is_that_of_torchs_class_in_the_tutorials_loop(data, double, optimizer, batch_size):
+def test_a_step_is_that_of_torchs_class_in_the_tutorials_loop(
+    samples, double, optimizer, batch_size
+):
     args = quick(optimizer=optimizer, batch_size=batch_size)
-    assert_agree(losses_and_weights(args, data, prepare=True), reference(args, data))
+    assert_agree(losses_and_weights(args, samples, prepare=True), reference(args, samples))
 
 
-def test_a_step_of_32_bits_is_that_of_the_tutorials_loop(data):
+def test_a_step_of_32_bits_is_that_of_the_tutorials_loop(samples):
     args = quick(batch_size=48)  # with oneDNN, which knows only 32 bits
-    ours = losses_and_weights(args, data, prepare=True)
-    assert_agree(ours, reference(args, data), tolerance=0.01)
+    ours = losses_and_weights(args, samples, prepare=True)
+    assert_agree(ours, reference(args, samples), tolerance=0.01)
 
 
-def test_a_step_without_momentum(data, double):
+def test_a_step_without_momentum(samples, double):
     args = quick(momentum=0.0)
-    assert_agree(losses_and_weights(args, data), reference(args, data))
+    assert_agree(losses_and_weights(args, samples), reference(args, samples))
 
 
 @pytest.mark.parametrize("lr_schedule", ["constant", *SCHEDULERS])
@@ -245,14 +247,14 @@ def test_a_trial_does_not_import_torch_compile(run, lr_schedule):
 def test_threads_and_kernels_follow_the_batch_size(monkeypatch, batch_size, threads, onednn):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)
-    step.prepare_cpu(train.Net(), batch_size)
+    fast.prepare_cpu(train.Net(), batch_size)
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (threads, onednn)
 
 
 def test_threads_that_the_user_sets_stay(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)
-    step.prepare_cpu(train.Net(), 4)
+    fast.prepare_cpu(train.Net(), 4)
     assert torch.get_num_threads() == 2
 
 
@@ -304,7 +306,7 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
         RecordedGraph.run(work)
         return total
 
-    replayed = step.as_cuda_graph(noted_step, batch_size, "cpu")
+    replayed = fast.as_cuda_graph(noted_step, batch_size, "cpu")
     expected = [index.tolist() for index in batches(range(20), batch_size, 30)]
     results = [replayed(torch.tensor(index)).item() for index in expected]
     assert seen == expected
@@ -342,31 +344,31 @@ def test_a_step_is_what_a_cuda_graph_can_record(optimizer):
 
 @needs_cuda
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
-def test_the_graph_of_a_step_computes_what_the_step_does(data, double, optimizer):
-    on_gpu = [tensor.cuda() for tensor in data]
+def test_the_graph_of_a_step_computes_what_the_step_does(samples, double, optimizer):
+    on_gpu = [tensor.cuda() for tensor in samples]
     args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1)
     args.lr_schedule = "one_cycle"
     replayed = losses_and_weights(args, on_gpu)
     assert_agree(replayed, losses_and_weights(args, on_gpu, graph=False))
     # A GPU's learning rate has 32 bits, and AdamW is off by 0.1 at the end if the rate is by 1e-10.
-    assert_agree(replayed, losses_and_weights(args, data, lr_type=torch.float32))
+    assert_agree(replayed, losses_and_weights(args, samples, lr_type=torch.float32))
 
 
 @needs_cuda
-def test_nothing_waits_for_the_gpu_between_two_reports(data):
-    images, labels = (tensor.cuda() for tensor in data)
+def test_nothing_waits_for_the_gpu_between_two_reports(samples):
+    images, labels = (tensor.cuda() for tensor in samples)
     model = train.Net().cuda()
     args = quick(augment=2)
     _, learn = optimizer_and_step(model, images, labels, args)
-    learn = step.as_cuda_graph(learn, args.batch_size, images.device)
+    learn = fast.as_cuda_graph(learn, args.batch_size, images.device)
     running_loss = torch.zeros((), device=images.device)
     index = [batch.cuda() for batch in batches(images, 8, 50)]
-    for batch in index[:5]:  # until the graph is recorded
-        running_loss += learn(batch)
+    for each in index[:5]:  # until the graph is recorded
+        running_loss += learn(each)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in index[5:]:
-            running_loss += learn(batch)
+        for each in index[5:]:
+            running_loss += learn(each)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -380,7 +382,7 @@ def test_a_trial_leaves_room_for_others_on_its_gpu(run):
 
 
 def test_a_trial_imports_torchvision_only_to_make_the_cache(run, cifar10_dir):
-    cifar10.load_cifar10(cifar10_dir)
+    data.load_cifar10(cifar10_dir)
     flags = ["--data-dir", str(cifar10_dir), "--batch-size", "5000", "--epochs", "1"]
     code = f"import sys, train; train.main({flags}); assert 'torchvision' not in sys.modules"
     result = run(code=code)
@@ -394,7 +396,7 @@ def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(name):
     model.unused = torch.nn.Linear(2, 2)
     model.conv1.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    images, labels = (tensor[:64] for tensor in cifar10.make_synthetic()[:2])
+    images, labels = (tensor[:64] for tensor in data.make_synthetic()[:2])
     _, learn = optimizer_and_step(model, images, labels, quick(optimizer=name))
     for index in batches(images, 8, 3):
         learn(index)
@@ -405,7 +407,7 @@ def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(name):
 
 
 def test_a_batch_may_be_larger_than_any_data():
-    images, labels = (tensor[:64] for tensor in cifar10.make_synthetic()[:2])
+    images, labels = (tensor[:64] for tensor in data.make_synthetic()[:2])
     args = quick(batch_size=10**20, epochs=1, report_every=2000)
     model = train.Net()
     train.train(model, optimizers.SGD(args, model), images, labels, args)

@@ -1,8 +1,8 @@
 """How a step changes the weights: the optimizers, and the learning rate of each step.
 
-SGD, Adam and AdamW compute what those of torch.optim do. They call the functions behind its
-classes, because the classes import torch.compile, which takes a second and 140 MiB, and spend a
-tenth of a step of 4 images on bookkeeping.
+SGD, Adam and AdamW compute the same as torch.optim's classes, and call the functions behind them.
+The classes import torch.compile, which takes a second and 140 MiB, and their bookkeeping takes a
+tenth of a step of 4 images.
 """
 
 import math
@@ -14,10 +14,10 @@ from torch.optim.sgd import sgd
 
 
 class Optimizer:
-    """What the optimizers share: the parameters of a model, their gradients, the learning rate.
+    """The part that all optimizers share: a model's parameters, their gradients, the learning rate.
 
-    lr is a float tensor () on the device, to be filled before a step: a CUDA graph would not see
-    a Python number change. Of args they use lr, momentum and weight_decay.
+    lr is a float tensor () on the device, nan until train() fills it before each step: a CUDA graph
+    would not see a Python number change. Optimizers use momentum and weight_decay of args.
     """
 
     def __init__(self, args, model):
@@ -27,7 +27,7 @@ class Optimizer:
         self.averages = [torch.zeros_like(parameter) for parameter in self.parameters]
         device = self.parameters[0].device
         dtype = torch.float64 if device.type == "cpu" else torch.float32  # as the functions want it
-        self.lr = torch.tensor(args.lr, dtype=dtype, device=device)
+        self.lr = torch.full((), math.nan, dtype=dtype, device=device)
 
     def zero_grad(self):
         """Forget the gradients, so that the next backward() does not add to them."""
@@ -43,7 +43,7 @@ class Optimizer:
 
 
 class SGD(Optimizer):
-    """torch.optim.SGD, by default in all but the hyperparameters."""
+    """torch.optim.SGD with the hyperparameters, and its other defaults."""
 
     @torch.no_grad()
     def step(self):
@@ -57,14 +57,14 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """torch.optim.Adam, by default in all but the hyperparameters; momentum is its beta1."""
+    """torch.optim.Adam with the hyperparameters, momentum as beta1, and its other defaults."""
 
     function = staticmethod(adam)
 
     def __init__(self, args, model):
         super().__init__(args, model)
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        # Counted in 32 bits, as the functions want it, also where the parameters have 64.
+        # The functions want the steps counted in 32 bits, even if the parameters have 64.
         zero = torch.zeros((), dtype=torch.float32, device=self.lr.device)
         self.steps = [zero.clone() for _ in self.parameters]
 
@@ -77,17 +77,17 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """torch.optim.AdamW, in the same way."""
+    """torch.optim.AdamW, like Adam."""
 
     function = staticmethod(adamw)
 
 
 class Muon(SGD):
-    """SGD with Nesterov momentum whose step is made orthogonal for each layer's weights.
+    """SGD with Nesterov momentum that makes the step of each layer's weights orthogonal.
 
-    https://kellerjordan.github.io/posts/muon/ is its source. torch.optim.Muon, there since torch
-    2.9, refuses the weights of convolutions, computes in 16 bits, and does 5 rounds for our 2: for
-    the weights of this network it takes 3.2 ms of one thread of an AMD EPYC, and this one 1.2 ms.
+    https://kellerjordan.github.io/posts/muon/ describes it. torch.optim.Muon, new in torch 2.9,
+    refuses the weights of convolutions, computes in 16 bits, and does 5 rounds where 2 do: for the
+    weights of this network it takes 3.2 ms on one thread of an AMD EPYC; this class takes 1.2 ms.
     """
 
     @torch.no_grad()
@@ -98,20 +98,20 @@ class Muon(SGD):
             gradient.add_(average, alpha=self.momentum)
             if gradient.ndim > 1:  # not a bias
                 gradient.copy_(orthogonalize(gradient.flatten(1)).view(gradient.shape))
-        self.descend(momentum=0)  # the gradients have theirs
+        self.descend(momentum=0)  # the gradients hold the momentum already
 
 
 def orthogonalize(matrix):
-    """Return the matrix (n, m) with its singular values all made about 1, from 0.78 to 1.22.
+    """Return the matrix (n, m) with all singular values made about 1, from 0.78 to 1.22.
 
-    Those below 0.05 * sqrt(norm of the Gram matrix), a little more than a twentieth of the largest,
-    end lower. It is Muon's iteration, with the coefficients that are best for two rounds by Polar
-    Express (https://arxiv.org/abs/2505.16932), and on the Gram matrix, which is smaller.
+    Singular values below 0.05 * sqrt(norm of the Gram matrix), about a twentieth of the largest,
+    end lower. This is Muon's iteration, on the Gram matrix, which is smaller, with Polar Express's
+    coefficients for two rounds (https://arxiv.org/abs/2505.16932).
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     gram = matrix @ matrix.T
-    size = gram.norm() + 1e-14  # >= the largest singular value's square, as the coefficients need
+    size = gram.norm() + 1e-14  # the coefficients need >= the largest singular value's square
     gram = gram / size
     first = polynomial(gram, 6.7524, -18.3510, 13.2633)
     second = polynomial(first @ gram @ first, 2.5379, -1.8747, 0.4413)
@@ -119,14 +119,14 @@ def orthogonalize(matrix):
 
 
 def polynomial(matrix, a, b, c):
-    """Return a + b * matrix + c * matrix ** 2, of a symmetric matrix (n, n)."""
+    """Return a + b * matrix + c * matrix ** 2 for a symmetric matrix (n, n)."""
     result = torch.addmm(matrix, matrix, matrix, beta=b, alpha=c)
     result.diagonal().add_(a)
     return result
 
 
 def learning_rates(args, steps):
-    """Yield the learning rate of each of so many steps, as args.lr and args.lr_schedule have it."""
+    """Yield the learning rate of each of the steps, by args.lr and args.lr_schedule."""
     schedule = LR_SCHEDULES[args.lr_schedule]
     for done in range(steps):
         yield schedule(args.lr, done, steps)
@@ -138,18 +138,18 @@ def constant(lr, done, steps):
 
 
 def cosine(lr, done, steps):
-    """Return the learning rate after so many done of all steps: it falls from lr towards 0.
+    """Return the learning rate after done of all steps: it falls from lr towards 0.
 
-    That of torch's CosineAnnealingLR.
+    The same as torch's CosineAnnealingLR.
     """
     return arc(lr, 0, done / steps)
 
 
 def one_cycle(lr, done, steps):
-    """Return the learning rate after so many done of all steps: it rises to lr, then falls.
+    """Return the learning rate after done of all steps: it rises to lr, then falls.
 
-    That of torch's OneCycleLR by default, which rises in the first 30 % of the steps. Of 3 steps or
-    fewer none is in the rise. The momentum stays: it is a hyperparameter of its own.
+    The same as torch's OneCycleLR by default, which rises in the first 30 % of the steps; with 3
+    steps or fewer it does not rise. The momentum stays: it is a hyperparameter of its own.
     """
     top = 0.3 * steps - 1
     if done <= top:
@@ -158,7 +158,7 @@ def one_cycle(lr, done, steps):
 
 
 def arc(start, end, way):
-    """Return where half a wave of a cosine is between start and end, at 0 <= way <= 1."""
+    """Return the cosine interpolation from start (way 0) to end (way 1)."""
     return end + (start - end) / 2 * (1 + math.cos(math.pi * way))
 
 

@@ -1,6 +1,5 @@
-"""What a hyperparameter is, and what is said where a value is not allowed."""
+"""What a hyperparameter is: its default, its meaning, and which values are allowed."""
 
-import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -11,16 +10,22 @@ class NotAllowed(ValueError):
 
 
 class Hyperparameter:
-    """A value by which a training is done; kind is its type."""
+    """A value that a training depends on; kind is its type."""
 
     kind = str
 
     def from_text(self, text):
-        """Return the text of a flag as this kind, or as it is, to be refused."""
+        """Return a flag's text as this kind, or unchanged, so that parse() refuses it."""
         try:
             return self.kind(text)
         except ValueError:
             return text
+
+    def parse(self, value, name):
+        """Return value, as JSON has it, as this kind. Raises NotAllowed, with its name."""
+        if not self.allows(value):
+            raise NotAllowed(f"{name} is {value!r}; allowed: {self.allowed}")
+        return self.kind(value)
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,15 @@ class Number(Hyperparameter):
         words = [f"{sign} {bound}" for sign, bound in bounds.items() if math.isfinite(bound)]
         return f"{self.noun} {' and '.join(words)}".rstrip()
 
-    def accepts(self, value):
-        """Return whether value, of this kind, is within the bounds."""
-        return self.above < value < self.below and self.at_least <= value <= self.at_most
+    def allows(self, value):
+        """Return whether value is of this kind and within the bounds. An integer is a number."""
+        if isinstance(value, bool) or not isinstance(value, (int, self.kind)):
+            return False  # Python takes True for 1
+        try:
+            number = self.kind(value)
+        except OverflowError:  # an integer that is too large for a float
+            return False
+        return self.above < number < self.below and self.at_least <= number <= self.at_most
 
 
 class Integer(Number):
@@ -61,20 +72,20 @@ class Choice(Hyperparameter):
 
     default: str
     meaning: str
-    choices: tuple  # or a dict, of which the keys are allowed
+    choices: tuple  # or a dict, whose keys are allowed
 
     @property
     def allowed(self):
         """What is allowed, in words: "SGD, Adam, AdamW"."""
         return ", ".join(self.choices)
 
-    def accepts(self, value):
+    def allows(self, value):
         """Return whether value is one of the choices."""
-        return value in self.choices
+        return isinstance(value, str) and value in self.choices
 
 
 def read(path):
-    """Return the hyperparameters in a JSON file: an object of them, or as choose.py writes it.
+    """Return what a JSON file holds: hyperparameters, or a choice that choose.py has written.
 
     Raises NotAllowed if the file is not JSON, and OSError if it cannot be read.
     """
@@ -83,22 +94,3 @@ def read(path):
     except (ValueError, RecursionError) as error:
         raise NotAllowed(f"--params is {path}; allowed: a JSON file; {error}") from error
     return values.get("hyperparameters", values) if isinstance(values, dict) else values
-
-
-@contextlib.contextmanager
-def limited_by_memory(args):
-    """Raise NotAllowed, naming batch_size, where the device has too little memory for a training.
-
-    torch raises a RuntimeError for that, of which only the words tell it from any other.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        signs = ("out of memory", "allocate memory", "alloc_failed")
-        words = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(sign in words for sign in signs):
-            raise
-        allowed = f"as many images as {args.device} has memory for"
-        problem = str(error).partition("\n")[0]
-        message = f"batch_size is {args.batch_size}; allowed: {allowed}; {problem}"
-        raise NotAllowed(message) from error

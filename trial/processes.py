@@ -1,16 +1,36 @@
-"""What only several processes need that train together, one to a GPU, as torchrun starts them.
+"""Several processes that train together, as torchrun starts them: one for each GPU.
 
     torchrun --standalone --nproc-per-node=gpu train.py
 
-Each holds the whole model and the whole data, does its share of each batch, and adds its gradients
-to those of the others, so that all take the same step. Where one process trains by itself, as an
-ordinary trial does, each function here does nothing, or returns what it is given.
+Each process holds the whole model and all data. It computes its share of each batch and adds its
+gradients to the others' gradients, so all take the same step. If one process trains alone, as in
+an ordinary trial, each function here does nothing, or returns what it is given.
 """
+
+import os
 
 import torch
 from torch import distributed
 
-from hyperparameters import NotAllowed
+from trial.hyperparameters import NotAllowed
+
+
+def default_device():
+    """Return the accelerator that torch finds, for each process its own, or "cpu"."""
+    if not torch.accelerator.is_available():
+        return "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets it; a trial sees one GPU
+    return torch.device(torch.accelerator.current_accelerator().type, local_rank)
+
+
+def check_device(device):
+    """Raise NotAllowed if torch cannot use the device."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problem = str(error).partition("\n")[0]
+        allowed = "one that torch finds"
+        raise NotAllowed(f"--device is {device}; allowed: {allowed}; {problem}") from error
 
 
 def start():
@@ -45,7 +65,7 @@ def check_batch_size(batch_size):
 
 
 def note():
-    """Return what a line about this process has to add about the others."""
+    """Return what a line about this process has to say about the others."""
     return f", one of {count()} processes" if count() > 1 else ""
 
 

@@ -1,0 +1,1 @@
+"""The parts of train.py: data, batch, optimizers, hyperparameters, processes; start and fast."""
