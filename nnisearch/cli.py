@@ -70,7 +70,11 @@ def begin(args, default_config, check):
             print(f"Warning: {line}")
         check(config)
         if args.rehearsal and not args.resume:  # else it has run before
-            rehearse(config, folder / "rehearsal", leftover=folder)
+            try:
+                rehearse(config, folder / "rehearsal", leftover=folder)
+            except (ValueError, OSError):
+                checks.check_disk(folder, EXPERIMENT_SIZE)  # which may have become full
+                raise
             remove(folder / "rehearsal")
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")

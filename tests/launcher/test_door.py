@@ -305,7 +305,9 @@ def test_in_reuse_mode_the_runners_on_this_machine_report_and_nobody_else(experi
     (tmp_path / "reuse.yml").write_text(yaml.safe_dump(config))
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "empty").touch()  # NNI sends the folder along, and fails for want of files
-    search = experiment(tmp_path / "reuse.yml", trialCodeDirectory=str(tmp_path / "code"))
+    folders = {"trialCodeDirectory": str(tmp_path / "code")}
+    folders |= {"experimentWorkingDirectory": str(tmp_path / "home" / "it's\n$HOME")}
+    search = experiment(tmp_path / "reuse.yml", **folders)
     outside = {"address": outside_address(), "path": "/"}
     while ask(search.port + 1, **outside) is None:  # its second server starts last
         time.sleep(0.5)

@@ -284,6 +284,16 @@ def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_sear
     assert [path.name for path in folder.iterdir()] == ["fill"]
 
 
+def test_a_disk_that_fills_during_the_rehearsal_is_named(run_search, home, tmpfs):
+    folder = tmpfs(60_000, "disk")
+    fill = "head -c 100M /dev/zero > $NNI_OUTPUT_DIR/file"
+    config = demo(experimentWorkingDirectory=str(folder), trialCommand=fill)
+    line = refusal(run_search(config=config))
+    assert "/disk/" in line
+    assert "allowed: a folder with 50 MB free; 0 MB are" in line
+    assert list(folder.iterdir()) == []
+
+
 AT_ONCE = 4  # searches; more show how the time grows with their number
 
 
