@@ -40,7 +40,7 @@ def search(tuner, seconds, file):
             trials = experiment.get("trial-jobs")
             if file:
                 database = Path(home, "nni-experiments", experiment.id, "db", "nni.sqlite")
-                results = read_database(experiment.id, database)
+                results = read_database(database)
                 results["trials"] = list(filter(has_result, results["trials"]))
                 file.write_text(json.dumps(results) + "\n")
         finally:

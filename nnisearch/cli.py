@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from nnisearch.shared import signals
+from nnisearch.shared.imports import without_pandas
 
-with signals.silently_interrupted():  # NNI takes a second
+with signals.silently_interrupted(), without_pandas():  # NNI takes half a second
     import nni
     from nni.experiment import Experiment
 
@@ -25,7 +26,6 @@ with signals.silently_interrupted():  # NNI takes a second
     from nnisearch.before import config as configuration
     from nnisearch.before.rehearsal import rehearse
     from nnisearch.shared.output import Parser, may_be_closed, prepare_output, remove
-    from nnisearch.shared.results import some
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
     from nnisearch.start.launch import experiment_folder, launch, prepare_environment
@@ -38,22 +38,22 @@ LIST_SIZE = 1  # MB: NNI's list of experiments, of which nothing is left if the 
 def begin(args, default_config, check):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
     known = resume.list_experiments()
-    if args.resume and args.resume not in known:
-        raise ValueError(f"--resume is {args.resume!r}; allowed: {some(known)}")
-    if args.resume and resume.is_running(known[args.resume]):
-        running = known[args.resume]
-        return args.resume, running["port"], resume.running_config(running)
+    if args.resume:
+        wanted = resume.find(args.resume, known)
+        if resume.is_running(wanted):
+            return args.resume, wanted["port"], resume.running_config(wanted)
     home = Path("~/nni-experiments").expanduser()
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")
+    resume.close_list(home)
+    checks.check_private(home, "NNI's folder below HOME")
     if known:
         resume.note_ended(known)
     if args.resume:
-        known = known[args.resume]
-        folder = Path(known["logDir"], args.resume)
+        folder = Path(wanted["logDir"], args.resume)
         experiment = Experiment(configuration.load_stored(args.resume, folder))
         experiment.id, experiment._action = args.resume, "resume"
-        experiment.config.experiment_working_directory = known["logDir"]
-        resume.prepare(known)
+        experiment.config.experiment_working_directory = wanted["logDir"]
+        resume.prepare(wanted)
     else:
         path, reason = (args.config, args.config) if args.config else default_config()
         print(f"Configuration: {one_line(reason)}")
@@ -63,6 +63,7 @@ def begin(args, default_config, check):
     if is_scheduled and (line := gpus.allow_visible(config.training_service)):
         print(line)
     checks.check_disk(Path(config.experiment_working_directory), EXPERIMENT_SIZE)
+    checks.check_private(Path(config.experiment_working_directory))
     with experiment_folder(experiment) as folder:
         if config.use_annotation:
             configuration.expand(config, folder / "code")

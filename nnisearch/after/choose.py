@@ -3,6 +3,7 @@
     nnichoose                         # the latest experiment on this machine
     nnichoose ID --out best.json      # its choice, its hyperparameters among it
     nnichoose --file results.json     # what --json, or nnictl's export, has written
+    nnichoose --file FOLDER           # an experiment's folder, wherever it has been moved to
 
 Of the trials whose result is within --within of the best the choice is the one that ran shortest,
 in whole seconds, and of several such the one that learned fastest, which is the one with the least
@@ -28,7 +29,6 @@ from nnisearch.shared.results import (
     NO_RESULT,
     find_database,
     has_result,
-    read_database,
     read_file,
 )
 from nnisearch.shared.text import one_line
@@ -172,7 +172,7 @@ def parse_args(argv, prog, within):
     add = parser.add_argument
     latest = "default: the one last started, resumed or viewed by this user"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
-    add("--file", help="read results from there instead: JSON of --json or of nnictl's export")
+    add("--file", help="an experiment's folder, or JSON of --json or of nnictl's export")
     equal = "results that near to the best count as equally good; in their own unit (%(default)s)"
     add("--within", type=float, default=within, help=equal)
     add("--top", type=int, default=10, help="how many trials are shown (%(default)s)")
@@ -251,8 +251,7 @@ def main(argv=None, prog="nnichoose", within=0.0):
 
 def show(args):
     """Do as the arguments say. Raises OSError, ValueError or ImportError."""
-    found = None if args.file else find_database(args.experiment)
-    search = read_database(*found) if found else read_file(args.file)
+    search = read_file(args.file or find_database(args.experiment))
     everything = search["trials"]
     is_named = bool(search["name"])  # an experiment of NNI need not have a name
     title = one_line(search["name"] if is_named else search["experiment"])

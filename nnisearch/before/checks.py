@@ -4,10 +4,13 @@ NNI is the judge of what it can run, by the rehearsal; here stands what it would
 Each check raises ValueError with one line that names the key, its value and what is allowed.
 """
 
+import grp
 import os
+import pwd
 import shutil
-import sys
+import stat
 import tempfile
+from contextlib import suppress
 
 from nni.experiment.config.utils import camel_case
 
@@ -23,7 +26,6 @@ SHALLOW_SPACES = ("TpeTuner", "RandomTuner", "GridSearchTuner")
 
 # Python, and so NNI, takes true and false for numbers.
 COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
-COUNTS += ("max_trial_duration", "max_experiment_duration")
 
 MANY = 1000  # trials at a time
 
@@ -33,9 +35,11 @@ def check(config):
 
     Raises ValueError.
     """
-    if len(sys.executable.split()) > 1:  # NNI starts its tuner by a shell, unquoted
-        allowed = "a Python whose path has no spaces"
-        raise ValueError(f"the Python is {sys.executable!r}; allowed: {allowed}")
+    for key in ("experiment_working_directory", "trial_code_directory"):
+        folder = str(getattr(config, key))
+        if os.fsencode(folder) != folder.encode(errors="replace"):  # as NNI's manager writes it
+            allowed = "a name in UTF-8, under a locale such as LC_ALL=C.UTF-8"
+            raise ValueError(f"{camel_case(key)} is {folder!a}; allowed: {allowed}")
     check_code(config.json(), "the configuration")
     check_algorithms(config)
     if is_local(config):
@@ -85,6 +89,33 @@ def check_algorithms(config):
             allowed += ", since NNI's ends at its first result"
             named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI takes it for either
             raise ValueError(f"{named}; allowed: {allowed}")
+
+
+def check_private(folder, key="experimentWorkingDirectory"):
+    """Check that no other user can replace what NNI keeps in a folder, and runs.
+
+    Raises ValueError, which names the key by which the folder was given.
+    """
+    found = folder.stat() if folder.exists() else None
+    if found is None or found.st_mode & stat.S_ISVTX:
+        return
+    is_open_to_group = found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid)
+    if found.st_mode & stat.S_IWOTH or is_open_to_group:
+        who = "others" if found.st_mode & stat.S_IWOTH else "its group"
+        allowed = "a folder that only you can write to, or a sticky one"
+        way = f"chmod go-w '{folder}', or a new folder in it"
+        raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {who} can write to it: {way}")
+
+
+def is_private_group(number):
+    """Return whether a group has this user as its only member, as many systems make one per user.
+
+    Not all systems tell who belongs to a group. Such a group has the name, or number, of its user.
+    """
+    with suppress(KeyError):
+        group, name = grp.getgrgid(number), pwd.getpwuid(os.getuid()).pw_name
+        return group.gr_name == name and set(group.gr_mem) <= {name}
+    return number == os.getuid()
 
 
 def check_disk(folder, size, key="experimentWorkingDirectory"):

@@ -14,6 +14,7 @@ import yaml
 from nni.experiment.config import ExperimentConfig, convert, utils
 from nni.experiment.config.base import ConfigBase
 from nni.experiment.config.utils import load_experiment_config
+from nni.experiment.config.utils.internal import _all_subclasses
 from nni.tools.annotation import expand_annotations, generate_search_space
 from nni.tools.package_utils import get_all_algo_meta
 
@@ -24,6 +25,62 @@ PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, ad
 # Of its values, as NNI names them and in words.
 TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"}
 CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
+LEVELS = ["fatal", "error", "warning", "info", "debug", "trace"]
+# The names of version 1, as NNI compares them, and what version 2 has instead.
+VERSION_1 = dict.fromkeys(
+    ("authorname", "description", "multithread", "versioncheck", "logcollection"), "to leave it out"
+) | {
+    "maxexecduration": "maxExperimentDuration",
+    "maxtrialnum": "maxTrialNumber",
+    "maxtrialnumpergpu": "maxTrialNumberPerGpu",
+    "searchspacepath": "searchSpaceFile",
+    "logdir": "experimentWorkingDirectory",
+    "trial": "trialCommand, trialCodeDirectory and trialGpuNumber",
+    "command": "trialCommand",
+    "codedir": "trialCodeDirectory; of a tuner or an assessor, codeDirectory",
+    "gpunum": "trialGpuNumber",
+    "builtintunername": "name",
+    "builtinassessorname": "name",
+    "builtinadvisorname": "name",
+    "classfilename": "className, with the module before it, as in module.Class",
+    "localconfig": "trainingService",
+    "remoteconfig": "trainingService",
+    "reuse": "reuseMode",
+    "ip": "host",
+    "username": "user",
+    "passwd": "password",
+    "sshkeypath": "sshKeyFile",
+    "passphrase": "sshPassphrase",
+}
+
+
+def seconds(value):
+    """Return how long a duration of a configuration is, 0 if NNI's manager cannot read it."""
+    try:
+        return 0 if isinstance(value, bool) else utils.parse_time(value)
+    except (ValueError, OverflowError):
+        return 0
+
+
+DURATION = (lambda value: seconds(value) > 0, "more than 0 seconds, such as 90, 90s, 30m, 2h or 1d")
+GPUS = (
+    lambda value: utils.validate_gpu_indices(utils.canonical_gpu_indices(value)) is None,
+    "a GPU's number, or several such as 0,1 or [0, 1]",
+)
+# Keys that NNI does not name where it refuses their values, or whose values it takes but cannot
+# run with: a test, which may raise ValueError with a reason, and what is allowed.
+LIMITS = {
+    "trialConcurrency": (lambda value: value > 0, "trialConcurrency > 0"),
+    "trialGpuNumber": (lambda value: value >= 0, "trialGpuNumber >= 0"),
+    "maxTrialNumber": (lambda value: value > 0, "maxTrialNumber > 0"),
+    "maxTrialNumberPerGpu": (lambda value: value > 0, "maxTrialNumberPerGpu > 0"),
+    "maxTrialDuration": DURATION,
+    "maxExperimentDuration": DURATION,
+    "logLevel": (LEVELS.__contains__, ", ".join(LEVELS)),
+    "gpuIndices": GPUS,
+    "tunerGpuIndices": GPUS,
+    "port": (lambda value: 0 < value < 65536, "1 to 65535"),
+}
 
 
 def load(path):
@@ -36,61 +93,91 @@ def load(path):
     content = None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "trainingServicePlatform" in content:
-            config = convert_version_1(path, content)
-        else:
-            config = ExperimentConfig.load(path)
-        if isinstance(config.training_service, dict):  # of a platform that NNI does not know
-            platform = config.training_service.get("platform")
-            raise ValueError(f"trainingService.platform is {platform!r}; allowed: {PLATFORMS}")
+        if not isinstance(content, dict):
+            raise ValueError("it has no keys; allowed: a configuration of NNI")
+        if "trainingServicePlatform" in content:
+            content = convert_version_1(content)
+        check_values(content)
+        utils.set_base_path(path.parent)
+        config = ExperimentConfig(**content)
+        for service in services(config):
+            if isinstance(service, dict):  # of a platform that NNI does not know
+                platform = service.get("platform")
+                raise ValueError(f"trainingService.platform is {platform!r}; allowed: {PLATFORMS}")
+        if isinstance(config.training_service, list) and len(config.training_service) == 1:
+            (service,) = config.training_service
+            if hasattr(service, "reuse_mode"):  # in which NNI runs a list
+                config.training_service, service.reuse_mode = service, True
         return config.canonical_copy()
     except Exception as error:  # of the file, YAML and NNI's classes
         raise ValueError(f"{path}: {explanation(error, content)}") from None
     finally:
-        with contextlib.suppress(Exception):  # ExperimentConfig.load() leaves it set if it fails
-            utils.unset_base_path()
+        utils.unset_base_path()
 
 
-def explanation(error, content=None):
+def check_values(content):
+    """Check the values of LIMITS in what a file holds. Raises ValueError, naming the key.
+
+    NNI's assertions check some of them, too, but not in `python -O`.
+    """
+    limits = {utils.case_insensitive(key): limit for key, limit in LIMITS.items()}
+    for key, value in (item for part in objects(content) for item in part.items()):
+        is_good, allowed = limits.get(utils.case_insensitive(str(key)), (bool, None))
+        why = ""
+        with contextlib.suppress(TypeError):  # NNI says which type it has to have
+            try:
+                if value is None or allowed is None or is_good(value):
+                    continue
+            except ValueError as error:
+                why = f": {error}"
+            raise ValueError(f"{key} is {value!r}{why}; allowed: {allowed}")
+
+
+def objects(content):
+    """Yield the objects in a configuration: itself, its training services, and their machines."""
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict):
+            yield part
+            for key, inner in part.items():
+                if utils.case_insensitive(str(key)) in ("trainingservice", "machinelist"):
+                    yield from objects(inner)
+
+
+def explanation(error, content):
     """Return in one line why NNI refuses a configuration, with its keys as they are documented.
 
-    content is what the user has written, as JSON has it.
+    content is what the user has written, or NNI has stored, as JSON has it.
     """
-    classes = [ConfigBase]
-    for each in classes:
-        classes += each.__subclasses__()
-    keys = {name for each in classes for name in getattr(each, "__dataclass_fields__", {})}
     text = one_line(error)
-    frames = zip(
-        traceback.walk_tb(error.__traceback__),
-        traceback.extract_tb(error.__traceback__),
-        strict=True,
-    )
-    for (frame, _), place in frames:
-        config = frame.f_locals.get("self")
-        named = re.search(r"\bself\.(\w+)", place.line or "")
-        if not isinstance(config, ConfigBase) or not named or named[1] not in keys:
-            continue
-        value = getattr(config, named[1])
-        is_plain = isinstance(value, (str, int, float, type(None)))
-        # What has parts may have a password among them.
-        given = f"{named[1]} is {repr(value) if is_plain else type(value).__name__}"
-        if utils.is_missing(value):
-            text = f"{named[1]} is not set"
-        elif "parse_time" in place.line:
-            text = f"{given}; allowed: more than 0 seconds, such as 90, 90s, 30m, 2h or 1d"
-        elif isinstance(error, AssertionError) and not error.args:  # its line is the text
-            text = f"{given}; allowed: {re.sub(r'^assert |self[.]', '', place.line)}"
-        elif named[1] not in text:
-            text = f"{given}: {text}"
     if isinstance(error, OSError):
         text = error.strerror or text
+    elif isinstance(error, AssertionError) and not error.args:  # its line is the text
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        text = f"allowed: {re.sub(r'^assert |self[.]', '', line)}"
+    elif text.endswith("has no attribute 'platform'"):
+        given = content.get("trainingService")
+        text = f"trainingService is {given!r}: allowed: an object with a platform"
+        if isinstance(given, list):  # which may have a password in it
+            text = (
+                "trainingService is list: nniManagerIp is not set; allowed: this machine's address"
+            )
+    elif failed := re.search('search space file "(.*)": (.*)', text):
+        why = failed[2]
+        try:
+            yaml.safe_load(Path(failed[1]).read_text(encoding="utf-8"))
+        except Exception as cause:  # NNI shows it by repr(), without the line
+            why = getattr(cause, "strerror", None) or one_line(cause)
+        text = f"searchSpaceFile is {failed[1]}: {why}"
+    text = text.replace(' in "<unicode string>",', " at")
     if wrong := re.fullmatch(r"\w+: type of (\w+) \((.*)\) is not (.*)", text):
         kind = re.sub(r"typing\.Optional\[(\w+)\]|<class '(\w+)'>", r"\1\2", wrong[3])
-        text = f"{wrong[1]} is {wrong[2]}; allowed: {TYPES.get(kind, kind)}"
+        given = "of another form" if "{" in wrong[2] else wrong[2]  # passwords may be among it
+        text = f"{wrong[1]} is {given}; allowed: {TYPES.get(kind, kind)}"
+    classes = {each.__name__: each.__dataclass_fields__ for each in _all_subclasses(ConfigBase)}
     if unknown := re.search(r"([^\W_]+) does not have field\(s\) (.*)", text):
-        text = misspelled(unknown[2].split(", "), f"NNI's {unknown[1]}", keys, content)
+        text = misspelled(unknown[2].split(", "), unknown[1], classes, content)
     # NNI's classes have the keys as Python writes names.
+    keys = {name for fields in classes.values() for name in fields}
     return re.sub(
         r"(?<![\w/.-])\w+(?![\w/])",
         lambda word: utils.camel_case(word[0]) if word[0] in keys else word[0],
@@ -98,25 +185,26 @@ def explanation(error, content=None):
     )
 
 
-def misspelled(names, where, keys, content):
-    """Return in words which keys NNI does not know, given their names as NNI compares them."""
-    known = {utils.case_insensitive(key): utils.camel_case(key) for key in keys}
-    written = {utils.case_insensitive(key): key for key in keys_in(content)}
+def misspelled(names, where, classes, content):
+    """Return in words which keys of NNI's class where are unknown, and what is allowed.
+
+    The names are as NNI compares them. classes is {name: fields of NNI's class}.
+    """
+    known = {
+        name: {utils.case_insensitive(field): utils.camel_case(field) for field in fields}
+        for name, fields in classes.items()
+    }
     words = []
     for name in names:
-        similar = [known[each] for each in difflib.get_close_matches(name, known, n=1)]
-        allowed = f"; allowed: {similar[0]}" if similar else ""
-        words.append(f"{written.get(name, name)} is no key of {where}{allowed}")
+        others = [other for other in known if name in known[other] and other[0] != "_"]
+        likely = VERSION_1 | known[where]
+        similar = [likely[each] for each in difflib.get_close_matches(name, likely, n=1)]
+        if name not in VERSION_1 and others:
+            similar = [f"there, but in {' or '.join(sorted(others))}"]
+        allowed = ", ".join(similar or known[where].values())
+        written = re.search("_*".join(map(re.escape, name)), str(content), re.IGNORECASE)
+        words.append(f"{(written or [name])[0]} is no key of NNI's {where}; allowed: {allowed}")
     return ", ".join(words)
-
-
-def keys_in(value):
-    """Yield all keys, as text, in what is of JSON."""
-    if isinstance(value, dict):
-        yield from map(str, value)
-    if isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from keys_in(part)
 
 
 def load_stored(experiment, folder):
@@ -127,7 +215,8 @@ def load_stored(experiment, folder):
     database = folder / "db" / "nni.sqlite"
     try:
         with opened(database) as rows:
-            params = json.loads(rows(PROFILE)[0][0])
+            ((_, stored),) = rows(PROFILE)
+            params = json.loads(stored)
     except OSError as error:
         raise ValueError(f"experiment {experiment}: {error}") from None
     where = f"experiment {experiment}, in {database}"
@@ -135,7 +224,7 @@ def load_stored(experiment, folder):
     try:
         return config.canonical_copy()
     except Exception as error:  # of NNI's classes
-        raise ValueError(f"{where}: {explanation(error)}") from None
+        raise ValueError(f"{where}: {explanation(error, params)}") from None
 
 
 def from_stored(params, where):
@@ -149,7 +238,7 @@ def from_stored(params, where):
     try:
         return load_experiment_config(params)
     except Exception as error:  # of NNI's classes
-        raise ValueError(f"{where}: {explanation(error)}") from None
+        raise ValueError(f"{where}: {explanation(error, params)}") from None
 
 
 def check_code(value, where):
@@ -168,8 +257,8 @@ def check_code(value, where):
             raise ValueError(f"{where}: {one_line(key)} is {one_line(part)}; allowed: {allowed}")
 
 
-def convert_version_1(path, content):
-    """Return the ExperimentConfig of what a file of NNI's version 1 holds.
+def convert_version_1(content):
+    """Return as version 2 what a file of NNI's version 1 holds.
 
     Raises ValueError for what nnictl does not convert, and then starts in a way of its own.
     """
@@ -180,15 +269,13 @@ def convert_version_1(path, content):
     try:
         if platform in ("kubeflow", "frameworkcontroller") and is_old:
             raise ValueError("reuse is False")
-        converted = convert.to_v2(content)
+        return convert.to_v2(content)
     except Exception as error:
         why = f"{type(error).__name__}: {one_line(error)}"
         allowed = "one of version 2, or one that NNI can convert"
         raise ValueError(f"a configuration of version 1; allowed: {allowed}; {why}") from None
     finally:
         logger.disabled = False
-    utils.set_base_path(path.parent)
-    return ExperimentConfig(**converted)
 
 
 def expand(config, folder):
@@ -209,14 +296,19 @@ def expand(config, folder):
     if not config.search_space:
         where = f"the code in {config.trial_code_directory} has no annotation"
         raise ValueError(f"useAnnotation is true; allowed: false, since {where}")
-    services = config.training_service
-    for part in (config, *(services if isinstance(services, list) else [services])):
+    for part in (config, *services(config)):
         part.trial_code_directory = str(folder)
     config.use_annotation = False
 
 
+def services(config):
+    """Return the list of a configuration's training services, also of a single one."""
+    found = config.training_service
+    return found if isinstance(found, list) else [found]
+
+
 def is_local(config):
-    """Return whether the trials run on this machine."""
+    """Return whether all trials run on this machine."""
     return getattr(config.training_service, "platform", "several") == "local"
 
 

@@ -19,6 +19,15 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
+
+def load(path):
+    """Return the module in a file. It is not in sys.modules: all names are the user's."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also while a tuner is thinking
     connection = socket.socket(fileno=int(sys.argv[1]))
@@ -29,8 +38,8 @@ if __name__ == "__main__":
     sys.argv[1:] = ["--exp_params", base64.b64encode(config).decode()]
     if not getattr(sys.flags, "safe_path", False):  # Python has put this file's folder there
         sys.path[0] = os.getcwd()
-    spec = importlib.util.spec_from_file_location("mends", Path(__file__).with_name("mends.py"))
-    mends = importlib.util.module_from_spec(spec)  # not in sys.modules: the name is the user's
-    spec.loader.exec_module(mends)
+    imports = load(Path(__file__).parents[1] / "shared" / "imports.py")
+    with imports.without_pandas():
+        mends = load(Path(__file__).with_name("mends.py"))
     mends.apply(connection)
     runpy.run_module("nni", run_name="__main__", alter_sys=True)

@@ -73,15 +73,28 @@ function askForWhatLacks(prototype) {
     };
 }
 
+// A text as one word of a shell, as NNI should write each path.
+const inQuotes = (text) => String(text).replaceAll("'", "'\\''"); // where NNI writes the quotes
+const quoted = (text) => `'${inQuotes(text)}'`;
+
 const RUNNER = fs.readFileSync(`${__dirname}/runner.py`, "utf8");
 
 function mendRunner(prototype) {
     const { getScript } = prototype;
     prototype.getScript = function (environment) {
-        const quoted = `'${RUNNER.replaceAll("'", "'\\''")}'`;
         environment.command = environment.command.replace(
-            "-m nni.tools.trial_tool.trial_runner", () => `-c ${quoted}`);
+            "-m nni.tools.trial_tool.trial_runner", () => `-c ${quoted(RUNNER)}`);
         return getScript.call(this, environment);
+    };
+}
+
+// NNI quotes the folder of a runner on this machine in one line of four.
+function quoteRunnersFolder(prototype) {
+    const { getScript } = prototype;
+    prototype.getScript = function (environment) {
+        const { experimentRootDir: root } = this;
+        return getScript.call(this, environment).map((line) =>
+            line.replace(/>'(.*)'$/s, ">$1").replaceAll(root, () => quoted(root)));
     };
 }
 
@@ -127,8 +140,15 @@ function writeListWhole() {
     fs.writeFileSync = (file, ...rest) => {
         if (path.basename(String(file)) !== ".experiment") return writeFileSync(file, ...rest);
         const unfinished = `${file}.${process.pid}`;
-        writeFileSync(unfinished, ...rest);
+        const sync = (name, flags, write = () => {}) => { // else a power cut empties it
+            const opened = fs.openSync(name, flags, 0o600);
+            write(opened);
+            fs.fsyncSync(opened);
+            fs.closeSync(opened);
+        };
+        sync(unfinished, "w", (opened) => writeFileSync(opened, ...rest));
         fs.renameSync(unfinished, file);
+        sync(path.dirname(file), "r");
     };
 }
 
@@ -242,13 +262,14 @@ module.exports = function ({ mode, python }) {
             const starting = {}; // trial: a promise that it has been started
             prototype.getScript = function (folder) {
                 const files = `1>${folder}/stdout 2>${folder}/stderr`; // NNI quotes neither folder
-                const given = `< /dev/null 1>'${folder}/stdout' 2>'${folder}/stderr'`;
+                const given = `< /dev/null 1>${quoted(`${folder}/stdout`)} 2>${quoted(`${folder}/stderr`)}`;
                 // In a shell of its own, since NNI notes no status after an `exit` or `exec`. And NNI
                 // never writes to the input: a trial that reads it would wait for ever.
                 return getScript.call(this, folder).map((line) =>
                     line.startsWith("eval ") && line.endsWith(files)
                         ? `(${line.slice(0, -files.length)}) ${given}`
-                        : line.replace("cd $NNI_CODE_DIR", 'cd "$NNI_CODE_DIR"'));
+                        : line.replace("cd $NNI_CODE_DIR", 'cd "$NNI_CODE_DIR"')
+                            .replace(/>'(.*)'$/s, (_, state) => `>${quoted(state)}`));
             };
             // A trial has ended once its process has and all that it has reported is stored.
             prototype.getTrialJob = async function (id) {
@@ -307,18 +328,26 @@ module.exports = function ({ mode, python }) {
         [`${environments}/localEnvironmentService.js`]:
             ({ LocalEnvironmentService: { prototype } }) => {
                 mendRunner(prototype);
+                quoteRunnersFolder(prototype);
                 waitForRunnersEnd(prototype);
             },
         [`${environments}/remoteEnvironmentService.js`]:
             ({ RemoteEnvironmentService: { prototype } }) => mendRunner(prototype),
         "training_service/common/util.js": (util) => {
             const patience = "sleep = time.sleep; time.sleep = lambda _: sleep(2)"; // s, for NNI's 5
-            const collector = `${python} -c "import time; ${patience}; `
+            const collector = `${quoted(python)} -c "import time; ${patience}; `
                 + 'from nni.tools.gpu_tool.gpu_metrics_collector import main; main([])"';
             util.runGpuMetricsCollector = (folder) => child_process.exec(
-                util.getGpuMetricsCollectorBashScriptContent(`'${folder}'`)
-                    .replace(/python3 \S+ \S+/, collector),
+                util.getGpuMetricsCollectorBashScriptContent(quoted(folder))
+                    .replace(/python3 -m \S+/, () => collector),
                 { shell: "/bin/bash" });
+            const { setEnvironmentVariable } = util;
+            util.setEnvironmentVariable = ({ key, value }) =>
+                setEnvironmentVariable({ key, value: inQuotes(value) });
+            for (const name of ["execMkdir", "execNewFile", "execTail", "execRemove", "runScript"]) {
+                const run = util[name];
+                util[name] = (file) => run(inQuotes(file));
+            }
         },
     };
 };

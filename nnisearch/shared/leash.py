@@ -15,7 +15,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     folder, command = Path(sys.argv[1]), sys.argv[2:]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    given = {"stdin": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command, close_fds=False, **given)  # the tuner is given a socket
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder
     from nnisearch.shared.output import remove
     from nnisearch.shared.processes import stop

@@ -33,19 +33,26 @@ def prepare_output():
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def write(path, content):
-    """Write bytes to the file, whole or not at all. Raises OSError, naming the file."""
+def write(path, content, mode=0o666):
+    """Write bytes to the file, whole or not at all, also if the power fails.
+
+    mode is of a new file, before the umask. Raises OSError, naming the file.
+    """
     unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         if (descriptor := open_special(path)) is not None:
             with open(descriptor, "wb") as stream:
                 stream.write(content)
             return
-        file = open(unfinished, "xb")  # noqa: SIM115 - x: no link that another has put there
+        # O_EXCL: no link that another has put there
+        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
-            with file:
-                file.write(content)
+            with open(file, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(file)
             os.replace(unfinished, path)
+            sync(path.parent)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
@@ -61,6 +68,14 @@ def remove(folder):
                 with contextlib.suppress(OSError):
                     os.chmod(path, 0o700)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(folder):
+    """Have the disk keep the names of the files in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # as where the file system cannot
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def open_special(path):

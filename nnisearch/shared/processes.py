@@ -29,9 +29,13 @@ def managers():
         with contextlib.suppress(psutil.Error):
             arguments = process.cmdline()
             if any(argument.endswith("nni_node/main.js") for argument in arguments[:5]):
-                given = dict(itertools.pairwise(arguments))
-                found[given.get("--experiment-id")] = process
+                found[argument_of(process, "--experiment-id")] = process
     return found
+
+
+def argument_of(process, name):
+    """Return what follows an argument of a process, or None. Raises psutil.Error."""
+    return dict(itertools.pairwise(process.cmdline())).get(name)
 
 
 def manager_of(id):

@@ -11,6 +11,7 @@ from nnisearch.shared.direction import DIRECTIONS, direction
 from nnisearch.shared.text import one_line
 
 EXPERIMENTS = Path("~/nni-experiments/.experiment")  # NNI's list of them: {ID: {...}}
+DATABASE = Path("db", "nni.sqlite")  # in an experiment's folder
 EVENTS = (
     "SELECT rowid, trialJobId, sequenceId, event, timestamp, data, logPath FROM TrialJobEvent"
     " WHERE rowid > ? AND rowid <= ? AND trialJobId != ''"
@@ -21,7 +22,7 @@ METRICS = (
     " WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1000"
 )
 NEWEST = "SELECT (SELECT max(rowid) FROM TrialJobEvent), (SELECT max(rowid) FROM MetricData)"
-PROFILE = "SELECT params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
+PROFILE = "SELECT id, params FROM ExperimentProfile ORDER BY revision DESC LIMIT 1"
 ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 NNIS_NAMES = {"USER_TO_CANCEL": "USER_CANCELED", "ADD_RESUMED": "WAITING"}  # event: status
 NO_RESULT = "which is no result; allowed: a finite number, or an object whose default is one"
@@ -69,9 +70,20 @@ def read_experiments(**types):
     Raises OSError if it cannot be read, ValueError, naming it, if it is damaged.
     """
     listed = EXPERIMENTS.expanduser()
-    if listed.exists() and not listed.is_file():  # NNI would wait for who writes to a pipe
+    try:
+        return checked_list(listed, types) if listed.exists() else {}
+    except ValueError as error:
+        way = f"to go on without it: mv '{listed}' '{listed}.damaged'"
+        raise ValueError(f"{error}; {way}; a search is found by its ID, too") from None
+
+
+def checked_list(listed, types):
+    """Return what NNI's list of experiments holds. Raises as read_experiments()."""
+    if not listed.is_file():  # NNI would wait for who writes to a pipe
         raise ValueError(f"{listed} is damaged: it is no file; allowed: a file, or none")
-    if not listed.exists() or not listed.stat().st_size:
+    if not listed.stat().st_size:
+        if any(listed.parent.glob(f"*/{DATABASE}")):  # as after a power cut
+            raise ValueError(f"{listed} is damaged: it is empty; allowed: an object of experiments")
         return {}
     known = read_json(listed)
     if not isinstance(known, dict):
@@ -92,20 +104,34 @@ def some(experiments):
     return words + (", and others in nnictl experiment list --all" if len(experiments) > 5 else "")
 
 
+def find_folder(experiment, known):
+    """Return the folder of an experiment, or None if there is none.
+
+    known is NNI's list. An experiment that it has lost, or that has been moved with it, is found
+    beside the list.
+    """
+    listed = Path(known[experiment]["logDir"], experiment) if experiment in known else None
+    beside = EXPERIMENTS.expanduser().with_name(Path(experiment).name)
+    is_beside = beside.name == experiment and (beside / DATABASE).is_file()
+    return beside if is_beside and not (listed and (listed / DATABASE).is_file()) else listed
+
+
 def find_database(experiment):
-    """Return the ID and the database of an experiment of this user, by default the latest.
+    """Return the database of an experiment of this user, by default the latest.
 
     Raises ValueError if there is no such experiment, OSError if NNI's list cannot be read.
     """
+    if experiment and (folder := find_folder(experiment, {})):
+        return folder / DATABASE
     known = read_experiments(startTime=(int, float), logDir=str)
     if not known:
         listed = EXPERIMENTS.expanduser()
-        raise ValueError(f"no experiment: {listed} lists none; --file reads exported results")
+        raise ValueError(f"no experiment: {listed} lists none; --file reads a search's folder, too")
     if experiment is None:
         experiment = max(known, key=lambda key: known[key]["startTime"])
-    if experiment not in known:
-        raise ValueError(f"EXPERIMENT_ID is {experiment!r}; allowed: {some(known)}")
-    return experiment, Path(known[experiment]["logDir"]) / experiment / "db" / "nni.sqlite"
+    if folder := find_folder(experiment, known):
+        return folder / DATABASE
+    raise ValueError(f"EXPERIMENT_ID is {experiment!r}; allowed: {some(known)}")
 
 
 @contextlib.contextmanager
@@ -211,14 +237,15 @@ UNSTARTED = {
 KEYS = ("trial", "id", "status", "result", "reported", "intermediate", "hyperparameters", "seconds")
 
 
-def read_database(experiment, path):
+def read_database(path):
     """Return the search in NNI's database, in the form that --json prints.
 
     A trial's result is a number or None; then reported is the text of what it gave instead, or
     None. Raises OSError as opened() does.
     """
     with opened(path) as rows:
-        profile = json.loads(rows(PROFILE)[0][0])
+        ((experiment, params),) = rows(PROFILE)
+        profile = json.loads(params)
         search = {
             "experiment": experiment,
             "name": profile.get("experimentName"),
@@ -234,12 +261,16 @@ def read_database(experiment, path):
 
 
 def read_file(path):
-    """Return the search in a file, which --json or nnictl's export has written.
+    """Return the search in a file: NNI's database, or what --json or nnictl's export has written.
 
+    path may be an experiment's folder, too.
     nnictl exports only the trials with a result, without durations and which way is better, which
     is then taken to be the greatest, and intermediate results only with -i.
     Raises OSError or ValueError, naming the file, if it is neither.
     """
+    path = path / DATABASE if path.is_dir() else path
+    if path.suffix == DATABASE.suffix:
+        return read_database(path)
     search = read_json(path)
     try:
         if not isinstance(search, dict):
@@ -308,5 +339,7 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error

@@ -12,16 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock
 from nni.experiment import RunMode, rest
-from nni.tools.nnictl.nnictl_utils import update_experiment
 
-from nnisearch.before.config import is_local
+from nnisearch.before.config import is_local, services
 from nnisearch.shared.output import remove
-from nnisearch.shared.processes import end, manager_of, processes_of, stop
+from nnisearch.shared.processes import end, manager_of, managers, processes_of, stop
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line, uncoloured
-from nnisearch.start.patches import PATIENCE, Experiments, patience
+from nnisearch.start.patches import PATIENCE, Experiments, StartLock, patience
 
 PORT = 8090
 PRELOAD = Path(__file__).resolve().parent.parent / "manager" / "manager.js"
@@ -47,9 +45,9 @@ def find_port(wanted, count):
     for port in [wanted] if wanted else itertools.count(PORT):
         if all(is_free(port + offset) for offset in range(count)):
             return port
-    update_experiment()
+    alive = managers()
     for id, known in Experiments().get_all_experiments().items():
-        if known["port"] == wanted and known["status"] != "STOPPED":
+        if known.get("port") == wanted and id in alive:
             name = one_line(known.get("experimentName"))
             holder = f"experiment {id} ({name}) has it: nnictl stop {id} ends that"
             raise ValueError(f"--port is {wanted}; allowed: a free one; {holder}")
@@ -59,16 +57,16 @@ def find_port(wanted, count):
 
 def prepare_environment(config, listen):
     """Set what NNI's manager inherits: this Python for the trials, and manager.js for itself."""
-    machines = getattr(config.training_service, "machine_list", None) or []
+    machines = [m for one in services(config) for m in getattr(one, "machine_list", None) or []]
     found = [socket.getaddrinfo(machine.host, None) for machine in machines]
     guard = {
         "listen": listen,
         "machines": [place[4][0] for places in found for place in places],
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
-    preload = json.dumps(str(PRELOAD), ensure_ascii=False)  # quoted: its path may have spaces
+    preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))  # its path may have spaces, too
     # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
-    own = f"--openssl-config=/dev/null --require {preload}"
+    own = f'--openssl-config=/dev/null --require "{preload}"'
     os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} {own}"
     os.environ["NNI_GUARD"] = json.dumps(guard)
 
@@ -82,7 +80,8 @@ def experiment_folder(experiment):
     folder = Path(experiment.config.experiment_working_directory, experiment.id)
     made = [parent for parent in folder.parents if not parent.exists()]
     # NNI makes folders in it that all may write to, and runs what stands there.
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for parent in reversed([folder, *made]):
+        parent.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
     try:
         yield folder
@@ -109,9 +108,9 @@ def launch(experiment, wanted):
         try:
             with contextlib.ExitStack() as stack:
                 lock = Path("~/nni-experiments/.nnisearch.lock").expanduser()
-                lock.parent.mkdir(parents=True, exist_ok=True)
+                lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 # One start at a time: of two that look for a port, one would lose it to the other.
-                with FileLock(lock):
+                with StartLock(lock):
                     if manager_of(experiment.id):
                         allowed = "one that does not run; another command has just resumed it"
                         raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")

@@ -1,32 +1,67 @@
 """What is changed of NNI from Python, each with its reason."""
 
 import contextlib
+import json
 import sys
 import time
 from pathlib import Path
 
-import nni
 import psutil
+from filelock import FileLock, Timeout
 from nni.experiment import launcher, rest
+from nni.tools.nnictl import common_utils, config_utils
 from nni.tools.nnictl.config_utils import Experiments
 
 from nnisearch.shared.output import write
+from nnisearch.shared.results import read_experiments
 from nnisearch.shared.signals import uninterrupted
+from nnisearch.shared.text import one_line
 
+NOTICE = 5  # seconds until the user is told what is waited for
 PATIENCE = 120  # seconds; NNI gives its web server 3
 
 
+class WaitingAloud:
+    """Makes a lock of filelock's tell, after NOTICE seconds, what it waits for."""
+
+    def acquire(self, *_, **__):
+        """Wait for the lock, without a limit."""
+        try:
+            return super().acquire(timeout=NOTICE)
+        except Timeout:
+            print(f"Waiting for {self.holder.format(one_line(self.lock_file))}")
+            return super().acquire(timeout=-1)
+
+
+class StartLock(WaitingAloud, FileLock):
+    """The lock that a command holds while it starts a search."""
+
+    holder = "another start, maybe one stopped by Ctrl-Z; to see it: fuser -v {}"
+
+
+class ListLock(WaitingAloud, common_utils.SimplePreemptiveLock):
+    """NNI's lock of its list: a file that is not older than two seconds, with this name and a PID.
+
+    One that is dated in the future counts, too.
+    """
+
+    holder = "the process whose number ends the name of a lock; if it has ended: rm {}.*"
+
+
 def write_list(experiments):
-    """Write NNI's list of experiments whole, or not at all, as on a full disk, without a word.
+    """Write NNI's list of experiments whole, or not at all, as on a full disk, silently.
 
     NNI empties it and then writes it: killed in between, it has lost them all.
     """
     with contextlib.suppress(OSError):
-        content = nni.dump(experiments.experiments, indent=4)
-        write(Path(experiments.experiment_file), content.encode())
+        content = json.dumps(experiments.experiments, indent=4)
+        write(Path(experiments.experiment_file), content.encode(), mode=0o600)
 
 
 Experiments.write_file = write_list
+# NNI's own runs what the list names by __symbol__.
+Experiments.read_file = lambda _: read_experiments()
+config_utils.get_file_lock = lambda path, stale: ListLock(f"{path}.lock", stale)
 
 
 @contextlib.contextmanager

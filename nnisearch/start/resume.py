@@ -4,13 +4,14 @@ It promises: an experiment counts as running if its manager lives; of one that w
 runs on beside the trials that are started anew.
 """
 
+import contextlib
 from pathlib import Path
 
 from nni.experiment import rest
 
 from nnisearch.before.config import from_stored
-from nnisearch.shared.processes import end, manager_of, managers, processes_of
-from nnisearch.shared.results import read_experiments
+from nnisearch.shared.processes import argument_of, end, manager_of, managers, processes_of
+from nnisearch.shared.results import find_folder, read_experiments, some
 from nnisearch.shared.text import one_line
 from nnisearch.start.patches import Experiments
 
@@ -20,12 +21,35 @@ def list_experiments():
 
     Raises OSError or ValueError if it is damaged: NNI would take it for empty, and overwrite it.
     """
-    listed = read_experiments(id=str, status=str, port=int, logDir=str)
+    listed = read_experiments(id=str, status=str, logDir=str)
     alive = managers()
     for id, known in listed.items():
         if id not in alive:
             known["status"] = "STOPPED"
     return listed
+
+
+def find(id, listed):
+    """Return what list_experiments() has on an experiment, also on one that NNI's list has lost.
+
+    Raises ValueError if there is none.
+    """
+    folder = find_folder(id, listed)
+    if not folder:
+        raise ValueError(f"--resume is {id!r}; allowed: {some(listed)}")
+    manager = manager_of(id)
+    known = {"id": id, "status": "RUNNING" if manager else "STOPPED"} | listed.get(id, {})
+    known["logDir"] = str(folder.parent)
+    if manager:
+        known["port"] = int(argument_of(manager, "--port"))
+    return known
+
+
+def close_list(home):
+    """Make NNI's folder below HOME, and its list of experiments, this user's alone."""
+    for path in (home, home / ".experiment"):
+        with contextlib.suppress(OSError):  # there is none, or it is another user's
+            path.chmod(path.stat().st_mode & 0o700)
 
 
 def note_ended(listed):

@@ -14,8 +14,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder
     has_ended = sys.stdin.read()
     if not has_ended:
+        from nnisearch.shared.imports import without_pandas
         from nnisearch.shared.output import remove
-        from nnisearch.start.launch import undo  # not at the top: NNI takes a second
+
+        with without_pandas():  # not at the top: NNI takes half a second
+            from nnisearch.start.launch import undo
 
         folder, action, latest = sys.argv[1:]
         folder = Path(folder)

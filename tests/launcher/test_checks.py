@@ -1,7 +1,9 @@
 """config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
 
 import datetime
+import grp
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -79,9 +81,31 @@ def test_the_projects_configurations_pass(name):
         ),
         ({"maxTrialDuration": "5x"}, ["maxTrialDuration is '5x'; allowed: ", "90, 90s, 30m"]),
         ({"maxExperimentDuration": "0s"}, ["maxExperimentDuration is '0s'; allowed: "]),
+        ({"maxTrialDuration": True}, ["maxTrialDuration is True; allowed: more than 0 seconds"]),
+        ({"logLevel": "loud"}, ["logLevel is 'loud'; allowed: fatal, error, "]),
         ({"tunerGpuIndices": "a"}, ["tunerGpuIndices is 'a': invalid literal"]),
+        (
+            {"trainingService": [{"platform": "local", "gpuIndices": [0, 0]}]},
+            ["gpuIndices is [0, 0]: Duplication", "; allowed: a GPU's number"],
+        ),
+        ({"trainingService": REMOTE | {"machineList": MACHINE}}, ["machineList is of another"]),
+        ({"trainingService": None}, ["trainingService is None: allowed: an object with"]),
+        ({"tuner": {"className": "a.B"}}, ["allowed: codeDirectory is not None"]),
+        # Keys of version 1, of another place, misspelled, and like no other.
+        ({"author": "me"}, ["author is no key of NNI's ExperimentConfig; allowed: to leave it"]),
+        ({"maxTrialNum": 3}, ["; allowed: maxTrialNumber"]),
+        ({"gpuIndices": [0]}, ["; allowed: there, but in LocalConfig or RemoteMachineConfig"]),
+        (
+            {"tuner": {"builtinTunerName": "TPE"}},
+            ["builtinTunerName is no key of NNI's AlgorithmConfig; allowed: name"],
+        ),
+        (
+            {"tuner": {"name": "TPE", "class_arg": {}}},
+            ["class_arg is no key", "allowed: classArgs"],
+        ),
+        ({"tuner": {"name": "TPE", "xyz": 1}}, ["; allowed: name, className, codeDirectory, cla"]),
         ({"trainingService": "local"}, ["trainingService is 'local': "]),
-        ({"trainingService": [REMOTE, REMOTE]}, ["trainingService is list: "]),
+        ({"trainingService": [REMOTE, REMOTE]}, ["trainingService is list: nniManagerIp is not"]),
         ({"tuner": None}, ["tuner must be set"]),
         ({"trainingService": {"platform": "locl"}}, ["platform is 'locl'; allowed: local, remote"]),
         ({"searchSpaceFile": "no.json", "searchSpace": None}, ["no.json"]),
@@ -102,6 +126,27 @@ def test_files_that_are_no_configuration(tmp_path, content):
     for broken in (path, tmp_path / "missing.yml"):
         with pytest.raises(ValueError, match=f"^{broken}: .+$"):
             config.load(broken)
+
+
+def test_a_search_space_that_does_not_parse_is_named_with_its_line(load, tmp_path):
+    (tmp_path / "space.json").write_text('{"lr":\n  {"_type": "choice"\n   "_value": [1]}}')
+    line = refusal(load, searchSpaceFile="space.json", searchSpace=None)
+    assert f"searchSpaceFile is {tmp_path}/space.json: " in line
+    assert "line 3, column 4" in line
+    assert "<" not in line.replace("<scalar>", "")
+
+
+def test_values_that_nni_takes_in_several_forms(load):
+    forms = {"maxTrialDuration": 600, "maxExperimentDuration": "1.5h", "tunerGpuIndices": 1}
+    service = {"platform": "local", "gpuIndices": "0, 2"}
+    loaded = load(**forms, trainingService=[service])
+    assert checks.check(loaded) == []
+    assert loaded.tuner_gpu_indices == [1]
+    assert loaded.training_service.gpu_indices == [0, 2]
+    assert loaded.training_service.reuse_mode  # as NNI runs a list
+    loaded = load(trainingService=[service, REMOTE], nniManagerIp="127.0.0.1")
+    assert checks.check(loaded) == []
+    assert [one.platform for one in config.services(loaded)] == ["local", "remote"]
 
 
 def test_a_pipe_is_no_configuration(tmp_path):
@@ -325,9 +370,11 @@ def test_who_holds_the_gpus(load, tmp_path, monkeypatch):
     assert gpus.waiting_for(service) is None
 
 
-def test_a_python_whose_path_has_a_space(load, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/my python/python3")
-    assert "the Python is '/my python/python3'; allowed: " in refusal(load)
+def test_a_folder_whose_name_is_not_utf_8(load):
+    loaded = load()
+    loaded.experiment_working_directory = os.fsdecode(b"/caf\xe9")
+    with pytest.raises(ValueError, match=r"^experimentWorking.* is '/caf\\udce9'; allowed: "):
+        checks.check(loaded)
 
 
 def test_a_machine_without_ps(load, tmp_path, monkeypatch):
@@ -344,6 +391,27 @@ def test_a_home_that_cannot_be_written(tmp_path):
     assert str(error.value).startswith(
         f"experimentWorkingDirectory is '{folder}'; allowed: a folder"
     )
+
+
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
+    checks.check_private(tmp_path / "missing")
+    user = pwd.getpwuid(os.getuid()).pw_name
+    own, shared = (grp.struct_group((user, "x", 7, who)) for who in ([user], [user, "another"]))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: own)
+    for mode in (0o755, 0o775, 0o1777):
+        tmp_path.chmod(mode)
+        checks.check_private(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(ValueError) as error:
+        checks.check_private(tmp_path)
+    assert str(error.value) == (
+        f"experimentWorkingDirectory is '{tmp_path}'; allowed: a folder that only you can write to,"
+        f" or a sticky one; others can write to it: chmod go-w '{tmp_path}', or a new folder in it"
+    )
+    monkeypatch.setattr(grp, "getgrgid", lambda _: shared)
+    tmp_path.chmod(0o775)
+    with pytest.raises(ValueError, match="; its group can write to it: chmod go-w "):
+        checks.check_private(tmp_path)
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):

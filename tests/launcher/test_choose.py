@@ -250,6 +250,7 @@ def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
         (["--out", "no/such/best.json"], ["cannot write no/such/best.json"]),
         (["--file", "missing.json"], ["missing.json", "No such file"]),
         (["--file", "text.json"], ["text.json is not JSON"]),
+        (["--file", "deep.json"], ["deep.json is nested too deep"]),
         (["--file", "other.json"], ["other.json holds no results", "'experiment' is missing"]),
         (["--file", "list.json"], ["list.json holds no results"]),
         (["abc123", "--file", "list.json"], ["EXPERIMENT_ID is 'abc123'", "--file"]),
@@ -258,6 +259,7 @@ def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
 def test_refusals(run, tmp_path, args, parts):
     database(tmp_path, MIXED)
     (tmp_path / "text.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "list.json").write_text("[1, 2]")
     line = refusal(run(*args))
@@ -277,15 +279,32 @@ def test_a_machine_without_experiments(run, tmp_path):
 
 @pytest.mark.parametrize(
     "listed",
-    [[1], 3, {"abc": 3}, {"abc": {}}, {"abc": {"startTime": "now", "logDir": "/"}}],
+    ["", [1], 3, {"abc": 3}, {"abc": {}}, {"abc": {"startTime": "now", "logDir": "/"}}],
     ids=str,
 )
 def test_a_damaged_list_of_experiments(run, tmp_path, listed):
     database(tmp_path, MIXED)
     path = tmp_path / "nni-experiments" / ".experiment"
-    path.write_text(json.dumps(listed))
+    path.write_text(listed and json.dumps(listed))  # "": as a power cut leaves it
     for args in ([], ["abc"]):
-        assert f"{path} is damaged" in refusal(run(*args))
+        line = refusal(run(*args))
+        assert f"{path} is damaged" in line
+        assert f"mv '{path}' '{path}.damaged'; a search is found by its ID, too" in line
+    assert run("abc123").returncode == 0
+
+
+def test_a_search_is_found_by_its_folder(run, tmp_path):
+    expected = database(tmp_path, MIXED) and run("--json").stdout
+    (tmp_path / "nni-experiments").rename(tmp_path / "moved")
+    folder = tmp_path / "moved" / "abc123"
+    for place in (folder, folder / "db" / "nni.sqlite"):
+        assert run("--file", place, "--json").stdout == expected
+    (tmp_path / "moved").rename(tmp_path / "nni-experiments")
+    listed = tmp_path / "nni-experiments" / ".experiment"
+    known = {"abc123": {"startTime": 1000, "logDir": "/before/it/was/moved"}}
+    for content in (json.dumps(known), "{}"):
+        listed.write_text(content)
+        assert run("abc123", "--json").stdout == expected
 
 
 def test_a_database_that_is_missing_or_damaged(run, tmp_path):

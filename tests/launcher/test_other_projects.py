@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from experiment import free_port, processes_at
+from test_experiment import stand_in_nvidia_smi
 
 TRIAL = (ROOT / "tests" / "support" / "other_project.py").read_text()
 CONFIG = {
@@ -251,10 +253,22 @@ def test_whatever_bash_takes(project, command):
     project.succeeds(trialCommand=command)
 
 
-def test_folders_with_spaces_and_other_letters(project):
-    folder = project.folder = project.folder.rename(project.folder.with_name("my 项目"))
-    project.succeeds(experimentWorkingDirectory=str(project.home / "my experiments"))
-    assert not folder.joinpath("stdout").exists()
+def test_folders_of_any_name(project, monkeypatch):
+    strange = project.folder.with_name('it\'s $HOME `id` "my" \\n;\n项目')
+    shutil.copytree(ROOT / "nnisearch", strange / "nnisearch")
+    (strange / "env").symlink_to(sys.prefix)
+    monkeypatch.setattr(sys, "executable", str(strange / "env" / "bin" / "python3"))
+    project.folder = project.folder.rename(strange / "project")
+    project.home = project.home.rename(strange / "home")
+    stand_in_nvidia_smi(project.home, busy=[False])
+    folders = {"HOME": str(project.home), "TMPDIR": str(project.home), "PYTHONPATH": str(strange)}
+    project.environment |= folders | {"PATH": f"{project.home}:{project.environment['PATH']}"}
+    service = {"platform": "local", "useActiveGpu": False}
+    experiments = str(project.home / "experiments")
+    project.succeeds(
+        experimentWorkingDirectory=experiments, trainingService=service, trialGpuNumber=1
+    )
+    assert not project.folder.joinpath("stdout").exists()
 
 
 def test_version_1(project):

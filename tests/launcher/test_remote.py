@@ -25,6 +25,7 @@ from nnisearch.shared.results import Trials
 UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
 UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
 PASSPHRASE = "correct horse"
+REMOTE = yaml.safe_load((ROOT / "configs" / "remote.yml").read_text())["trainingService"]
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 COMMAND = "python3 train.py --dataset synthetic --device cpu --report-every 50"
 # As Debian has it since 13. NNI's Node has OpenSSL 1.1.1, which knows no providers.
@@ -124,14 +125,13 @@ def search(experiment, machines):
     searches = []
 
     def search(trials, **changes):
-        service = yaml.safe_load((ROOT / "configs" / "remote.yml").read_text())["trainingService"]
         settings = {
             "trialCommand": LIGHT_TRIAL,
             "trialGpuNumber": 0,
             "maxTrialNumber": trials,
             "searchSpace": SPACE,
             "nniManagerIp": "127.0.0.1",
-            "trainingService": service | {"machineList": [one.settings for one in machines]},
+            "trainingService": REMOTE | {"machineList": [one.settings for one in machines]},
         }
         one = experiment("configs/remote.yml", **settings | changes)
         searches.append(one)
@@ -160,7 +160,9 @@ def machine_of(trial):
 
 def test_a_search_on_two_machines(search, machines):
     before = set(Path("/tmp").iterdir())
-    demo = search(4, trialCommand=COMMAND)
+    # NNI takes one training service with two machines, or two training services.
+    services = [REMOTE | {"machineList": [one.settings]} for one in machines]
+    demo = search(4, trialCommand=COMMAND, trainingService=services)
     # The port that the machines report to is open to them and to nobody else.
     assert ask(demo.port + 1, path="/") == 426  # to this machine's user, who is one of them here
     assert ask(demo.port + 1, "Origin: http://example.com", path="/") == 403

@@ -19,10 +19,12 @@ import pytest
 import yaml
 from conftest import ROOT, nobody
 from experiment import MANAGER, UNCHECKED, Experiment, free_port, metric_value, processes_at
+from filelock import FileLock
 from nni.experiment import rest
 
 from nnisearch.before import config
 from nnisearch.shared import processes
+from nnisearch.start import patches
 from nnisearch.start import resume as recovery
 
 TRIALS, REPORTS = 9, 5
@@ -341,11 +343,15 @@ def test_a_damaged_list_is_refused(tmp_path, monkeypatch, listed):
 NODE = Path(nni_node.__path__[0]).resolve() / "node"
 # As NNI's manager and its Python change their list.
 CHANGE_BY_NODE = f"""
+const fs = require("fs");
 require({str(ROOT / "nnisearch" / "manager" / "pace.js")!r})({{mode: "local", python: "python3"}});
-require("fs").writeFileSync(process.argv[1], process.argv[2]);
+const {{ fsyncSync }} = fs;
+fs.fsyncSync = (opened) => {{ fsyncSync(opened); console.log("synced"); }};
+fs.writeFileSync(process.argv[1], process.argv[2]);
 """
 CHANGE_BY_PYTHON = """
-import json, sys
+import json, os, sys
+os.fsync = lambda opened, sync=os.fsync: (sync(opened), print("synced"))
 from nnisearch.start.resume import Experiments
 (id, known), = json.loads(sys.argv[2]).items()
 Experiments().update_experiment(id, "status", known["status"])
@@ -358,14 +364,50 @@ Experiments().update_experiment(id, "status", known["status"])
     ids=["manager", "command"],
 )
 def test_nnis_list_is_whole_at_each_moment(tmp_path, environment, change):
-    path = write_list(tmp_path, {"abc": {"id": "abc", "status": "RUNNING"}})
-    before, after = path.read_text(), {"abc": {"id": "abc", "status": "STOPPED"}}
+    code = {"__symbol__": "path:os.system", "__args__": [f"touch {tmp_path}/run"]}
+    known = {"id": "abc", "logDir": "/", "tag": [code | {"__kwargs__": {}, "__nni_type__": 1}]}
+    path = write_list(tmp_path, {"abc": known | {"status": "RUNNING"}})
+    before, after = path.read_text(), {"abc": known | {"status": "STOPPED"}}
     (tmp_path / "who reads it meanwhile").hardlink_to(path)
-    how = {"env": environment | {"HOME": str(tmp_path)}, "cwd": ROOT, "check": True}
-    subprocess.run([*change, path, json.dumps(after)], **how)
+    how = {"env": environment | {"HOME": str(tmp_path)}, "cwd": ROOT, "text": True}
+    printed = subprocess.check_output([*change, path, json.dumps(after)], **how)
+    assert printed == "synced\nsynced\n"  # the file and its folder
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "run").exists()
     assert json.loads(path.read_text()) == after
     assert (tmp_path / "who reads it meanwhile").read_text() == before
     assert [file.name for file in path.parent.iterdir()] == [".experiment"]
+
+
+def test_whoever_waits_for_a_lock_is_told_for_what(tmp_path, monkeypatch):
+    start, path = tmp_path / "start.lock", tmp_path / "list.lock"
+    (dated := tmp_path / "list.lock.7").touch()
+    os.utime(dated, (2**32, 2**32))  # in the future
+    (held := FileLock(start)).acquire()
+    said = []
+
+    def released(line):
+        said.append(line)
+        held.release()
+        dated.unlink(missing_ok=True)
+
+    monkeypatch.setattr(patches, "NOTICE", 0.1)
+    monkeypatch.setattr(patches, "print", released, raising=False)
+    with patches.ListLock(str(path), stale=2), patches.StartLock(start):
+        assert len(said) == 1
+    (line,) = said
+    assert line.endswith(f"; if it has ended: rm {path}.*")
+    held.acquire()
+    with patches.StartLock(start):
+        assert said[1].endswith(f"; to see it: fuser -v {start}")
+
+
+def test_a_list_that_others_could_write_is_closed(tmp_path):
+    path = write_list(tmp_path, {})
+    path.chmod(0o664)
+    path.parent.chmod(0o775)
+    recovery.close_list(path.parent)
+    assert [file.stat().st_mode & 0o777 for file in (path.parent, path)] == [0o700, 0o600]
 
 
 def test_a_list_that_is_a_pipe_is_refused(tmp_path, monkeypatch):
@@ -409,8 +451,9 @@ def test_an_experiment_whose_configuration_is_damaged(tmp_path, params, part):
     path = tmp_path / "abc" / "db" / "nni.sqlite"
     path.parent.mkdir(parents=True)
     with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute("CREATE TABLE ExperimentProfile (params text, revision integer)")
-        database.execute("INSERT INTO ExperimentProfile VALUES (?, 1)", [params])
+        columns = "id text, params text, revision integer"
+        database.execute(f"CREATE TABLE ExperimentProfile ({columns})")
+        database.execute("INSERT INTO ExperimentProfile VALUES ('abc', ?, 1)", [params])
     with pytest.raises(ValueError) as error:
         config.load_stored("abc", tmp_path / "abc")
     assert "\n" not in str(error.value)

@@ -118,10 +118,14 @@ def test_a_search_in_the_foreground(run_search, home):
     assert "3 of 3 trials have a result" in printed
     assert printed[-1] == f"To keep the choice: python choose.py {id} --out best.json"
     assert "%|" not in result.stderr  # no progress bar without a terminal
+    listed = home / "nni-experiments" / ".experiment"
+    assert [path.stat().st_mode & 0o77 for path in (listed, listed.parent)] == [0, 0]
     assert id in nnictl(home, "experiment", "list")
+    listed.rename(listed.with_name("lost"))
     again = run_search("--resume", id, how=["-OO", "-c", NOTEBOOK])  # watches what still runs
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-8:] == printed[-8:]  # the table and what is below it
+    listed.with_name("lost").rename(listed)
     nnictl(home, "stop", id)
 
 

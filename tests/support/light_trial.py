@@ -7,7 +7,10 @@ import json
 import sys
 import time
 
-import nni
+from nnisearch.shared.imports import without_pandas
+
+with without_pandas():
+    import nni
 
 if __name__ == "__main__":
     given = nni.get_next_parameter()
