@@ -52,16 +52,14 @@ def check(config):
             train.set_hyperparameters(args, {key: value}, "searchSpace")
 
 
-def main(argv=None):
-    return cli.main(
-        argv,
-        command="python search.py",
-        choose_command="python choose.py",
-        default_config=default_config,
-        check=check,
-        within=0.5,
-    )
+PROJECT = cli.Project(
+    command="python search.py",
+    choose_command="python choose.py",
+    default_config=default_config,
+    check=check,
+    within=0.5,
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(project=PROJECT))

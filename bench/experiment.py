@@ -21,7 +21,8 @@ UNCHECKED = [
     "-c",
     "import sys, search; from nnisearch.before import checks; checks.check = lambda _: [];"
     "checks.check_disk = lambda *_: None;"
-    "search.check = lambda _: None; sys.exit(search.main([*sys.argv[1:], '--no-rehearsal']))",
+    "search.PROJECT.check = lambda _: None; argv = [*sys.argv[1:], '--no-rehearsal'];"
+    "sys.exit(search.cli.main(argv, search.PROJECT))",
 ]
 NNICTL = [
     "-c",

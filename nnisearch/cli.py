@@ -12,6 +12,8 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from nnisearch.shared import signals
@@ -35,29 +37,59 @@ EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 LIST_SIZE = 1  # MB: NNI's list of experiments, of which nothing is left if the disk is full
 
 
-def begin(args, default_config, check):
+@dataclass
+class Project:
+    """What a project's own door adds to nnisearch; the defaults are nnisearch's own.
+
+    The commands are those by which a user starts a search, and chooses. default_config() returns
+    the path of the configuration if the user names none, and why it is that one. check(config)
+    raises ValueError for what the project's trial refuses. within is choose.main's.
+    """
+
+    command: str = "nnisearch"
+    choose_command: str = "nnichoose"
+    default_config: Callable | None = None
+    check: Callable = lambda config: None
+    within: float = 0.0
+
+
+def begin(args, project):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
-    known = resume.list_experiments()
+    listed = resume.list_experiments()
     if args.resume:
-        wanted = resume.find(args.resume, known)
-        if resume.is_running(wanted):
-            return args.resume, wanted["port"], resume.running_config(wanted)
+        known = resume.find(args.resume, listed)
+        if resume.is_running(known):
+            return args.resume, known["port"], resume.running_config(known)
     home = Path("~/nni-experiments").expanduser()
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")
     resume.close_list(home)
     checks.check_private(home, "NNI's folder below HOME")
-    if known:
-        resume.note_ended(known)
-    if args.resume:
-        folder = Path(wanted["logDir"], args.resume)
-        experiment = Experiment(configuration.load_stored(args.resume, folder))
-        experiment.id, experiment._action = args.resume, "resume"
-        experiment.config.experiment_working_directory = wanted["logDir"]
-        resume.prepare(wanted)
-    else:
-        path, reason = (args.config, args.config) if args.config else default_config()
-        print(f"Configuration: {one_line(reason)}")
-        experiment = Experiment(configuration.load(path))
+    if listed:
+        resume.note_ended(listed)
+    experiment = resumed(known) if args.resume else new(args, project)
+    port = start(experiment, args, project)
+    return experiment.id, port, experiment.config
+
+
+def new(args, project):
+    """Return the experiment of the configuration that args name, or of the project's default."""
+    path, reason = (args.config, args.config) if args.config else project.default_config()
+    print(f"Configuration: {one_line(reason)}")
+    return Experiment(configuration.load(path))
+
+
+def resumed(known):
+    """Return an experiment as NNI has stored it, and end what still runs of it."""
+    id, folder = known["id"], known["logDir"]
+    experiment = Experiment(configuration.load_stored(id, Path(folder, id)))
+    experiment.id, experiment._action = id, "resume"
+    experiment.config.experiment_working_directory = folder
+    resume.prepare(known)
+    return experiment
+
+
+def start(experiment, args, project):
+    """Check and start an experiment; return its port. Raises what checks and launch() raise."""
     config = experiment.config
     is_scheduled = configuration.is_local(config) and config.trial_gpu_number
     if is_scheduled and (line := gpus.allow_visible(config.training_service)):
@@ -69,7 +101,7 @@ def begin(args, default_config, check):
             configuration.expand(config, folder / "code")
         for line in checks.check(config):
             print(f"Warning: {line}")
-        check(config)
+        project.check(config)
         if args.rehearsal and not args.resume:  # else it has run before
             try:
                 rehearse(config, folder / "rehearsal", leftover=folder)
@@ -80,11 +112,10 @@ def begin(args, default_config, check):
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
         prepare_environment(config, args.listen)
-        port = launch(experiment, args.port)
-    return experiment.id, port, config
+        return launch(experiment, args.port)
 
 
-def parse_args(argv, prog, default_config):
+def parse_args(argv, prog, project):
     parser = Parser(prog, __doc__)
     add = parser.add_argument
     add("config", nargs="?", type=Path, metavar="CONFIG", help="a configuration of NNI")
@@ -99,7 +130,7 @@ def parse_args(argv, prog, default_config):
         help="do not try the tuner and the trial first, as for a trial that must not run twice",
     )
     args = parser.parse_args(argv)
-    if not (args.config or args.resume or default_config):
+    if not (args.config or args.resume or project.default_config):
         parser.error("CONFIG is missing; allowed: a configuration of NNI, or --resume ID")
     if args.config and args.resume:
         parser.error(f"CONFIG is {args.config}; allowed: none, with --resume")
@@ -116,23 +147,11 @@ def parse_args(argv, prog, default_config):
 
 
 @may_be_closed()
-def main(
-    argv=None,
-    command="nnisearch",
-    choose_command="nnichoose",
-    default_config=None,
-    check=lambda config: None,
-    within=0.0,
-):
-    """Start a search and watch it. Returns 0 if it is done and has a result, else 1.
-
-    The commands are those by which a user starts this, and chooses. default_config() returns the
-    path to search by where argv names none, and why it is that one. check(config) raises ValueError
-    for what a project's own trial refuses. within is choose.main's.
-    """
+def main(argv=None, project=Project()):  # noqa: B008 - it does not change
+    """Start a search and watch it. Returns 0 if it is done and has a result, else 1."""
     prepare_output()
-    prog = command.removeprefix("python ")
-    args = parse_args(argv, prog, default_config)
+    prog = project.command.removeprefix("python ")
+    args = parse_args(argv, prog, project)
     nni.silence_stdout()  # it names addresses that do not answer
     signals.end_by_exit()
     # The trials' python3 is this one, also where its environment is not activated.
@@ -140,13 +159,14 @@ def main(
     direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1,::1".strip(",")
     try:
-        id, port, config = begin(args, default_config, check)
+        id, port, config = begin(args, project)
     except BrokenPipeError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"{prog}: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{prog}: interrupted; no search has started")
+    again = f"{project.command} --resume {id}"
     try:
         host = args.listen if args.listen not in (None, "0.0.0.0") else "127.0.0.1"
         print(f"Search {id}: {one_line(config.experiment_name or 'without a name')}")
@@ -158,17 +178,15 @@ def main(
             print("Other users of this machine reach it, too: there is no /proc to tell them apart")
         if args.detach:
             return 0
-        has_result = progress.watch(
-            id, port, config, f"{command} --resume {id}", f"{choose_command} {id}"
-        )
+        has_result = progress.watch(id, port, config, again, f"{project.choose_command} {id}")
     except RuntimeError as error:
         sys.exit(f"{prog}: error: {one_line(error)}")
     except KeyboardInterrupt:
-        print(f"\nThe search goes on. To watch it again: {command} --resume {id}")
+        print(f"\nThe search goes on. To watch it again: {again}")
         return 1
     if has_result:
-        choose.main([id], within=within)
-        print(f"To keep the choice: {choose_command} {id} --out best.json")
+        choose.main([id], within=project.within)
+        print(f"To keep the choice: {project.choose_command} {id} --out best.json")
     return 0 if has_result else 1
 
 

@@ -34,7 +34,7 @@ from nnisearch.shared.results import (
 from nnisearch.shared.text import one_line
 
 BEST = {"minimize": "least", "maximize": "greatest"}
-MANY = 5  # strange results are named, and what else is said of trials, up to so many
+MOST = 5  # strange results are named, and what else is said of trials, up to so many
 
 
 def rank(result, direction):
@@ -217,10 +217,10 @@ def no_results(trials):
         if trial["reported"] is not None:
             named[one_line(trial["reported"])].append(f"{trial['trial']} ({one_line(trial['id'])})")
     lines = []
-    for reported, who in list(named.items())[:MANY]:
-        more = f" and {len(who) - MANY} more" if len(who) > MANY else ""
-        lines.append(f"trial {', '.join(who[:MANY])}{more} reported {reported}, {NO_RESULT}")
-    return [*lines, *([f"and {len(named) - MANY} other things"] if len(named) > MANY else [])]
+    for reported, who in list(named.items())[:MOST]:
+        more = f" and {len(who) - MOST} more" if len(who) > MOST else ""
+        lines.append(f"trial {', '.join(who[:MOST])}{more} reported {reported}, {NO_RESULT}")
+    return [*lines, *([f"and {len(named) - MOST} other things"] if len(named) > MOST else [])]
 
 
 def left_behind(search):

@@ -27,7 +27,7 @@ SHALLOW_SPACES = ("TpeTuner", "RandomTuner", "GridSearchTuner")
 # Python, and so NNI, takes true and false for numbers.
 COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
 
-MANY = 1000  # trials at a time
+MANY_TRIALS = 1000  # trials at a time
 
 
 def check(config):
@@ -65,7 +65,7 @@ def oddities(config):
             lines.append(
                 f"{camel_case(key)} is {str(value).lower()}, which NNI takes for {value:d}"
             )
-    if config.trial_concurrency > MANY:
+    if config.trial_concurrency > MANY_TRIALS:
         what = f"so NNI asks the tuner for {config.trial_concurrency} sets before a trial starts"
         lines.append(f"trialConcurrency is {config.trial_concurrency}, {what}")
     if config.trial_command is not None and not config.trial_command.strip():

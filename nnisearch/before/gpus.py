@@ -32,10 +32,10 @@ def gpus():
     except (OSError, subprocess.SubprocessError, ElementTree.ParseError) as error:
         said = f"; it says: {one_line(said, 300)}" if said else ""
         raise ValueError(f"nvidia-smi fails: {one_line(error)}{said}") from None
-    return [[describe(p.findtext("pid")) for p in gpu.iter("process_info")] for gpu in listed]
+    return [[holder(p.findtext("pid")) for p in gpu.iter("process_info")] for gpu in listed]
 
 
-def describe(pid):
+def holder(pid):
     """Return a process's name, number and user, as far as they can be seen."""
     try:
         process = psutil.Process(int(pid))

@@ -153,7 +153,7 @@ def rehearse_tuner(config, folder, leftover):
             return []
         except EOFError:
             why = reason(read(folder / "output") + read(log))
-            raise ValueError(f"{describe(config)}: {with_hint(why)}") from None
+            raise ValueError(f"{algorithms_in_words(config)}: {with_hint(why)}") from None
     return proposals
 
 
@@ -168,7 +168,7 @@ def with_hint(why):
     return "; ".join([why, *hints, "--no-rehearsal starts the search all the same"])
 
 
-def describe(config):
+def algorithms_in_words(config):
     """Return a configuration's tuner, and its assessor, in words."""
     words = []
     for kind in ("tuner", "assessor"):
@@ -303,7 +303,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
     output, errors = folder / "stdout", folder / "stderr"
     waiting = Waiting("the trial to ask for its parameters", TRIAL_PATIENCE)
     with (
-        opened(parameters) as was_opened,
+        noticing_opening(parameters) as was_opened,
         output.open("w") as stdout,
         errors.open("w") as stderr,
         leashed(
@@ -340,7 +340,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
 
 
 @contextlib.contextmanager
-def opened(path):
+def noticing_opening(path):
     """Yield a function that tells whether anybody has opened the file since, by inotify(7)."""
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -26,7 +26,7 @@ from nnisearch.watch.life import Life, listed
 # By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
 tqdm.set_lock(threading.RLock())
 
-PATIENCE = 20  # s of a manager's silence before it is said
+SILENCE = 20  # s of a manager's silence before it is said
 IDLE = 60  # s in which nothing runs and the tuner proposes nothing, before it is said
 QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
 
@@ -75,9 +75,9 @@ class Search:
             changed = self.trials.update()
         except OSError as error:
             silence = time.monotonic() - self.heard
-            if self.life.is_over() or (self.life.manager is None and silence > PATIENCE):
+            if self.life.is_over() or (self.life.manager is None and silence > SILENCE):
                 raise RuntimeError(self.death()) from None
-            if silence > PATIENCE and not self.is_silent:
+            if silence > SILENCE and not self.is_silent:
                 self.is_silent = True
                 tqdm.write(
                     f"search {self.id} has not answered for {silence:.0f} s, and is asked on:"

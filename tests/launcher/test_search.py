@@ -101,7 +101,7 @@ NOTEBOOK = """
 import io, sys
 sys.stdout = io.StringIO()
 import search
-status = search.main()
+status = search.cli.main(project=search.PROJECT)
 sys.__stdout__.write(sys.stdout.getvalue())
 sys.exit(status)
 """
