@@ -236,6 +236,13 @@ module.exports = function ({ mode, python }) {
             const { manageTrials, onTrialJobMetrics, stopTrialIfOverMaxDurationLimit } = prototype;
             prototype.manageTrials = function () {
                 manager = this;
+                const service = this.trainingService;
+                const { submitTrialJob } = service;
+                service.submitTrialJob = async (form) => {
+                    const job = await submitTrialJob.call(service, form);
+                    this.trialJobs.set(job.id, { ...job }); // NNI stores it first, and may miss reports
+                    return job;
+                };
                 return manageTrials.call(this);
             };
             prototype.onTrialJobMetrics = async function (metric) {

@@ -1,6 +1,7 @@
 """A search as a table, from NNI's database or a file: the one reader of results for all."""
 
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -176,6 +177,7 @@ class Trials:
         self.path = path
         self.known, self.reports = {}, {}
         self.last_event = self.last_metric = 0
+        self.early = []  # metrics that are stored, unlike the trial's start
 
     def update(self):
         """Read on; return the trials of which something is new. Raises OSError as opened()."""
@@ -187,10 +189,14 @@ class Trials:
             for row, id, *event in read_on(rows, EVENTS, self.last_event, last_event):
                 changed[id] = self.note_event(id, *event)
                 self.last_event = row
-            for row, id, *metric in read_on(rows, METRICS, self.last_metric, last_metric):
+            early, self.early = self.early, []
+            metrics = read_on(rows, METRICS, self.last_metric, last_metric)
+            for row, id, *metric in itertools.chain(early, metrics):
                 if id in self.known:
                     changed[id] = self.note_metric(id, *metric)
-                self.last_metric = row
+                else:
+                    self.early.append((row, id, *metric))
+                self.last_metric = max(row, self.last_metric)
         for id, trial in changed.items():
             reports = sorted(self.reports[id], key=lambda report: report[0])
             trial["intermediate"] = [value for _, value in reports]
