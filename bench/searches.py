@@ -19,6 +19,7 @@ from experiment import ROOT, SEARCH, Experiment, accuracy
 from tuners import best_so_far, first
 
 from nnisearch.after.choose import has_result
+from nnisearch.shared.output import as_path
 from nnisearch.shared.results import read_database
 
 CONFIG = ROOT / "configs" / "cpu.yml"
@@ -55,7 +56,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=900, help="of each search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each tuner")
     parser.add_argument("--goal", type=float, default=67.97, help="accuracy to reach, in percent")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the searches there")
+    parser.add_argument("--out", type=as_path, metavar="FOLDER", help="write the searches there")
     args = parser.parse_args()
     shipped = yaml.safe_load(CONFIG.read_text())["tuner"]
     times = [args.seconds / 2, args.seconds]

@@ -16,7 +16,6 @@ import os
 import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a core to a process; before numpy and torch are imported
 
@@ -32,6 +31,7 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 sys.path.insert(0, str(ROOT))
+from nnisearch.shared.output import as_path
 from nnisearch.tuners import Hyperband, OptunaTuner
 
 GOAL = 64.28  # of the 2020 write-up, in %
@@ -210,7 +210,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=900, help="of a search")
     names = list(TUNERS)
     parser.add_argument("--tuners", nargs="+", default=names, choices=names, help="some of them")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+    parser.add_argument("--plot", type=as_path, metavar="FILE.png", help="draw them there")
     args = parser.parse_args()
     logging.disable()  # the tuners tell their seeds
     rows = json.loads(TABLE.read_text())["rows"]

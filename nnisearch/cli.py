@@ -27,7 +27,7 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
     from nnisearch.before import checks, gpus
     from nnisearch.before import config as configuration
     from nnisearch.before.rehearsal import rehearse
-    from nnisearch.shared.output import Parser, may_be_closed, prepare_output, remove
+    from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, remove
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
     from nnisearch.start.launch import experiment_folder, launch, prepare_environment
@@ -118,7 +118,7 @@ def start(experiment, args, project):
 def parse_args(argv, prog, project):
     parser = Parser(prog, __doc__)
     add = parser.add_argument
-    add("config", nargs="?", type=Path, metavar="CONFIG", help="a configuration of NNI")
+    add("config", nargs="?", type=as_path, metavar="CONFIG", help="a configuration of NNI")
     add("-p", "--port", type=int, help="of the Web UI (default: the first free one from 8090 on)")
     add("--detach", action="store_true", help="return once the search has started")
     add("--listen", metavar="ADDRESS", help="open the Web UI to whoever reaches this address")

@@ -19,10 +19,9 @@ import json
 import math
 import signal
 import sys
-from pathlib import Path
 
 from nnisearch.after.importance import as_dict, importances
-from nnisearch.shared.output import Parser, may_be_closed, prepare_output, write
+from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
 from nnisearch.shared.processes import manager_of
 from nnisearch.shared.results import (
     ENDED,
@@ -190,7 +189,7 @@ def parse_args(argv, prog, within):
         given = getattr(args, key)
         if given == "":
             parser.error(f"--{key} is ''; allowed: the name of a file")
-        setattr(args, key, given and Path(given))
+        setattr(args, key, given and as_path(given))
     if args.file and args.experiment:
         parser.error(f"EXPERIMENT_ID is {args.experiment!r}; allowed: none, with --file")
     return args

@@ -10,6 +10,7 @@ import shutil
 import signal
 import stat
 import sys
+from pathlib import Path
 
 from nnisearch.shared.text import one_line
 
@@ -24,6 +25,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Exit with status 2 and the message."""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def as_path(text):
+    """Return the path that a flag names; ~ is the home, also in --out=~/best.json."""
+    return Path(os.path.expanduser(text))
 
 
 def prepare_output():
