@@ -22,6 +22,7 @@ import sys
 
 from nnisearch.after.importance import as_dict, importances
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
+from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import manager_of
 from nnisearch.shared.results import (
     ENDED,
@@ -222,13 +223,16 @@ def no_results(trials):
     return [*lines, *([f"and {len(named) - MOST} other things"] if len(named) > MOST else [])]
 
 
-def left_behind(search):
-    """Return a line if NNI has noted no end of trials, and no manager of the search runs here."""
+def left_behind(search, folder):
+    """Return a line if NNI has noted no end of trials, and no manager of the search runs here.
+
+    folder is the experiment's.
+    """
     unended = {one_line(trial["status"]) for trial in search["trials"]} - ENDED
     if not unended or not search["experiment"] or manager_of(search["experiment"]):
         return []
-    where = "on this machine, so that is how it was left"
-    return [f"{' and '.join(sorted(unended))}: no manager of this search runs {where}"]
+    left = "no manager of this search runs on this machine, so that is how it was left"
+    return [f"{' and '.join(sorted(unended))}: {elsewhere(folder) or left}"]
 
 
 def main(argv=None, prog="nnichoose", within=0.0):
@@ -250,13 +254,17 @@ def main(argv=None, prog="nnichoose", within=0.0):
 
 def show(args):
     """Do as the arguments say. Raises OSError, ValueError or ImportError."""
-    search = read_file(args.file or find_database(args.experiment))
+    path = args.file or find_database(args.experiment)
+    search = read_file(path)
     everything = search["trials"]
     is_named = bool(search["name"])  # an experiment of NNI need not have a name
     title = one_line(search["name"] if is_named else search["experiment"])
     trials = [trial for trial in everything if has_result(trial)]
     trials.sort(key=lambda trial: (rank(trial["result"], search["direction"]), trial["trial"]))
-    notes = [*no_results(everything), *left_behind(search)]
+    notes = [
+        *no_results(everything),
+        *left_behind(search, path if path.is_dir() else path.parent.parent),
+    ]
     if not trials:
         why = "; ".join(filter(None, [left_out(everything), *notes]))
         none = f"{title}: none of {len(everything)} trials has a result"

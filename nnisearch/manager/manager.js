@@ -1,5 +1,5 @@
-// The launcher loads this into NNI's manager, by Node's --require: who may talk to it (guard.js), and
-// how it goes on (pace.js). Each changes some of NNI's modules, by their paths below nni_node.
+// The launcher loads this into NNI's manager, by Node's --require: who may talk to it (guard.js), how
+// it goes on (pace.js), and where it runs (place.js). Each changes some of NNI's modules, by their paths below nni_node.
 "use strict";
 const fs = require("fs");
 const Module = require("module");
@@ -11,14 +11,17 @@ const argument = (name) => process.argv[process.argv.indexOf(`--${name}`) + 1];
 Object.assign(settings, {
     port: Number(argument("port")),
     id: argument("experiment-id"),
+    action: argument("action"),
+    folder: path.join(argument("experiments-directory"), argument("experiment-id")),
     mode: argument("mode"),
     python: argument("python-interpreter"),
 });
 
 const root = path.dirname(fs.realpathSync(process.argv[1]));
 // What NNI keeps in /tmp, other users could read, and two searches would delete each other's.
-require("os").tmpdir = () => path.join(argument("experiments-directory"), settings.id);
-const changes = [require("./guard")(settings), require("./pace")(settings)];
+require("os").tmpdir = () => settings.folder;
+const changes = [require("./guard")(settings), require("./pace")(settings),
+    require("./place")(settings, root)];
 
 const { _load } = Module;
 Module._load = function (request, parent, ...rest) {

@@ -7,13 +7,16 @@ import time
 
 import psutil
 
+from nnisearch.shared.place import namespace
+
 
 def own_processes():
-    """Return this user's processes that live, as opposed to zombies, on this machine."""
+    """Return this user's processes that live, as opposed to zombies, not in another container."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if process.uids().real == os.getuid() and lives(process):
+            is_own = process.uids().real == os.getuid() and namespace(process.pid) == namespace()
+            if is_own and lives(process):
                 found.append(process)
     return found
 

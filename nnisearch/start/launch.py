@@ -16,6 +16,7 @@ from nni.experiment import RunMode, rest
 
 from nnisearch.before.config import is_local, services
 from nnisearch.shared.output import remove
+from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import end, manager_of, managers, processes_of, stop
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line, uncoloured
@@ -165,7 +166,7 @@ def undo(folder, action, latest):
     end(processes_of(id, folder))
     if action == "create":
         Experiments().remove_experiment(id)
-    else:
+    elif not elsewhere(folder):  # another machine may have resumed it at the same moment
         Experiments().update_experiment(id, "status", "STOPPED")
     if read_latest(folder) == id:
         folder.with_name("_latest").unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 from nni.experiment import rest
 
 from nnisearch.before.config import from_stored
+from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import argument_of, end, manager_of, managers, processes_of
 from nnisearch.shared.results import find_folder, read_experiments, some
 from nnisearch.shared.text import one_line
@@ -19,12 +20,13 @@ from nnisearch.start.patches import Experiments
 def list_experiments():
     """Return NNI's list, {ID: what it knows}, in which STOPPED is whose manager does not live.
 
+    One that runs on another machine, or in another container, keeps its status.
     Raises OSError or ValueError if it is damaged: NNI would take it for empty, and overwrite it.
     """
     listed = read_experiments(id=str, status=str, logDir=str)
     alive = managers()
     for id, known in listed.items():
-        if id not in alive:
+        if id not in alive and not elsewhere(Path(known["logDir"], id)):
             known["status"] = "STOPPED"
     return listed
 
@@ -66,6 +68,8 @@ def is_running(known):
     Raises ValueError if it runs, but in a way that can be neither.
     """
     id, prefix = known["id"], known.get("prefixUrl")
+    if where := elsewhere(Path(known["logDir"], id)):
+        raise ValueError(f"--resume is {id}; allowed: one that runs here, or not at all; {where}")
     if known["status"] in ("STOPPED", "ERROR"):  # after an error the manager may live, to no end
         return False
     if known["status"] == "VIEWED":

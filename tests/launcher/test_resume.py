@@ -23,7 +23,7 @@ from filelock import FileLock
 from nni.experiment import rest
 
 from nnisearch.before import config
-from nnisearch.shared import processes
+from nnisearch.shared import place, processes
 from nnisearch.start import patches
 from nnisearch.start import resume as recovery
 
@@ -377,6 +377,62 @@ def test_nnis_list_is_whole_at_each_moment(tmp_path, environment, change):
     assert json.loads(path.read_text()) == after
     assert (tmp_path / "who reads it meanwhile").read_text() == before
     assert [file.name for file in path.parent.iterdir()] == [".experiment"]
+
+
+# As NNI's manager, which has two experiments on its list; it says whether they have crashed.
+STAND_IN = f"""
+const [folder, root] = process.argv.slice(1);
+const place = require({str(ROOT / "nnisearch" / "manager" / "place.js")!r});
+const changes = place({{folder, action: "resume"}}, root);
+class ExperimentsManager {{ async checkCrashed() {{ return {{isCrashed: true}}; }} }}
+changes["extensions/experiments_manager/manager.js"]({{ExperimentsManager}});
+const list = new ExperimentsManager();
+require("net").createServer().listen(0, "127.0.0.1", async () => {{
+    const [own, other] = [await list.checkCrashed("abc"), await list.checkCrashed("other")];
+    console.log(own.isCrashed, other.isCrashed);
+}});
+process.stdin.on("end", () => process.exit(0)).resume();
+"""
+
+
+def test_what_runs_elsewhere_is_not_touched(tmp_path, environment, monkeypatch):
+    home = tmp_path / "nni-experiments"
+    known = {id: ENTRY | {"id": id, "logDir": str(home)} for id in ("abc", "other")}
+    write_list(tmp_path, known)
+    (home / "abc").mkdir()
+    (home / "other").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    note, there = home / "abc" / "manager.json", home / "other" / "manager.json"
+    elsewhere = json.dumps({"host": "box", "boot": "another", "namespace": "pid:[1]"})
+    there.write_text(elsewhere)
+    command = [NODE, "-e", STAND_IN, home / "abc", NODE.parent]
+    how = {"env": environment | {"HOME": str(tmp_path)}, "text": True, "stdin": subprocess.PIPE}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **how) as manager:
+        assert manager.stdout.readline() == "true false\n"
+        assert place.elsewhere(home / "abc") is None
+        with subprocess.Popen(command, **how) as second:
+            assert (second.wait(30), second.stdout.read()) == (1, "")
+            line = second.stderr.read()
+            assert line.startswith("Error: another manager of this experiment has locked ")
+        own = note.read_text()
+        note.write_text(elsewhere)
+        statuses = {id: known["status"] for id, known in recovery.list_experiments().items()}
+        assert statuses == {"abc": "RUNNING", "other": "STOPPED"}
+        with pytest.raises(ValueError) as error:
+            recovery.is_running(known["abc"])
+        assert "is abc; allowed: one that runs here, or not at all; it runs on box:" in str(
+            error.value
+        )
+        assert f"if that is gone: rm '{home}/abc'/manager.*" in str(error.value)
+        note.write_text(own)
+        manager.stdin.close()
+        assert manager.wait(30) == 0
+    assert not note.exists()
+    assert place.elsewhere(home / "other") is None  # it was killed: nobody holds the lock
+    partition = types.SimpleNamespace(mountpoint="/", fstype="nfs4", opts="rw,local_lock=all")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [partition])
+    assert place.elsewhere(home / "other").startswith("it runs on box:")  # who knows
 
 
 def test_whoever_waits_for_a_lock_is_told_for_what(tmp_path, monkeypatch):

@@ -1,0 +1,66 @@
+"""Where an experiment's manager runs: here, or where the same HOME is used, too."""
+
+import contextlib
+import json
+import os
+import platform
+import sqlite3
+from pathlib import Path
+
+import psutil
+
+# Options of a mount whose locks no other machine sees.
+OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "nobrl", "localflock"}
+
+
+def namespace(pid="self"):
+    """Return which process numbers a process sees, as a container has its own; "" if unknown."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    return ""
+
+
+def elsewhere(folder):
+    """Return in words where an experiment's manager runs, and a way on; None if not elsewhere.
+
+    folder is the experiment's. place.js notes there where the manager runs, and holds a lock.
+    """
+    try:
+        note = json.loads((folder / "manager.json").read_text())
+        host, boot, numbers = note["host"], note["boot"], note["namespace"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it has ended, or NNI alone has started it
+    boot_file = Path("/proc/sys/kernel/random/boot_id")
+    this_boot = boot_file.read_text().strip() if boot_file.exists() else platform.node()
+    if (boot, numbers) == (this_boot, namespace()):
+        return None  # the processes tell whether it lives
+    is_other_machine = boot != this_boot and host != platform.node()
+    if not is_locked(folder / "manager.lock") and not (is_other_machine and has_own_locks(folder)):
+        return None
+    where = f"on {host}" if is_other_machine else f"in another container of this machine, {host}"
+    return f"it runs {where}: watch or stop it there; if that is gone: rm '{folder}'/manager.*"
+
+
+def is_locked(path):
+    """Return whether a process, on any machine, holds SQLite's lock of a file."""
+    if not path.exists():
+        return False
+    try:
+        address = f"{path.absolute().as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=0)) as database:
+            database.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error:  # or the file system has no locks
+        return True
+    return False
+
+
+def has_own_locks(folder):
+    """Return whether other machines do not see this one's locks in a folder that they share."""
+    folder = folder.resolve()
+    mounts = [
+        mount
+        for mount in psutil.disk_partitions(all=True)
+        if folder.is_relative_to(mount.mountpoint)
+    ]
+    mount = max(mounts, key=lambda mount: len(mount.mountpoint))
+    return mount.fstype.startswith("fuse") or bool(OWN_LOCKS & set(mount.opts.split(",")))
