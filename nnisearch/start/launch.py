@@ -38,13 +38,18 @@ def is_free(port):
     return True
 
 
+def are_free(port, count):
+    """Return whether so many ports from this one on are free."""
+    return all(is_free(port + offset) for offset in range(count))
+
+
 def find_port(wanted, count):
     """Return wanted, or by default the first port from PORT on, with count free ports from there.
 
     Raises ValueError, with who has it, if wanted is taken.
     """
     for port in [wanted] if wanted else itertools.count(PORT):
-        if all(is_free(port + offset) for offset in range(count)):
+        if are_free(port, count):
             return port
     alive = managers()
     for id, known in Experiments().get_all_experiments().items():
@@ -104,7 +109,8 @@ def launch(experiment, wanted):
     """
     config = experiment.config
     folder = Path(config.experiment_working_directory, experiment.id)
-    needs_two = not is_local(config) or config.training_service.reuse_mode
+    count = 2 if not is_local(config) or config.training_service.reuse_mode else 1
+    port = None
     with patience() as started:
         try:
             with contextlib.ExitStack() as stack:
@@ -115,7 +121,7 @@ def launch(experiment, wanted):
                     if manager_of(experiment.id):
                         allowed = "one that does not run; another command has just resumed it"
                         raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")
-                    port = find_port(wanted, 2 if needs_two else 1)
+                    port = find_port(wanted, count)
                     if not wanted and port != PORT:
                         print(f"Port {PORT} is taken; {port} is the next free one")
                     stack.enter_context(undone_if_it_fails(folder, experiment._action))
@@ -124,6 +130,8 @@ def launch(experiment, wanted):
                     raise OSError("NNI's list of experiments cannot be written: is the disk full?")
                 wait_for_trial(port)
         except Exception as error:
+            if port and not wanted and not are_free(port, count):
+                return launch(experiment, wanted)  # another user has taken it at the same moment
             if not started:
                 raise
             words = "; ".join([one_line(error), *last_words(folder / "log")])

@@ -68,26 +68,42 @@ class Search:
     def ask(self):
         """Return the manager's status and the trials of which something is new.
 
-        They are None and [] while it does not answer. Raises RuntimeError once it has ended.
+        They are None and [] while either cannot be read. Raises RuntimeError once it has ended, or
+        its database has been removed.
         """
         try:
             status = rest.get(self.port, "/check-status", prefix=self.prefix)
-            changed = self.trials.update()
         except OSError as error:
             silence = time.monotonic() - self.heard
             if self.life.is_over() or (self.life.manager is None and silence > SILENCE):
                 raise RuntimeError(self.death()) from None
-            if silence > SILENCE and not self.is_silent:
-                self.is_silent = True
-                tqdm.write(
-                    f"search {self.id} has not answered for {silence:.0f} s, and is asked on:"
-                    f" {one_line(error)}"
-                )
-            return None, []
+            return self.silence(error)
+        try:
+            changed = self.trials.update()
+        except OSError as error:
+            if self.trials.path.exists():
+                return self.silence(error)
+            said = one_line(" ".join(status.get("errors", []))) or status["status"]
+            end = f"kill {self.life.manager.pid}" if self.life.manager else "end its manager"
+            what = (
+                f"{self.trials.path} has been removed; NNI's manager says: {said}; to end it: {end}"
+            )
+            raise RuntimeError(f"search {self.id}: {what}") from None
         self.heard, self.is_silent = time.monotonic(), False
         if changed:
             self.changed, self.is_idle = self.heard, False
         return status, changed
+
+    def silence(self, error):
+        """Say once that the search has not been read for long; return that nothing is known."""
+        silence = time.monotonic() - self.heard
+        if silence > SILENCE and not self.is_silent:
+            self.is_silent = True
+            tqdm.write(
+                f"search {self.id} has not answered for {silence:.0f} s, and is asked on:"
+                f" {one_line(error)}"
+            )
+        return None, []
 
     def is_done(self, status):
         """Return whether all trials that the search will have have ended."""

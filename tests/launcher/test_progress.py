@@ -341,6 +341,14 @@ def test_a_manager_that_is_slow_to_answer_is_asked_on(watched, monkeypatch, caps
         watched.ask()
 
 
+def test_a_search_whose_files_are_removed_ends_with_what_its_manager_says(watched, monkeypatch):
+    said = {"status": "ERROR", "errors": ["SQLITE_READONLY"]}
+    monkeypatch.setattr(rest, "get", lambda *_, **__: said)
+    watched.trials.path.unlink()
+    with pytest.raises(RuntimeError, match=r"sqlite has been removed; .* SQLITE_READONLY; to end"):
+        watched.ask()
+
+
 def test_no_more_trials_with_one_in_the_queue_is_not_the_end(watched, monkeypatch):
     answers = {"/experiment": {"nextSequenceId": 3}, "/check-status": {"status": "RUNNING"}}
     asked = []

@@ -303,8 +303,13 @@ AT_ONCE = 4  # searches; more show how the time grows with their number
 
 def test_those_that_start_at_the_same_moment_get_a_port_each(start_search, home):
     config = demo(maxTrialNumber=1, trialCommand="sleep 600")
+    other = home / "of another user"  # who has a lock of his own
+    homes = [home, other] * (AT_ONCE // 2)
+    other.mkdir()
     with contextlib.ExitStack() as stack:
-        starts = [start_search("--detach", config=config, how=UNCHECKED) for _ in range(AT_ONCE)]
+        stack.callback(lambda: [process.kill() for process in processes_at(other)])
+        how = {"config": config, "how": UNCHECKED}
+        starts = [start_search("--detach", HOME=str(place), **how) for place in homes]
         searches = [stack.enter_context(start) for start in starts]
         printed = [process.communicate(timeout=240) for process in searches]
     assert [process.returncode for process in searches] == [0] * AT_ONCE, printed
