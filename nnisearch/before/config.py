@@ -18,7 +18,7 @@ from nni.experiment.config.utils.internal import _all_subclasses
 from nni.tools.annotation import expand_annotations, generate_search_space
 from nni.tools.package_utils import get_all_algo_meta
 
-from nnisearch.shared.results import PROFILE, opened
+from nnisearch.shared.results import DATABASE, PROFILE, opened
 from nnisearch.shared.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
@@ -212,7 +212,7 @@ def load_stored(experiment, folder):
 
     Raises ValueError if it holds what NNI's serializer would run, or cannot be read.
     """
-    database = folder / "db" / "nni.sqlite"
+    database = folder / DATABASE
     try:
         with opened(database) as rows:
             ((_, stored),) = rows(PROFILE)

@@ -173,8 +173,9 @@ def test_a_resume_that_fails_keeps_the_search(run_search, home):
     known = {"id": "abc", "port": 8090, "status": "STOPPED", "logDir": str(listed.parent)}
     listed.write_text(json.dumps({"abc": known}))
     with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute("CREATE TABLE ExperimentProfile (params text, revision integer)")
-        database.execute("INSERT INTO ExperimentProfile VALUES (?, 1)", [json.dumps(demo())])
+        columns = "id text, params text, revision integer"
+        database.execute(f"CREATE TABLE ExperimentProfile ({columns})")
+        database.execute("INSERT INTO ExperimentProfile VALUES ('abc', ?, 1)", [json.dumps(demo())])
     dead = preload(home, "dead")
     result = run_search("--resume", "abc", "-p", free_port(), NODE_OPTIONS=dead)
     assert result.returncode == 1
