@@ -24,6 +24,7 @@ from nnisearch.shared.text import one_line
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
 # Of its values, as NNI names them and in words.
 TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"}
+TYPES["typing.Union[pathlib.Path, str]"] = "a path"
 CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
 LEVELS = ["fatal", "error", "warning", "info", "debug", "trace"]
 # The names of version 1, as NNI compares them, and what version 2 has instead.
@@ -62,6 +63,14 @@ def seconds(value):
         return 0
 
 
+def is_object(value):
+    """Return True, or raise ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("it has no keys")
+    return True
+
+
+ALGORITHM = (is_object, "an object with a name, or with className and codeDirectory")
 DURATION = (lambda value: seconds(value) > 0, "more than 0 seconds, such as 90, 90s, 30m, 2h or 1d")
 GPUS = (
     lambda value: utils.validate_gpu_indices(utils.canonical_gpu_indices(value)) is None,
@@ -70,10 +79,16 @@ GPUS = (
 # Keys that NNI does not name where it refuses their values, or whose values it takes but cannot
 # run with: a test, which may raise ValueError with a reason, and what is allowed.
 LIMITS = {
+    "trainingService": (
+        lambda value: isinstance(value, list) or is_object(value),
+        "an object with a platform",
+    ),
+    "tuner": ALGORITHM,
+    "assessor": ALGORITHM,
+    "advisor": ALGORITHM,
     "trialConcurrency": (lambda value: value > 0, "trialConcurrency > 0"),
     "trialGpuNumber": (lambda value: value >= 0, "trialGpuNumber >= 0"),
     "maxTrialNumber": (lambda value: value > 0, "maxTrialNumber > 0"),
-    "maxTrialNumberPerGpu": (lambda value: value > 0, "maxTrialNumberPerGpu > 0"),
     "maxTrialDuration": DURATION,
     "maxExperimentDuration": DURATION,
     "logLevel": (LEVELS.__contains__, ", ".join(LEVELS)),
@@ -152,15 +167,14 @@ def explanation(error, content):
     if isinstance(error, OSError):
         text = error.strerror or text
     elif isinstance(error, AssertionError) and not error.args:  # its line is the text
-        line = traceback.extract_tb(error.__traceback__)[-1].line
-        text = f"allowed: {re.sub(r'^assert |self[.]', '', line)}"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"allowed: {re.sub(r'^assert |self[.]', '', place.line)}"
+        if place.filename.endswith("algorithm.py"):
+            text = "allowed of tuner and assessor: either name, or className and codeDirectory"
+    elif text.endswith("'list' object has no attribute 'platform'"):
+        text = "trainingService is list: nniManagerIp is not set; allowed: this machine's address"
     elif text.endswith("has no attribute 'platform'"):
-        given = content.get("trainingService")
-        text = f"trainingService is {given!r}: allowed: an object with a platform"
-        if isinstance(given, list):  # which may have a password in it
-            text = (
-                "trainingService is list: nniManagerIp is not set; allowed: this machine's address"
-            )
+        text = "trainingService is not set; allowed: an object with a platform"
     elif failed := re.search('search space file "(.*)": (.*)', text):
         why = failed[2]
         try:
@@ -172,7 +186,8 @@ def explanation(error, content):
     if wrong := re.fullmatch(r"\w+: type of (\w+) \((.*)\) is not (.*)", text):
         kind = re.sub(r"typing\.Optional\[(\w+)\]|<class '(\w+)'>", r"\1\2", wrong[3])
         given = "of another form" if "{" in wrong[2] else wrong[2]  # passwords may be among it
-        text = f"{wrong[1]} is {given}; allowed: {TYPES.get(kind, kind)}"
+        _, limits = LIMITS.get(utils.camel_case(wrong[1]), (None, kind))
+        text = f"{wrong[1]} is {given}; allowed: {TYPES.get(kind, limits)}"
     classes = {each.__name__: each.__dataclass_fields__ for each in _all_subclasses(ConfigBase)}
     if unknown := re.search(r"([^\W_]+) does not have field\(s\) (.*)", text):
         text = misspelled(unknown[2].split(", "), unknown[1], classes, content)

@@ -89,8 +89,10 @@ def test_the_projects_configurations_pass(name):
             ["gpuIndices is [0, 0]: Duplication", "; allowed: a GPU's number"],
         ),
         ({"trainingService": REMOTE | {"machineList": MACHINE}}, ["machineList is of another"]),
-        ({"trainingService": None}, ["trainingService is None: allowed: an object with"]),
-        ({"tuner": {"className": "a.B"}}, ["allowed: codeDirectory is not None"]),
+        ({"trainingService": None}, ["trainingService is not set; allowed: an obj"]),
+        ({"tuner": "TPE"}, ["tuner is 'TPE': it has no keys; allowed: an object with a name"]),
+        ({"tuner": {"className": "a.B"}}, ["either name, or className and codeDirectory"]),
+        ({"maxTrialDuration": 1.5}, ["maxTrialDuration is 1.5; allowed: more than 0 seconds"]),
         # Keys of version 1, of another place, misspelled, and like no other.
         ({"author": "me"}, ["author is no key of NNI's ExperimentConfig; allowed: to leave it"]),
         ({"maxTrialNum": 3}, ["; allowed: maxTrialNumber"]),
