@@ -56,7 +56,7 @@ class OptunaTuner(Tuner):
         self.make_sampler = functools.partial(
             getattr(optuna.samplers, sampler), **(sampler_args or {})
         )
-        self.direction = optimize_mode
+        self.optimize_mode = optimize_mode
         self.study = self.make_study(seed)
         self.space = None
         self.running = {}  # parameter ID: the number of its trial in the study
@@ -65,7 +65,9 @@ class OptunaTuner(Tuner):
 
     def make_study(self, seed):
         """Return a study without trials, whose sampler has seen none."""
-        study = optuna.create_study(direction=self.direction, sampler=self.make_sampler(seed=seed))
+        study = optuna.create_study(
+            direction=self.optimize_mode, sampler=self.make_sampler(seed=seed)
+        )
         self.is_used_up = False
         study.stop = self.stop  # Optuna's refuses outside of its own loop
         return study

@@ -21,6 +21,7 @@ import signal
 import sys
 
 from nnisearch.after.importance import as_dict, importances
+from nnisearch.shared.direction import UNKNOWN
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
 from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import manager_of
@@ -260,7 +261,6 @@ def show(args):
     is_named = bool(search["name"])  # an experiment of NNI need not have a name
     title = one_line(search["name"] if is_named else search["experiment"])
     trials = [trial for trial in everything if has_result(trial)]
-    trials.sort(key=lambda trial: (rank(trial["result"], search["direction"]), trial["trial"]))
     notes = [
         *no_results(everything),
         *left_behind(search, path if path.is_dir() else path.parent.parent),
@@ -269,6 +269,10 @@ def show(args):
         why = "; ".join(filter(None, [left_out(everything), *notes]))
         none = f"{title}: none of {len(everything)} trials has a result"
         raise ValueError(f"{none}: {why}" if why else none)
+    if search["direction"] is None:
+        search["direction"] = "maximize"
+        notes.append(UNKNOWN)
+    trials.sort(key=lambda trial: (rank(trial["result"], search["direction"]), trial["trial"]))
     choice = choose(trials, args.within, search["direction"])
     picture = plot(trials, choice, args.top, search["direction"]) if args.plot else None
     if args.out:

@@ -7,6 +7,7 @@ whoever waits for more than five seconds is told for what.
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import select
@@ -32,10 +33,15 @@ from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason, tail
 TUNER_PATIENCE = 120  # seconds until a search starts although its tuner has not answered
 TRIAL_PATIENCE = 600  # the same for its trial, which may have to download its data
 NOTICE = 5  # seconds until the user is told what is waited for
+RESULTS = 25  # that NNI's tuners are told of; some have a plan from the tenth or twentieth on
+RESULTS_PATIENCE = 3  # seconds for all of these
+STEPS = 10  # intermediate results per trial, if there is an assessor
+MOST_TRIALS = 5  # that are tried if one after the other fails
 AFTER_ASKING = 2  # seconds that a trial has to go on for, with its parameters
 # By what NNI's tuners raise: what they want.
 HINTS = {
     "is not a valid OptimizeMode": "allowed: maximize, minimize",
+    r"\{'_name': .*\} is not in list": "allowed for PBT: options that have no parameters",
     "'int' object has no attribute 'is_integer'": "allowed: bounds with a point, such as 0.0",
 }
 LEASH = Path(__file__).parents[1] / "shared" / "leash.py"
@@ -117,9 +123,8 @@ def rehearse_tuner(config, folder, leftover):
     """
     algorithms = config.json()
     space = algorithms.pop("searchSpace")
-    # A tuner of the user's own may want results before it proposes more than NNI asks for at first.
-    number = 5 if shipped_class(config.tuner) else config.trial_concurrency
-    number = min(number, config.max_trial_number or number)
+    limit = config.max_trial_number or math.inf
+    number = min(config.trial_concurrency, limit)
     folder.mkdir(parents=True)
     with (
         Manager() as manager,
@@ -145,16 +150,37 @@ def rehearse_tuner(config, folder, leftover):
             manager.send(CommandType.Initialize, space, has_ended, waiting)
             manager.send(CommandType.RequestTrialJobs, number, has_ended, waiting)
             proposals = manager.parameters(number, has_ended, waiting)
-            if proposals and shipped_class(config.tuner):  # some of NNI's die of the first result
-                manager.send(CommandType.ReportMetricData, final_result(proposals[0]))
-                manager.send(CommandType.RequestTrialJobs, 1)
-                manager.parameters(1, has_ended, waiting)
+            with contextlib.suppress(TimeoutError):
+                rehearse_results(manager, config, proposals, limit, has_ended)
         except TimeoutError:
             return []
         except EOFError:
             why = reason(read(folder / "output") + read(log))
             raise ValueError(f"{algorithms_in_words(config)}: {with_hint(why)}") from None
-    return proposals
+    return proposals[:MOST_TRIALS]
+
+
+def rehearse_results(manager, config, proposals, limit, has_ended):
+    """Tell NNI's tuner and assessor of results; add what it proposes then to the proposals.
+
+    Some fail only when they have heard of several results. A tuner of the user's own is told of
+    none: it may store them. Raises EOFError if the tuner ends, TimeoutError if it thinks for long.
+    """
+    shipped = shipped_class(config.tuner) or ""
+    arguments = config.tuner.class_args or {}
+    count = RESULTS + arguments.get("population_size", 0) if shipped.startswith("nni.") else 1
+    has_assessor = bool(config.assessor and config.assessor.name)
+    waiting = Waiting("the tuner's next parameters", RESULTS_PATIENCE)
+    ended = 0
+    while shipped and ended < min(count, len(proposals)):
+        for command, data in events(proposals[ended], ended, has_assessor):
+            manager.send(command, data)
+        ended += 1
+        if len(proposals) < limit:
+            manager.send(CommandType.RequestTrialJobs, 1)
+            proposals += manager.parameters(1, has_ended, waiting)
+    if has_ended():
+        raise EOFError
 
 
 def read(path):
@@ -197,11 +223,18 @@ def dispatcher_environment(config, folder):
     }
 
 
-def final_result(proposal):
-    """Return what NNI's manager tells the dispatcher of a trial that reports 0.5 at its end."""
-    id = json.loads(proposal)["parameter_id"]
-    metric = {"parameter_id": id, "trial_job_id": "rehearsal", "type": "FINAL", "sequence": 0}
-    return metric | {"value": "0.5"}
+def events(proposal, number, has_assessor):
+    """Yield the commands and data by which NNI's manager tells the dispatcher of a trial."""
+    trial = {"trial_job_id": f"rehearsal{number}"}
+    metric = trial | {"parameter_id": json.loads(proposal)["parameter_id"]}
+    result = 0.618 * (number + 1) % 1  # all different, between 0 and 1
+    for step in range(STEPS if has_assessor else 0):
+        value = json.dumps(result * (1 - 0.5 ** (step + 1)))
+        report = {"type": "PERIODICAL", "sequence": step, "value": value}
+        yield CommandType.ReportMetricData, metric | report
+    report = {"type": "FINAL", "sequence": 0, "value": json.dumps(result)}
+    yield CommandType.ReportMetricData, metric | report
+    yield CommandType.TrialEnd, trial | {"event": "SUCCEEDED", "hyper_params": proposal}
 
 
 class Manager:

@@ -9,9 +9,13 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
+from pathlib import Path
 
+import numpy as np
 import websockets
+from nni import parameter_expressions
 from nni.algorithms.hpo.batch_tuner import BatchTuner
 from nni.common import dump, load
 from nni.common.hpo_utils import format_parameters, format_search_space
@@ -20,6 +24,8 @@ from nni.runtime.tuner_command_channel import CommandType, channel, websocket
 from nni.tools import package_utils
 
 log = logging.getLogger("nni.mends")  # below nni, whose lines reach dispatcher.log
+# Where NNI calls SciPy's minimize.
+CALLING_MINIMIZE = ("gp_tuner.util", "metis_tuner.lib_acquisition_function")
 
 
 def apply(connection):
@@ -28,9 +34,11 @@ def apply(connection):
     msg_dispatcher.MsgDispatcher = Dispatcher
     msg_dispatcher_base.MsgDispatcherBase.enqueue_command = enqueue_in_order
     package_utils.create_builtin_class_instance = create_with_memory
+    msg_dispatcher_base.MsgDispatcherBase.run = prepare_and_run
 
 
 create = package_utils.create_builtin_class_instance
+run = msg_dispatcher_base.MsgDispatcherBase.run
 
 
 def create_with_memory(*arguments):
@@ -38,6 +46,13 @@ def create_with_memory(*arguments):
     algorithm = create(*arguments)
     algorithm.make_anew = functools.partial(create_with_memory, *arguments)
     return algorithm
+
+
+def prepare_and_run(dispatcher):
+    """Run the dispatcher, or the advisor that does without, whose algorithms are there by now."""
+    work_with_todays_packages()
+    note_direction(getattr(dispatcher, "tuner", dispatcher))
+    run(dispatcher)
 
 
 def stay_with(connection):
@@ -253,3 +268,42 @@ def formatted(space):
 def as_text(parameters):
     """Return parameters as text that is equal for equal ones: JavaScript writes 1.0 as 1."""
     return json.dumps(json.loads(dump(parameters), parse_int=float), sort_keys=True)
+
+
+def note_direction(tuner):
+    """Write which results the tuner takes for better, "" if it does not tell; see direction.py."""
+    mode = getattr(tuner, "optimize_mode", None) or getattr(tuner, "_optimize_mode", None)  # GP's
+    said = str(getattr(mode, "value", mode) or "")
+    Path(os.environ["NNI_LOG_DIRECTORY"], "direction").write_text(said, encoding="utf-8")
+
+
+def work_with_todays_packages():
+    """Let NNI's GP, Metis and Curvefitting work with NumPy from 1.24 on and SciPy from 1.11 on.
+
+    They would die after ten results, or at the first judgement. They have been imported by now if
+    the search uses them.
+    """
+    np.float, np.int = float, int  # NumPy has removed these names
+    for name in CALLING_MINIMIZE:
+        if module := sys.modules.get(f"nni.algorithms.hpo.{name}"):
+            module.minimize = functools.partial(minimize, module.minimize)
+    if spaces := sys.modules.get("nni.algorithms.hpo.gp_tuner.target_space"):
+        spaces.TargetSpace.random_sample = random_sample
+
+
+def minimize(scipys, function, start, **arguments):
+    """Do as SciPy did once: take a row as the start, and let the least value be an array, too."""
+    found = scipys(lambda *given: np.ravel(function(*given))[0], np.ravel(start), **arguments)
+    found.fun = np.atleast_1d(found.fun)
+    return found
+
+
+def random_sample(space):
+    """Draw a point of GP's space. NNI draws an array for a randint, which is no number any more."""
+    point = []
+    for bound in space.bounds:
+        draw, values = getattr(parameter_expressions, bound["_type"]), bound["_value"]
+        point.append(
+            draw(*([values] if bound["_type"] == "choice" else values), space._random_state)
+        )
+    return np.array(point, dtype=float)

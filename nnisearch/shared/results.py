@@ -246,8 +246,8 @@ KEYS = ("trial", "id", "status", "result", "reported", "intermediate", "hyperpar
 def read_database(path):
     """Return the search in NNI's database, in the form that --json prints.
 
-    A trial's result is a number or None; then reported is the text of what it gave instead, or
-    None. Raises OSError as opened() does.
+    The direction is None if nothing tells it. A trial's result is a number or None; then reported
+    is the text of what it gave instead, or None. Raises OSError as opened() does.
     """
     with opened(path) as rows:
         ((experiment, params),) = rows(PROFILE)
@@ -256,7 +256,7 @@ def read_database(path):
             "experiment": experiment,
             "name": profile.get("experimentName"),
             "command": profile.get("trialCommand"),
-            "direction": direction(profile),
+            "direction": direction(profile, path.absolute().parents[1]),
         }
     trials = Trials(path)
     trials.update()
@@ -270,8 +270,8 @@ def read_file(path):
     """Return the search in a file: NNI's database, or what --json or nnictl's export has written.
 
     path may be an experiment's folder, too.
-    nnictl exports only the trials with a result, without durations and which way is better, which
-    is then taken to be the greatest, and intermediate results only with -i.
+    nnictl exports only the trials with a result, without durations and direction, and intermediate
+    results only with -i.
     Raises OSError or ValueError, naming the file, if it is neither.
     """
     path = path / DATABASE if path.is_dir() else path
@@ -283,8 +283,8 @@ def read_file(path):
             trials = [exported(number, trial) for number, trial in enumerate(search)]
             search = {"experiment": None, "name": path.name, "command": None, "trials": trials}
         found = {key: search[key] for key in ("experiment", "name", "command")}
-        found["direction"] = search.get("direction", DIRECTIONS[-1])
-        if found["direction"] not in DIRECTIONS:
+        found["direction"] = search.get("direction")
+        if found["direction"] not in (None, *DIRECTIONS):
             raise ValueError(f"direction is {found['direction']!r}; allowed: {DIRECTIONS}")
         found["trials"] = [checked(trial) for trial in search["trials"]]
         return found

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nnisearch.before.config import is_local
 from nnisearch.before.gpus import waiting_for
-from nnisearch.shared.direction import direction
+from nnisearch.shared.direction import UNKNOWN, direction
 from nnisearch.shared.output import may_be_closed
 from nnisearch.shared.results import ENDED, NO_RESULT, Trials, has_result
 from nnisearch.shared.text import one_line, reason, tail
@@ -170,7 +170,10 @@ class Shown:
     """What has been shown of a search."""
 
     def __init__(self, config, folder, bar):
-        self.best_result, self.bar = best_of(config), bar
+        found = direction(config.json(), folder)
+        if found is None:
+            tqdm.write(UNKNOWN)
+        self.best_result, self.bar = min if found == "minimize" else max, bar
         self.notices, self.endings = Notices(config, folder), Endings(config, folder)
         self.results, self.ended, self.late = [], {}, {}
         self.total = config.max_trial_number
@@ -331,8 +334,3 @@ def failure(trial, folder):
         return one_line(reason(tail(folder / "trials" / trial["id"] / "stderr")))
     except OSError:
         return f"its files are at {one_line(trial['path'] or 'no place that NNI knows')}"
-
-
-def best_of(config):
-    """Return which of its results is a search's best: min or max."""
-    return {"minimize": min, "maximize": max}[direction(config.json())]

@@ -491,41 +491,38 @@ def test_a_closed_pipe_is_no_traceback(run, tmp_path):
 # Which way is better
 
 
-def test_the_direction_is_the_tuners():
-    assert direction({}) == "maximize"
-    assert direction({"tuner": {"name": "tpe"}}) == "minimize"
-    assert direction({"tuner": {"name": "Anneal", "classArgs": None}}) == "minimize"
-    assert direction({"tuner": {"name": "Evolution"}}) == "maximize"
-    assert direction({"tuner": {"name": "MetisTuner"}}) == "maximize"  # an alias, re-exported
-    assert direction({"tuner": {"name": "Random"}}) == "maximize"
-    assert direction({"tuner": {"name": "nobody"}}) == "maximize"
+def test_the_direction_is_the_tuners(tmp_path):
+    def found(name=None, **tuner):
+        return direction({"tuner": {"name": name} | tuner}, tmp_path)
+
+    assert direction({}, tmp_path) is None
+    assert found("tpe") == "minimize"
+    assert found("Anneal", classArgs=None) == "minimize"
+    assert found("Evolution") == "maximize"
+    assert found("MetisTuner") == "maximize"
+    assert found(className="nni.algorithms.hpo.tpe_tuner.TpeTuner") == "minimize"
+    assert found(className="nnisearch.tuners.OptunaTuner") == "maximize"
+    assert found(className="mine.TpeTuner") is found("Random") is found("nobody") is None
     for mode in ("minimize", "maximize"):
-        assert direction({"tuner": {"name": "TPE", "classArgs": {"optimize_mode": mode}}}) == mode
+        given = {"classArgs": {"optimize_mode": mode}}
+        assert found("TPE", **given) == found("Random", **given) == mode
+        (tmp_path / "log").mkdir(exist_ok=True)
+        (tmp_path / "log" / "direction").write_text(mode)  # as the tuner has said itself
+        assert found("Random") == found(className="mine.TpeTuner") == mode
+        (tmp_path / "log" / "direction").write_text("")
 
 
-def test_the_direction_of_a_tuner_of_ones_own_is_read_and_not_run(tmp_path):
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__init__.py").write_text("from .inner import Deep\nrun = 1 / 0\n")
-    (tmp_path / "package" / "inner.py").write_text(
-        "from nni.algorithms.hpo import tpe_tuner\n"
-        "class Deep(tpe_tuner.TpeTuner):\n    def __init__(self, **others): pass\n"
-    )
-    (tmp_path / "progress.py").write_text(
-        "import package\nfrom nni.utils import OptimizeMode\nrun = 1 / 0\n"
-        "class Least:\n    def __init__(self, seed, optimize_mode='minimize', *, x=1): pass\n"
-        "class Word:\n    def __init__(self, *, optimize_mode=OptimizeMode.Minimize): pass\n"
-        "class Heir(Least): pass\n"
-        "class Own(Least):\n"
-        "    def __init__(self): super().__init__(1, optimize_mode='maximize')\n"
-        "class Far(package.Deep): pass\n"
-        "class Silent:\n    def __init__(self, x=1): pass\n"
-        "class Circle(Circle): pass\n"
-    )
-    expected = {"Least": "minimize", "Word": "minimize", "Heir": "minimize", "Far": "minimize"}
-    expected |= dict.fromkeys(["Own", "Silent", "Circle", "Missing"], "maximize")
-    for name, found in expected.items():
-        tuner = {"className": f"progress.{name}", "codeDirectory": str(tmp_path)}
-        assert direction({"tuner": tuner}) == found, name
+def test_a_direction_that_nothing_tells_is_said_to_be_the_greatest(run, tmp_path):
+    tuner = {"className": "mine.Mine", "codeDirectory": "."}
+    database(tmp_path, [trial(0, 0.3), trial(1, 0.1)], tuner=tuner)
+    printed = run().stdout
+    assert "The greatest result counts as the best: " in printed
+    assert "* the choice, trial 0 " in printed
+    (tmp_path / "nni-experiments" / "abc123" / "log").mkdir()
+    (tmp_path / "nni-experiments" / "abc123" / "log" / "direction").write_text("minimize")
+    printed = run().stdout
+    assert "counts as the best" not in printed
+    assert "* the choice, trial 1 " in printed
 
 
 # What mattered

@@ -128,6 +128,8 @@ def test_a_tuner_of_ones_own_in_a_module_of_any_name(project, name):
         from nni.tuner import Tuner
 
         class Mine(Tuner):
+            optimize_mode = "minimize" if __name__ == "tuner" else None
+
             def update_search_space(self, search_space):
                 self.space = search_space
             def generate_parameters(self, parameter_id, **kwargs):
@@ -139,8 +141,10 @@ def test_a_tuner_of_ones_own_in_a_module_of_any_name(project, name):
     spaces = {"tuner": {}, "checks": [1, "two"], "progress": {"x": {"_type": "mine", "_value": 3}}}
     space = spaces.get(name, {"x": 1})
     tuner = {"codeDirectory": ".", "className": f"{name}.Mine"}
-    _, given = project.succeeds(tuner=tuner, searchSpace=space)
+    out, given = project.succeeds(tuner=tuner, searchSpace=space)
     assert given == [{"x": 7, "space": space}] * 2  # the same combination twice
+    assert ("of the least result" in out) == (name == "tuner")
+    assert ("The greatest result counts as the best: " in out) == (name != "tuner")
 
 
 def test_an_advisor_of_ones_own(project):

@@ -88,6 +88,49 @@ def test_what_a_tuner_raises_is_the_refusal(rehearse, tmp_path, change, part):
     assert "\n" not in str(error.value)
 
 
+GP = {"cold_start_num": 2, "selection_num_warm_up": 9, "selection_num_starting_points": 1}
+NESTED = {"_type": "choice", "_value": [{"_name": "a", "k": CONFIG["searchSpace"]["x"]}]}
+
+
+@pytest.mark.parametrize(
+    ("tuner", "said"),
+    [
+        ({"name": "Evolution", "classArgs": {"population_size": 4}}, "trial (4) end"),
+        ({"name": "GP", "classArgs": GP}, "Received trial result."),
+    ],
+)
+def test_nnis_tuners_are_told_of_results(rehearse, monkeypatch, tuner, said):
+    monkeypatch.setattr(rehearsal, "RESULTS_PATIENCE", 60)
+    monkeypatch.setattr(rehearsal, "RESULTS", 5)
+    space = CONFIG["searchSpace"] | {"y": {"_type": "randint", "_value": [0, 9]}}
+    folder = rehearse(searchSpace=space, trialCommand="true", maxTrialNumber=99, tuner=tuner)
+    log = (folder / "tuner" / "dispatcher.log").read_text()
+    assert said in log
+    assert "ERROR" not in log
+
+
+def test_what_nnis_tuners_die_of_after_results_is_the_refusal(rehearse):
+    tuner = {"name": "PBT", "classArgs": {"optimize_mode": "maximize", "population_size": 3}}
+    with pytest.raises(ValueError, match="is not in list; allowed for PBT: options that have no"):
+        rehearse(tuner=tuner, searchSpace={"x": NESTED}, maxTrialNumber=99)
+    rehearse(tuner=tuner, searchSpace={"x": NESTED}, maxTrialNumber=3)  # ends before that
+
+
+@pytest.mark.parametrize(
+    ("base", "call", "expected"),
+    [("TpeTuner", "'maximize'", "maximize"), ("TpeTuner", "", "minimize"), ("Tuner", "", "")],
+)
+def test_the_tuner_itself_says_its_direction(rehearse, tmp_path, base, call, expected):
+    (tmp_path / "mine.py").write_text(
+        "from nni.tuner import Tuner\nfrom nni.algorithms.hpo.tpe_tuner import TpeTuner\n"
+        f"class Mine({base}):\n    def __init__(self): super().__init__({call})\n"
+        "    def update_search_space(self, space): pass\n"
+        "    def generate_parameters(self, id, **others): return {'x': 1}\n"
+    )
+    folder = rehearse(tuner={"className": "mine.Mine", "codeDirectory": "."})
+    assert (folder / "tuner" / "direction").read_text() == expected
+
+
 def test_a_tuner_sees_what_nnis_manager_gives_it(rehearse, tmp_path):
     (tmp_path / "nni.txt").touch()
     sees = (

@@ -11,6 +11,8 @@ import pytest
 import tuners
 from conftest import LIGHT_TRIAL, ROOT, SPACE
 from experiment import SEARCH, accuracy, parameters
+from nni.algorithms.hpo.curvefitting_assessor import CurvefittingAssessor
+from nni.assessor import AssessResult
 
 from nnisearch.manager import mends
 from nnisearch.tuners import PACKAGES, OptunaTuner
@@ -504,6 +506,19 @@ def test_hyperband_resumed_takes_the_trials_of_before_for_no_ones(hyperband):
         advisor.handle_trial_end(end | {"event": "SUCCEEDED"})
     assert advisor.sent == []
     assert run_next(advisor, value="1")["parameter_id"].startswith("1-2_0_")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nnis_curvefitting_judges(monkeypatch):
+    monkeypatch.setattr("numpy.float", float, raising=False)
+    monkeypatch.setattr("numpy.int", int, raising=False)
+    mends.work_with_todays_packages()
+    assessor = CurvefittingAssessor(epoch_num=20)
+    rise = [1 - 0.8**step for step in range(1, 11)]
+    assert assessor.assess_trial("a", rise)
+    assessor.trial_end("a", True)
+    judgements = [assessor.assess_trial("b", rise[:length]) for length in range(1, 11)]
+    assert set(judgements) <= set(AssessResult)
 
 
 @pytest.mark.parametrize("name", tuners.TUNERS)
