@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import platform
 import signal
 import socket
 import sqlite3
@@ -224,6 +225,7 @@ def test_a_search_that_was_stopped_and_resumed_twice_is_exact(search):
     for when in ("in the middle of a trial", "in the middle"):
         wait_for(one, MOMENTS[when])
         one.nnictl("stop", one.id)
+        (one.home / "nni-experiments" / ".experiment").unlink()  # a search is found without it
         resume(one)
     assert_is_exact(one)
     assert one.stop() == []
@@ -433,6 +435,8 @@ def test_what_runs_elsewhere_is_not_touched(tmp_path, environment, monkeypatch):
     partition = types.SimpleNamespace(mountpoint="/", fstype="nfs4", opts="rw,local_lock=all")
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [partition])
     assert place.elsewhere(home / "other").startswith("it runs on box:")  # who knows
+    there.write_text(elsewhere.replace("box", platform.node()))
+    assert place.elsewhere(home / "other") is None  # this machine has been started anew
 
 
 def test_whoever_waits_for_a_lock_is_told_for_what(tmp_path, monkeypatch):
