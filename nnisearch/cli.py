@@ -27,6 +27,7 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
     from nnisearch.before import checks, gpus
     from nnisearch.before import config as configuration
     from nnisearch.before.rehearsal import rehearse
+    from nnisearch.shared import slurm
     from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, remove
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
@@ -102,6 +103,8 @@ def start(experiment, args, project):
         for line in checks.check(config):
             print(f"Warning: {line}")
         project.check(config)
+        if slurm.is_used(config):
+            slurm.prepare(experiment.id, folder)
         if args.rehearsal and not args.resume:  # else it has run before
             try:
                 rehearse(config, folder / "rehearsal", leftover=folder)

@@ -26,12 +26,14 @@ from websockets.server import ServerProtocol
 
 from nnisearch.before.config import is_local, shipped_class
 from nnisearch.before.gpus import free_gpus
+from nnisearch.shared import slurm
 from nnisearch.shared.processes import stop
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason, tail
 
 TUNER_PATIENCE = 120  # seconds until a search starts although its tuner has not answered
 TRIAL_PATIENCE = 600  # the same for its trial, which may have to download its data
+QUEUE_PATIENCE = 60  # the same in SLURM's queue, and then again on a node
 NOTICE = 5  # seconds until the user is told what is waited for
 RESULTS = 25  # that NNI's tuners are told of; some have a plan from the tenth or twentieth on
 RESULTS_PATIENCE = 3  # seconds for all of these
@@ -333,8 +335,10 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
     }
     if devices is not None:
         given["CUDA_VISIBLE_DEVICES"] = devices
+    if uses_slurm := slurm.is_used(config):
+        given["SLURM_JOB_NAME"] = slurm.job_name(leftover.name, folder.name)
+        (folder / slurm.NOTE).touch()
     output, errors = folder / "stdout", folder / "stderr"
-    waiting = Waiting("the trial to ask for its parameters", TRIAL_PATIENCE)
     with (
         noticing_opening(parameters) as was_opened,
         output.open("w") as stdout,
@@ -349,6 +353,10 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         ) as trial,
     ):
         asked = None
+        if uses_slurm and not begins(trial, folder, leftover.name, errors):
+            return None, True
+        patience = QUEUE_PATIENCE if uses_slurm else TRIAL_PATIENCE
+        waiting = Waiting("the trial to ask for its parameters", patience)
         while waiting.goes_on(last_line(errors) or last_line(output)):
             if trial.poll() is not None:
                 break
@@ -365,11 +373,29 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         if trial.returncode == 0:
             return None, has_asked
     words = tail(errors) or tail(output)
+    if uses_slurm and (lost := re.search(slurm.LOST, words, re.M)):
+        print(f"The search starts although its trial could not be tried: {one_line(lost[0])}")
+        return None, has_asked
     if 128 < trial.returncode < 128 + signal.NSIG:
         how = f"it is ended by signal {trial.returncode - 128}"
     else:
         how = f"it fails with status {trial.returncode}"
     return f"{how}: {reason(words)}", has_asked
+
+
+def begins(trial, folder, id, errors):
+    """Wait until a trial's job has begun on a node, or has ended; return whether it has.
+
+    After a minute in the queue the user is told that the search starts without having tried it.
+    """
+    waiting = Waiting("the trial, which is in SLURM's queue", QUEUE_PATIENCE)
+    while waiting.goes_on(last_line(errors)):
+        if trial.poll() is not None or (folder / slurm.NOTE).read_text():
+            return True
+        time.sleep(0.1)
+    state = slurm.queue(id).get(slurm.job_name(id, folder.name), "no state is known")
+    print(f"The search starts although its trial is still in SLURM's queue: {state}")
+    return False
 
 
 @contextlib.contextmanager

@@ -204,6 +204,22 @@ function checkSpace(space, python) {
 // A reader of the database may be slow, or stopped. NNI gives up after a second, for good.
 const PATIENCE = 600_000; // ms
 
+const LOOK = 1000; // ms between two looks at what a trial has reported
+
+// Read on if a trial has reported more. NNI waits for inotify, which hears of nothing that another
+// machine writes. The file is opened, since NFS looks anew at its size then only.
+function readOn(stream) {
+    if (!fs.existsSync(stream.path)) return true; // the trial has deleted it
+    const file = fs.openSync(stream.path);
+    const isAllRead = stream.bytesRead >= fs.fstatSync(file).size;
+    fs.closeSync(file);
+    if (!isAllRead) {
+        stream.dataAvailable = true;
+        stream.read(0);
+    }
+    return isAllRead;
+}
+
 module.exports = function ({ mode, python }) {
     let manager;
     const isIdle = () => manager?.trialJobs.size + manager?.waitingTrials.length === 0
@@ -283,13 +299,13 @@ module.exports = function ({ mode, python }) {
                 const job = this.jobMap.get(id);
                 const stream = this.jobStreamMap.get(id);
                 if (job?.status !== "RUNNING" || !stream) return getTrialJob.call(this, id);
-                if (isAlive(job.pid) || stops[id]) return job; // NNI starts a shell to ask
-                const written = fs.statSync(stream.path, { throwIfNoEntry: false })?.size ?? 0;
-                if (stream.bytesRead < written || unstored[id]) {
-                    stream.dataAvailable = true;
-                    stream.read(0);
+                if (isAlive(job.pid) || stops[id]) { // NNI starts a shell to ask
+                    if (Date.now() - (stream.looked ?? 0) < LOOK) return job;
+                    stream.looked = Date.now();
+                    readOn(stream);
                     return job;
                 }
+                if (!readOn(stream) || unstored[id]) return job;
                 await getTrialJob.call(this, id);
                 if (job.status === "FAILED") job.status = stopped[id] ?? job.status;
                 return job;
@@ -306,7 +322,7 @@ module.exports = function ({ mode, python }) {
                 await starting[id];
                 const job = this.jobMap.get(id);
                 if (job?.pid === undefined) return cancelTrialJob.call(this, id, isEarlyStopped);
-                if (job.status !== "RUNNING" || stopped[id]) return;
+                if (ENDED.includes(job.status) || stopped[id]) return;
                 stopped[id] = isEarlyStopped ? "EARLY_STOPPED" : "USER_CANCELED";
                 const view = Object.create(this, { setTrialJobStatus: { value: () => {} } });
                 stops[id] = cancelTrialJob.call(view, id, isEarlyStopped) // until its shell has ended

@@ -14,8 +14,8 @@ from nnisearch.shared.text import one_line
 EXPERIMENTS = Path("~/nni-experiments/.experiment")  # NNI's list of them: {ID: {...}}
 DATABASE = Path("db", "nni.sqlite")  # in an experiment's folder
 EVENTS = (
-    "SELECT rowid, trialJobId, sequenceId, event, timestamp, data, logPath FROM TrialJobEvent"
-    " WHERE rowid > ? AND rowid <= ? AND trialJobId != ''"
+    "SELECT rowid, trialJobId, sequenceId, event, timestamp, data, logPath, message"
+    " FROM TrialJobEvent WHERE rowid > ? AND rowid <= ? AND trialJobId != ''"
     " AND event NOT IN ('ADD_HYPERPARAMETER', 'IMPORT_DATA') ORDER BY rowid LIMIT 1000"
 )
 METRICS = (
@@ -170,7 +170,8 @@ class Trials:
     """The trials in NNI's database, {id: trial}, of which each update() reads what is new only.
 
     A trial is a dict, as read_database() returns it, and start, end and heard, which are when it
-    started, ended and was last heard of, in ms since 1970, and path, where its files are.
+    started, ended and was last heard of, in ms since 1970, path, where its files are, and message,
+    which says why it was run again.
     """
 
     def __init__(self, path):
@@ -202,13 +203,18 @@ class Trials:
             trial["intermediate"] = [value for _, value in reports]
         return list(changed.values())
 
-    def note_event(self, id, sequence, event, time, data, path):
+    def note_event(self, id, sequence, event, time, data, path, message):
         trial = self.known.setdefault(id, {"trial": sequence, "id": id} | UNSTARTED)
         self.reports.setdefault(id, [])
         trial["status"] = NNIS_NAMES.get(event, event)
         trial["path"] = path or trial["path"]
-        if event == "WAITING":
+        trial["message"] = message or trial["message"]
+        if event == "WAITING" and data:
             trial["hyperparameters"] = json.loads(data)["parameters"]
+        elif event == "WAITING":
+            # It is run again. Its reports have been deleted, and SQLite uses their numbers again.
+            self.reports = {known: [] for known in self.reports}
+            self.last_metric = 0
         if trial["status"] not in ENDED:  # NNI may miss that it was RUNNING
             trial["start"] = trial["heard"] = time
             trial["end"] = trial["seconds"] = None
@@ -239,6 +245,7 @@ UNSTARTED = {
     "end": None,
     "heard": 0,
     "path": "",
+    "message": None,
 }
 KEYS = ("trial", "id", "status", "result", "reported", "intermediate", "hyperparameters", "seconds")
 

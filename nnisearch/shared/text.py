@@ -9,6 +9,8 @@ THREAD_DIED = re.compile(
     re.MULTILINE,
 )
 
+# What srun says of each task that ends, after the task's own words.
+SRUNS_END = re.compile(r"srun: error: .*: (Exited with exit code \d+|Terminated|Killed)$")
 
 # What colours a text on a terminal, or moves the cursor there (ECMA-48).
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
@@ -58,7 +60,7 @@ def reason(text):
         if line.startswith("Traceback (most recent call last):"):
             ends = [n for n in range(number + 1, len(lines)) if lines[n].strip() == lines[n] != ""]
             found = ends[0] if ends else found
-        elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line):
+        elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line) and not SRUNS_END.match(line):
             found = number
     said = [line for line in lines if line.strip()]
     if not said:

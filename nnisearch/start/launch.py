@@ -15,6 +15,7 @@ from pathlib import Path
 from nni.experiment import RunMode, rest
 
 from nnisearch.before.config import is_local, services
+from nnisearch.shared import slurm
 from nnisearch.shared.output import remove
 from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import end, manager_of, managers, processes_of, stop
@@ -70,6 +71,8 @@ def prepare_environment(config, listen):
         "machines": [place[4][0] for places in found for place in places],
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
+    if slurm.is_used(config):
+        guard["slurm"] = {"lost": slurm.LOST, "note": slurm.NOTE}
     preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))  # its path may have spaces, too
     # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
     own = f'--openssl-config=/dev/null --require "{preload}"'

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nnisearch.before.config import is_local
 from nnisearch.before.gpus import waiting_for
+from nnisearch.shared import slurm
 from nnisearch.shared.direction import UNKNOWN, direction
 from nnisearch.shared.output import may_be_closed
 from nnisearch.shared.results import ENDED, NO_RESULT, Trials, has_result
@@ -28,6 +29,7 @@ tqdm.set_lock(threading.RLock())
 
 SILENCE = 20  # s of a manager's silence before it is said
 IDLE = 60  # s in which nothing runs and the tuner proposes nothing, before it is said
+ASK = 10  # s between two questions to SLURM's controller, which others use, too
 QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
 
 
@@ -286,6 +288,7 @@ class Notices:
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
         self.said = set()
+        self.uses_slurm, self.asked = slurm.is_used(config), 0
         self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
 
     def __call__(self, trials):
@@ -298,9 +301,29 @@ class Notices:
             found[holders] = holders and f"trials wait for a GPU: {holders}"
         if not is_local(self.config):
             found |= self.silent(trials)
+        if self.uses_slurm and "WAITING" in states:
+            found |= self.queued(trials)
+        for trial in trials:
+            if trial["message"]:
+                found[trial["id"], trial["message"]] = f"{title(trial)} is {trial['message']}"
         new = {about: line for about, line in found.items() if line and about not in self.said}
         self.said |= new.keys()
         return list(new.values())
+
+    def queued(self, trials):
+        """Return {state: line} of the trials that are in SLURM's queue."""
+        if time.monotonic() - self.asked < ASK:
+            return {}
+        self.asked, id = time.monotonic(), self.folder.name
+        states = slurm.queue(id)
+        names = {trial["id"]: slurm.job_name(id, trial["id"]) for trial in trials}
+        waiting = [trial for trial in trials if trial["status"] == "WAITING"]
+        found = {states.get(names[trial["id"]]): title(trial) for trial in reversed(waiting)}
+        return {
+            state: f"{trial} waits in SLURM's queue: {state}"
+            for state, trial in found.items()
+            if state
+        }
 
     def silent(self, trials):
         """Return {trial: line} for those that are silent for longer than any before."""

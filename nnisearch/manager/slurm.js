@@ -1,0 +1,95 @@
+// Trials that srun starts. As shipped, NNI counts such a trial as running while its job waits in SLURM's
+// queue, and as failed, or even as succeeded, when SLURM takes its node away. Loaded by manager.js, this
+// promises: a trial waits until its job has begun on a node, and its time counts from there; one whose
+// job SLURM has ended for reasons of its own is run again, with the same parameters and number.
+"use strict";
+const child_process = require("child_process");
+const fs = require("fs");
+const { promisify } = require("util");
+
+const RUNS = 4; // of a trial: the first, and three more
+const LOOK = 500; // ms between two looks at a trial that waits
+
+const isAlive = (pid) => {
+    try { return process.kill(pid, 0); } catch { return false; }
+};
+
+module.exports = function ({ id, slurm }) {
+    if (!slurm) return {};
+    const lost = new RegExp(slurm.lost, "m");
+    const nameOf = (job) => `nni-${id}-${job.id}`; // as in shared/slurm.py
+    const noteOf = ({ workingDirectory }) => `${workingDirectory}/${slurm.note}`;
+    return {
+        "core/nnimanager.js": ({ NNIManager: { prototype } }) => {
+            const { initTrainingService } = prototype;
+            prototype.initTrainingService = async function (config) {
+                const { db } = this.dataStore.db;
+                const service = await initTrainingService.call(this, config);
+                return Object.assign(service, { execute: promisify(db.run.bind(db)) });
+            };
+        },
+        "training_service/local/localTrainingService.js": ({ LocalTrainingService: { prototype } }) => {
+            const { cancelTrialJob, getEnvironmentVariables, getTrialJob } = prototype;
+            const { runTrialJob, setTrialJobStatus } = prototype;
+            prototype.getEnvironmentVariables = function (job, ...rest) {
+                const name = { key: "SLURM_JOB_NAME", value: nameOf(job) };
+                return [...getEnvironmentVariables.call(this, job, ...rest), name];
+            };
+            prototype.runTrialJob = function (trial, ...rest) {
+                const job = this.jobMap.get(trial);
+                fs.mkdirSync(`${job.workingDirectory}/.nni`, { recursive: true, mode: 0o700 });
+                // NFS looks anew at a file that is opened, and late for one that was not there.
+                fs.writeFileSync(noteOf(job), "");
+                return runTrialJob.call(this, trial, ...rest);
+            };
+            prototype.setTrialJobStatus = function (job, status) {
+                // NNI says RUNNING before there is a process.
+                if (status !== "RUNNING" || job.pid !== undefined) setTrialJobStatus.call(this, job, status);
+            };
+            prototype.begin = function (job) {
+                const [time, node] = fs.readFileSync(noteOf(job), "utf8").trim().split(/\s+/);
+                const hasReported = fs.statSync(this.jobStreamMap.get(job.id).path).size > 0;
+                if (!time && !hasReported && isAlive(job.pid)) return;
+                const now = Date.now(); // The node's clock may differ.
+                job.startTime = Math.min(now, Math.max(job.startTime, Number(time) || now));
+                if (node) job.url = `file://${node}:${job.workingDirectory}`;
+                this.setTrialJobStatus(job, "RUNNING");
+            };
+            prototype.runAgain = async function (job, why) {
+                await this.execute( // they will be reported again; of two final results TPE dies
+                    "delete from MetricData where trialJobId = ? and type <> 'FINAL'", job.id);
+                this.jobStreamMap.get(job.id).end(0);
+                this.jobStreamMap.delete(job.id);
+                job.again = (job.again ?? 0) + 1;
+                job.message = `run again (${job.again} of at most ${RUNS - 1}): ${why}`;
+                Object.assign(job, { pid: undefined, startTime: undefined, submitTime: Date.now() });
+                this.setTrialJobStatus(job, "WAITING");
+                this.jobQueue.push(job.id);
+            };
+            prototype.getTrialJob = async function (trial) {
+                const job = this.jobMap.get(trial);
+                if (job?.status === "WAITING" && job.pid !== undefined) {
+                    if (Date.now() - (job.seen ?? 0) < LOOK) return job;
+                    job.seen = Date.now();
+                    this.begin(job);
+                    return job;
+                }
+                if (job?.status === "RUNNING") { // it has ended: pace.js answers for one that lives
+                    const errors = fs.readFileSync(`${job.workingDirectory}/stderr`, "utf8");
+                    const why = lost.exec(errors);
+                    if (why && (job.again ?? 0) < RUNS - 1) {
+                        await this.runAgain(job, why[0]);
+                        return job;
+                    }
+                }
+                return getTrialJob.call(this, trial);
+            };
+            prototype.cancelTrialJob = async function (trial, ...rest) {
+                const job = this.jobMap.get(trial);
+                await cancelTrialJob.call(this, trial, ...rest);
+                // srun ends its job itself, unless it was killed before it could.
+                await promisify(child_process.execFile)("scancel", ["--name", nameOf(job)]).catch(() => {});
+            };
+        },
+    };
+};

@@ -1,0 +1,74 @@
+"""Trials that srun starts: they are jobs in SLURM's queue, and run on a cluster's nodes."""
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+# srun runs this on the node before a task. It notes in the trial's folder when and where that was.
+PROLOG = """#!/bin/sh
+if [ "$SLURM_PROCID" = 0 ] && [ -f "$NNI_SYS_DIR/{note}" ]; then
+    echo "$(date +%s%3N) $SLURMD_NODENAME" >> "$NNI_SYS_DIR/{note}"
+fi
+"""
+NOTE = ".nni/slurm"  # below a trial's folder
+# By what srun prints when SLURM has ended a job for reasons of its own. For JavaScript, too.
+LOST = (
+    r"^(srun|slurmstepd\S*): error: .*"
+    r"(Node failure|DUE TO NODE FAILURE|DUE TO PREEMPTION|launch failed|Task launch for .* failed)"
+    r".*$"
+)
+PATIENCE = 20  # s for an answer of SLURM's controller
+
+
+def is_used(config):
+    """Return whether srun starts the trials: the command names it, or a script in the command."""
+    service = config.training_service
+    if getattr(service, "platform", "several") != "local" or service.reuse_mode:
+        return False
+    command = config.trial_command or ""
+    texts = [command]
+    for word in re.split(r"[\s;&|()'\"]+", command):
+        script = Path(config.trial_code_directory, word)
+        if word and script.suffix != ".py" and script.is_file() and script.stat().st_size < 1e6:
+            texts.append(script.read_text(errors="replace"))
+    return any(re.search(r"(^|[\s/;&|(])srun\s", text) for text in texts)
+
+
+def job_name(id, trial):
+    """Return the name that a trial's job has in SLURM's queue (slurm.js)."""
+    return f"nni-{id}-{trial}"
+
+
+def prepare(id, folder):
+    """Have srun note the begin of each task, and cancel what an earlier manager has left behind."""
+    prolog = folder / "slurm_prolog.sh"
+    users = os.environ.get("SLURM_TASK_PROLOG")
+    then = f"exec {shlex.quote(users)}\n" if users and users != str(prolog) else ""
+    prolog.write_text(PROLOG.format(note=NOTE) + then)
+    prolog.chmod(0o700)
+    os.environ["SLURM_TASK_PROLOG"] = str(prolog)
+    end = time.monotonic() + PATIENCE
+    while (jobs := queue(id, "PENDING,RUNNING,COMPLETING")) and time.monotonic() < end:
+        for name in jobs:
+            ask("scancel", "--name", name)
+            ask("scancel", "--name", name, "--signal=KILL")  # it would have 30 s after SIGTERM
+        time.sleep(0.5)
+
+
+def queue(id, states="PENDING,CONFIGURING"):
+    """Return {name: state} of a search's jobs in these states, such as PENDING (Priority)."""
+    given = ["-h", "-u", str(os.getuid()), "-t", states, "-o", "%j|%T (%r)"]
+    lines = ask("squeue", *given).splitlines()
+    return dict(line.rsplit("|", 1) for line in lines if line.startswith(job_name(id, "")))
+
+
+def ask(*command):
+    """Return what a command of SLURM's prints, "" if it fails or does not answer in time."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        how = {"capture_output": True, "text": True, "errors": "replace"}
+        return subprocess.run(command, **how, timeout=PATIENCE).stdout
+    return ""

@@ -1,0 +1,206 @@
+"""Searches whose trials are jobs of a SLURM cluster: two nodes, started by the test."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from cluster import Cluster, missing
+from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE
+from experiment import MANAGER, SEARCH, processes_at
+
+from nnisearch.before import config as configuration
+from nnisearch.before import rehearsal
+from nnisearch.shared import slurm
+from nnisearch.shared.results import Trials
+from nnisearch.shared.text import reason
+
+CONFIG = yaml.safe_load((ROOT / "configs" / "slurm.yml").read_text())
+SRUN = CONFIG["trialCommand"].replace("python3 train.py", LIGHT_TRIAL)
+EPOCHS = 15
+# As on NFS, where inotify hears of nothing that another machine writes.
+DEAF = "require('fs').watch = () => ({ close() {} });"
+
+
+@pytest.fixture
+def cluster(tmp_path, environment):
+    if why := missing():
+        pytest.skip(why)
+    cluster = Cluster(tmp_path / "cluster")
+    environment |= cluster.environment
+    try:
+        cluster.boot()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def search(experiment, environment, tmp_path):
+    """Start a search of configs/slurm.yml with light trials, on a home that is like NFS."""
+    (tmp_path / "deaf.js").write_text(DEAF)
+    environment["NODE_OPTIONS"] = f"--require {tmp_path / 'deaf.js'}"
+
+    def search(**changes):
+        return experiment("configs/slurm.yml", **{"trialCommand": SRUN} | changes)
+
+    return search
+
+
+def trials_of(search):
+    trials = Trials(search.home / "nni-experiments" / search.id / "db" / "nni.sqlite")
+    trials.update()
+    return list(trials.known.values())
+
+
+def nodes_of(search, status):
+    """Return {node: trials} of a search's trials of a status that have reported."""
+    found = {}
+    for trial in trials_of(search):
+        if trial["status"] == status and trial["intermediate"]:
+            found.setdefault(urlsplit(trial["path"]).hostname, []).append(trial["id"])
+    return found
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return found
+
+
+def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, search, tmp_path):
+    everything = ["srun", "--partition=urgent", "--nodes=2", "--exclusive"]
+    how = {"env": os.environ | cluster.environment}
+    with subprocess.Popen([*everything, "sleep", "1000"], **how) as others:
+        wait_for(lambda: any("RUNNING" in job for job in cluster.jobs()))
+        space = SPACE | {"epochs": {"_type": "choice", "_value": [EPOCHS]}}
+        one = search(maxTrialNumber=5, searchSpace=space)
+        command = [sys.executable, *SEARCH, "--resume", one.id]
+        said = tmp_path / "said"
+        with said.open("w") as output:
+            watcher = subprocess.Popen(
+                command, env=one.environment, stdout=output, stderr=output, cwd=one.home
+            )
+        wait_for(lambda: "waits in SLURM's queue: PENDING (" in said.read_text())
+        assert {trial["status"] for trial in trials_of(one)} == {"WAITING"}
+        others.terminate()
+    in_queue_until = time.time() * 1000
+    wait_for(lambda: sum(map(len, nodes_of(one, "RUNNING").values())) == 4)
+    (lost, *_) = nodes_of(one, "RUNNING")["n2"]
+    cluster.kill_node("n2")
+    wait_for(lambda: "run again (1 of at most 3): srun: error: Node failure" in said.read_text())
+    cluster.start_node("n2")
+    wait_for(lambda: any(lost in trials for trials in nodes_of(one, "RUNNING").values()))
+    subprocess.run([*everything, "true"], **how, check=True)
+
+    trials = one.wait(240)
+    assert watcher.wait(60) == 0, said.read_text()
+    assert "DUE TO PREEMPTION" in said.read_text()
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
+    assert sorted(trial["sequenceId"] for trial in trials) == list(range(5))
+    for trial in trials_of(one):
+        assert len(trial["intermediate"]) == 2 * EPOCHS
+        assert trial["start"] >= in_queue_until
+        metrics = one.get(f"metric-data/{trial['id']}")
+        assert [metric["type"] for metric in metrics].count("FINAL") == 1
+    assert set(nodes_of(one, "SUCCEEDED")) == {"n1", "n2"}
+    assert one.stop() == []
+
+
+def test_no_job_outlives_its_trial_or_its_search(cluster, search):
+    one = search(searchSpace=ENDLESS, trialConcurrency=2, maxTrialDuration="20s")
+
+    def running():
+        return {t["id"] for t in trials_of(one) if t["status"] == "RUNNING" and t["intermediate"]}
+
+    def has_no_job(*trials):
+        return not any(job.split("|")[1][4:].endswith(trials) for job in cluster.jobs())
+
+    wait_for(lambda: len(running()) == 2)
+    (killed, *_) = running()
+    one.nnictl("trial", "kill", one.id, "-T", killed)
+    wait_for(lambda: has_no_job(killed))
+    ended = wait_for(lambda: [t for t in trials_of(one) if t["status"] == "EARLY_STOPPED"])
+    wait_for(lambda: has_no_job(*(trial["id"] for trial in ended)))
+
+    wait_for(lambda: len(running()) == 2)
+    for process in [*processes_at(one.home, MANAGER), *processes_at(one.home, "srun ")]:
+        process.kill()
+    wait_for(lambda: not processes_at(one.home, MANAGER))
+    one.resume()
+    wait_for(lambda: len(running()) == 2)
+    names = [job.split("|")[1] for job in cluster.jobs()]
+    assert len(names) == len(set(names)) == 2
+    assert one.stop() == []
+    wait_for(lambda: cluster.jobs() == [])
+
+
+def rehearse(command, folder, monkeypatch, cluster):
+    """Return what rehearse_trial() returns of a trial command on the cluster."""
+    for key, value in cluster.environment.items():
+        monkeypatch.setenv(key, value)
+    (folder / "search").mkdir()
+    (folder / "search.yml").write_text(yaml.safe_dump(CONFIG | {"trialCommand": command}))
+    config = configuration.load(ROOT / "configs" / "slurm.yml")
+    config.trial_command = command
+    monkeypatch.setenv("SLURM_TASK_PROLOG", "")
+    slurm.prepare("search", folder / "search")
+    proposal = '{"parameter_id": 0, "parameters": {"epochs": 1, "lr": 0.1}}'
+    place = folder / "search" / "rehearsal"
+    return rehearsal.rehearse_trial(config, place, proposal, 0, None, folder / "search")
+
+
+def test_a_rehearsal_is_a_job_that_may_fail(cluster, tmp_path, monkeypatch):
+    why, _ = rehearse("srun --partition=none true", tmp_path, monkeypatch, cluster)
+    assert "srun: error: Unable to allocate resources: Invalid partition name specified" in why
+
+
+def test_a_search_does_not_wait_for_a_rehearsal_in_the_queue(
+    cluster, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(rehearsal, "QUEUE_PATIENCE", 1)
+    cluster.run("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
+    why, _ = rehearse("srun true", tmp_path, monkeypatch, cluster)
+    assert why is None
+    assert "its trial is still in SLURM's queue: PENDING (" in capsys.readouterr().out
+    wait_for(lambda: cluster.jobs() == [])
+
+
+@pytest.mark.parametrize(
+    ("command", "script", "is_used"),
+    [
+        ("srun python3 train.py", "", True),
+        ("OMP_NUM_THREADS=1 /usr/bin/srun --gpus=1 x", "", True),
+        ("bash run.sh", "cd x && srun python3 train.py", True),
+        ("python3 run.py", "# not by srun here", False),
+        ("python3 srun.py", "", False),
+    ],
+)
+def test_what_starts_trials_by_srun_is_known(tmp_path, command, script, is_used):
+    for name in ("run.sh", "run.py"):
+        (tmp_path / name).write_text(script)
+    config = configuration.load(Path(ROOT, "configs", "slurm.yml"))
+    config.trial_command, config.trial_code_directory = command, str(tmp_path)
+    assert slurm.is_used(config) == is_used
+
+
+TRACEBACK = "Traceback (most recent call last):\n  File ...\nValueError: lr is nan\n"
+LIMIT = "slurmstepd: error: *** STEP 2.0 ON n1 CANCELLED AT 2026-11-27 DUE TO TIME LIMIT ***"
+
+
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        (f"{LIMIT}\nsrun: error: n1: task 0: Terminated", LIMIT),
+        ("srun: error: n1: task 0: Out Of Memory", "srun: error: n1: task 0: Out Of Memory"),
+        (f"{TRACEBACK}srun: error: n1: task 0: Exited with exit code 1", "ValueError: lr is nan"),
+    ],
+)
+def test_why_a_job_has_failed_is_said_in_slurms_words_if_it_was_slurm(printed, why):
+    assert reason(printed) == why
