@@ -125,10 +125,13 @@ class Experiment:
         """Return the answer of NNI's REST server."""
         return json.loads(self.request("GET", what))
 
-    def request(self, method, what):
+    def request(self, method, what, body=None):
+        """Send NNI's REST server a request, with what is to be sent as JSON; return its answer."""
         url = f"http://127.0.0.1:{self.port}/api/v1/nni/{what}"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(urllib.request.Request(url, method=method), timeout=30) as answer:
+        given = {"data": body and json.dumps(body).encode(), "method": method}
+        request = urllib.request.Request(url, headers={"Content-Type": "application/json"}, **given)
+        with opener.open(request, timeout=30) as answer:
             return answer.read()
 
     def wait(self, seconds):

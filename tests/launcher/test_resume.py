@@ -19,7 +19,15 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, nobody
-from experiment import MANAGER, UNCHECKED, Experiment, free_port, metric_value, processes_at
+from experiment import (
+    MANAGER,
+    UNCHECKED,
+    Experiment,
+    free_port,
+    metric_value,
+    parameters,
+    processes_at,
+)
 from filelock import FileLock
 from nni.experiment import rest
 
@@ -43,7 +51,7 @@ CONFIG = {
     "trialCommand": "python3 trial.py",
     "trialConcurrency": 2,
     "maxTrialNumber": TRIALS,
-    "tuner": {"name": "Random"},
+    "tuner": {"name": "Random", "classArgs": {"seed": 1}},
     "trainingService": {"platform": "local"},
     "searchSpace": {"x": {"_type": "uniform", "_value": [0, 1]}},
 }
@@ -108,7 +116,7 @@ def assert_is_exact(search):
     trials = search.wait(240)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * TRIALS
     assert len({trial["sequenceId"] for trial in trials}) == TRIALS
-    assert len({trial["hyperParameters"][0] for trial in trials}) == TRIALS
+    assert len({str(parameters(trial)) for trial in trials}) == TRIALS
     once = [("PERIODICAL", number) for number in range(REPORTS)] + [("FINAL", 0.5)]
     assert [reports(search, trial) for trial in trials] == [once] * TRIALS
 

@@ -1,10 +1,13 @@
 """nnisearch/tuners.py: Optuna's samplers and Hyperband, as NNI calls them and in real searches."""
 
+import contextlib
 import json
 import logging
 import math
+import sqlite3
 import subprocess
 import sys
+import time
 
 import nni
 import pytest
@@ -417,7 +420,7 @@ def test_a_search_by_optuna_and_its_resumption(experiment):
 X_IS_THE_RESULT = "sleep 0.3; python3 tests/support/other_project.py"
 
 
-def test_a_search_whose_space_changes_and_into_which_results_are_brought(experiment):
+def test_a_search_that_is_changed_from_outside_while_it_runs(experiment):
     tuner = tuner_config("OptunaTuner", sampler="TPESampler", seed=0)
     space = LINE | {"kind": {"_type": "choice", "_value": ["a", "b"]}}
     changes = {"trialCommand": X_IS_THE_RESULT, "maxTrialNumber": 99}
@@ -432,7 +435,20 @@ def test_a_search_whose_space_changes_and_into_which_results_are_brought(experim
     (search.home / "results.json").write_text(json.dumps([*foreign, fitting]))
     search.nnictl("experiment", "import", search.id, "-f", search.home / "results.json")
     search.wait_for(lambda trials: {parameters(t)["kind"] for t in trials} >= {"c", None}, 90)
-    assert search.get("check-status")["status"] == "RUNNING"
+
+    search.request("POST", "trial-jobs", {"x": 0.5})  # Customized trial in the Web UI
+    own = {"SUCCEEDED": {"x": 0.5}}
+    search.wait_for(lambda trials: own in [{t["status"]: parameters(t)} for t in trials], 60)
+    database = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
+    with contextlib.closing(sqlite3.connect(database)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM MetricData").fetchone()
+        time.sleep(3)  # NNI gives up after one
+    search.nnictl("update", "trialnum", search.id, "-v", 1)
+    done = len(search.wait(60))
+    search.nnictl("update", "trialnum", search.id, "-v", 99)
+    search.wait_for(lambda trials: len(trials) > done + 2, 60)
+    assert search.get("check-status") == {"status": "RUNNING", "errors": []}
     log = (search.home / "nni-experiments" / search.id / "log" / "dispatcher.log").read_text()
     assert "ERROR" not in log
     assert "3 of 4 results left out: kind is missing" in log
