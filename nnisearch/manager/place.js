@@ -42,7 +42,8 @@ module.exports = function ({ folder, action }, root) {
     const lock = new Database(`${folder}/manager.lock`);
     const held = new Promise((resolve) => lock.exec("BEGIN IMMEDIATE", (error) => {
         if (error) {
-            console.error(`Error: another manager of this experiment has locked ${folder}/manager.lock`);
+            const why = error.code === "SQLITE_BUSY" ? "another manager has locked it" : error.message;
+            console.error(`Error: ${folder}/manager.lock: ${why}`);
             process.exit(1);
         }
         fs.writeFileSync(`${folder}/manager.json`, JSON.stringify(here));

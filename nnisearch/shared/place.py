@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from nnisearch.shared.text import one_line
+
 # Options of a mount whose locks no other machine sees.
 OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "nobrl", "localflock"}
 
@@ -38,7 +40,8 @@ def elsewhere(folder):
     if not is_locked(folder / "manager.lock") and not (is_other_machine and has_own_locks(folder)):
         return None
     where = f"on {host}" if is_other_machine else f"in another container of this machine, {host}"
-    return f"it runs {where}: watch or stop it there; if that is gone: rm '{folder}'/manager.*"
+    way = f"watch or stop it there; if that is gone: rm '{folder}'/manager.*"
+    return one_line(f"it runs {where}: {way}")
 
 
 def is_locked(path):
@@ -57,10 +60,7 @@ def is_locked(path):
 def has_own_locks(folder):
     """Return whether other machines do not see this one's locks in a folder that they share."""
     folder = folder.resolve()
-    mounts = [
-        mount
-        for mount in psutil.disk_partitions(all=True)
-        if folder.is_relative_to(mount.mountpoint)
-    ]
-    mount = max(mounts, key=lambda mount: len(mount.mountpoint))
-    return mount.fstype.startswith("fuse") or bool(OWN_LOCKS & set(mount.opts.split(",")))
+    known = psutil.disk_partitions(all=True)
+    mounts = [mount for mount in known if folder.is_relative_to(mount.mountpoint)]
+    mounts.sort(key=lambda mount: len(mount.mountpoint))  # the last one is the folder's
+    return any(m.fstype.startswith("fuse") or OWN_LOCKS & {*m.opts.split(",")} for m in mounts[-1:])

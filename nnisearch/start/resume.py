@@ -26,7 +26,8 @@ def list_experiments():
     listed = read_experiments(id=str, status=str, logDir=str)
     alive = managers()
     for id, known in listed.items():
-        if id not in alive and not elsewhere(Path(known["logDir"], id)):
+        is_here = id in alive or known["status"] == "STOPPED"
+        if not is_here and not elsewhere(Path(known["logDir"], id)):
             known["status"] = "STOPPED"
     return listed
 

@@ -424,7 +424,7 @@ def test_what_runs_elsewhere_is_not_touched(tmp_path, environment, monkeypatch):
         with subprocess.Popen(command, **how) as second:
             assert (second.wait(30), second.stdout.read()) == (1, "")
             line = second.stderr.read()
-            assert line.startswith("Error: another manager of this experiment has locked ")
+            assert line.startswith(f"Error: {home}/abc/manager.lock: another manager has locked it")
         own = note.read_text()
         note.write_text(elsewhere)
         statuses = {id: known["status"] for id, known in recovery.list_experiments().items()}
