@@ -2,6 +2,7 @@
 
     nnisearch CONFIG           # starts a search, shows how it goes on, and the choice at its end
     nnisearch --resume ID      # go on with a stopped search, or watch one that runs
+    nnisearch --view ID        # show a stopped search in the Web UI
 
 It promises: what cannot work is refused in one line and leaves nothing behind; nobody but its user
 gets at the search (guard.js), which goes on when this command ends; and for nnictl it is an
@@ -10,6 +11,7 @@ experiment like any other. CONFIG may be any configuration of NNI, of any projec
 
 import ipaddress
 import os
+import platform
 import socket
 import sys
 from collections.abc import Callable
@@ -57,17 +59,17 @@ class Project:
 def begin(args, project):
     """Check and start what args ask for; return the search's ID, its port and its configuration."""
     listed = resume.list_experiments()
-    if args.resume:
-        known = resume.find(args.resume, listed)
-        if resume.is_running(known):
-            return args.resume, known["port"], resume.running_config(known)
+    if id := args.resume or args.view:
+        known = resume.find(id, listed, "--view" if args.view else "--resume")
+        if known["status"] != "STOPPED" if args.view else resume.is_running(known):
+            return id, known["port"], resume.running_config(known)
     home = Path("~/nni-experiments").expanduser()
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")
     resume.close_list(home)
     checks.check_private(home, "NNI's folder below HOME")
     if listed:
         resume.note_ended(listed)
-    experiment = resumed(known) if args.resume else new(args, project)
+    experiment = stored(known, args) if id else new(args, project)
     port = start(experiment, args, project)
     return experiment.id, port, experiment.config
 
@@ -79,19 +81,24 @@ def new(args, project):
     return Experiment(configuration.load(path))
 
 
-def resumed(known):
-    """Return an experiment as NNI has stored it, and end what still runs of it."""
+def stored(known, args):
+    """Return an experiment as NNI has stored it; to resume it, end what still runs of it."""
     id, folder = known["id"], known["logDir"]
     experiment = Experiment(configuration.load_stored(id, Path(folder, id)))
-    experiment.id, experiment._action = id, "resume"
+    experiment.id, experiment._action = id, "view" if args.view else "resume"
     experiment.config.experiment_working_directory = folder
-    resume.prepare(known)
+    if args.resume:
+        resume.prepare(known)
     return experiment
 
 
 def start(experiment, args, project):
     """Check and start an experiment; return its port. Raises what checks and launch() raise."""
     config = experiment.config
+    if args.view:
+        with experiment_folder(experiment):
+            prepare_environment(config, args.listen)
+            return launch(experiment, args.port)
     is_scheduled = configuration.is_local(config) and config.trial_gpu_number
     if is_scheduled and (line := gpus.allow_visible(config.training_service)):
         print(line)
@@ -126,6 +133,7 @@ def parse_args(argv, prog, project):
     add("--detach", action="store_true", help="return once the search has started")
     add("--listen", metavar="ADDRESS", help="open the Web UI to whoever reaches this address")
     add("--resume", metavar="ID", help="go on with a stopped search, or watch one that runs")
+    add("--view", metavar="ID", help="show a stopped search, which stays as it is, in the Web UI")
     add(
         "--no-rehearsal",
         dest="rehearsal",
@@ -133,10 +141,12 @@ def parse_args(argv, prog, project):
         help="do not try the tuner and the trial first, as for a trial that must not run twice",
     )
     args = parser.parse_args(argv)
-    if not (args.config or args.resume or project.default_config):
+    if not (args.config or args.resume or args.view or project.default_config):
         parser.error("CONFIG is missing; allowed: a configuration of NNI, or --resume ID")
-    if args.config and args.resume:
-        parser.error(f"CONFIG is {args.config}; allowed: none, with --resume")
+    if args.config and (args.resume or args.view):
+        parser.error(f"CONFIG is {args.config}; allowed: none, with --resume or --view")
+    if args.resume and args.view:
+        parser.error(f"--view is {args.view}; allowed: none, with --resume")
     if args.port is not None and not 1 <= args.port < 65_535:
         parser.error(f"--port is {args.port}; allowed: 1 to 65534")
     if args.listen:
@@ -179,7 +189,9 @@ def main(argv=None, project=Project()):  # noqa: B008 - it does not change
             print(f"Warning: {reach}; --listen gives up what else keeps others out")
         elif not Path("/proc/net/tcp").exists():
             print("Other users of this machine reach it, too: there is no /proc to tell them apart")
-        if args.detach:
+        elif "microsoft" in platform.release().lower():
+            print("Processes of root reach it, too: in WSL the browser of Windows comes by one")
+        if args.detach or args.view:
             return 0
         has_result = progress.watch(id, port, config, again, f"{project.choose_command} {id}")
     except RuntimeError as error:

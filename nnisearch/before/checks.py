@@ -5,9 +5,11 @@ Each check raises ValueError with one line that names the key, its value and wha
 """
 
 import grp
+import ipaddress
 import os
 import pwd
 import shutil
+import socket
 import stat
 import tempfile
 from contextlib import suppress
@@ -42,6 +44,7 @@ def check(config):
             raise ValueError(f"{camel_case(key)} is {folder!a}; allowed: {allowed}")
     check_code(config.json(), "the configuration")
     check_algorithms(config)
+    check_addresses(config)
     if is_local(config):
         if shutil.which("ps") is None:
             raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
@@ -89,6 +92,25 @@ def check_algorithms(config):
             allowed += ", since NNI's ends at its first result"
             named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI takes it for either
             raise ValueError(f"{named}; allowed: {allowed}")
+
+
+def check_addresses(config):
+    """Check that NNI's programs find each other. Raises ValueError, with the way on."""
+    try:
+        found = {place[4][0].split("%")[0] for place in socket.getaddrinfo("localhost", None)}
+    except OSError:
+        found = set()
+    if not found or not all(ipaddress.ip_address(each).is_loopback for each in found):
+        known = ", ".join(sorted(found)) or "no name that this machine knows"
+        allowed = "127.0.0.1 or ::1, by a line `127.0.0.1 localhost` in /etc/hosts"
+        raise ValueError(f"localhost is {known}; allowed: {allowed}; NNI's programs meet there")
+    if is_local(config) and config.training_service.reuse_mode and not config.nni_manager_ip:
+        try:
+            with socket.socket(type=socket.SOCK_DGRAM) as probe:
+                probe.connect(("192.0.2.0", 1))  # by which NNI finds this machine's address
+        except OSError as error:
+            why = f"reuseMode needs this machine's address, which has no network: {error.strerror}"
+            raise ValueError(f"nniManagerIp is not set; allowed: 127.0.0.1; {why}") from None
 
 
 def check_private(folder, key="experimentWorkingDirectory"):

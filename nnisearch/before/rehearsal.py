@@ -339,12 +339,14 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         given["SLURM_JOB_NAME"] = slurm.job_name(leftover.name, folder.name)
         (folder / slurm.NOTE).touch()
     output, errors = folder / "stdout", folder / "stderr"
+    script = folder / "run.sh"  # ps shows arguments, and passwords may stand there
+    script.write_text(config.trial_command, encoding="utf-8")
     with (
         noticing_opening(parameters) as was_opened,
         output.open("w") as stdout,
         errors.open("w") as stderr,
         leashed(
-            ["bash", "-c", config.trial_command],
+            ["bash", script],
             leftover,
             cwd=config.trial_code_directory,
             env=os.environ | given,

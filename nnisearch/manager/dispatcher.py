@@ -29,7 +29,8 @@ def load(path):
 
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also while a tuner is thinking
+    if sys.platform == "linux":  # also while the tuner is thinking
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     # The manager sends no more than this line before it hears from here.

@@ -6,6 +6,16 @@ const fs = require("fs");
 const Module = require("module");
 const path = require("path");
 
+// Node's debugger takes commands from all users of this machine. SIGUSR1, which batch systems send,
+// starts it, and so may what the user's NODE_OPTIONS load.
+process.on("SIGUSR1", () => {});
+const inspector = require("inspector");
+inspector.open = () => {};
+if (inspector.url()) {
+    console.error(`Error: Node's debugger is open at ${inspector.url()}`);
+    process.exit(1);
+}
+
 const { nodeOptions, ...settings } = JSON.parse(process.env.NNI_GUARD);
 Object.assign(process.env, { NODE_OPTIONS: nodeOptions, NNI_GUARD: "" }); // which trials inherit
 const argument = (name) => process.argv[process.argv.indexOf(`--${name}`) + 1];

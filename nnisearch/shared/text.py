@@ -21,8 +21,18 @@ def uncoloured(text):
     return ESCAPES.sub("", text)
 
 
+# NAME=VALUE, --name VALUE, "name": VALUE and name is VALUE, by names of what opens something; and
+# the user and password of an address.
+WORDS = "password|passwd|passphrase|secret|credential|token"
+NAME = rf"[\w-]{{0,40}}(?:(?i:{WORDS})|[a-z]Key|[_-](?i:key))"
+SECRET = re.compile(
+    rf"""({NAME}["']?(?:\s*[:=]\s*|\s+is\s+(?!not?\b))|--{NAME}\s+)"""
+    r"""(?:'[^']*'|"[^"]*"|[^\s,;}'"]+)|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"""
+)
+
+
 def one_line(text, longest=1000):
-    """Return a text, or what an exception says, in one line and without control characters.
+    """Return a text, or what an exception says, in one printable line, without passwords.
 
     Of a line longer than that many characters the middle is left out: its end often says why.
     """
@@ -30,6 +40,7 @@ def one_line(text, longest=1000):
     if not words and isinstance(text, Exception):
         words = [type(text).__name__]
     line = "".join(char if char.isprintable() else "?" for char in " ".join(words))
+    line = SECRET.sub(lambda found: f"{found[1] or ''}***", line)
     if len(line) <= longest:
         return line
     start = longest // 3

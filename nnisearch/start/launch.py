@@ -75,8 +75,11 @@ def prepare_environment(config, listen):
         guard["slurm"] = {"lost": slurm.LOST, "note": slurm.NOTE}
     preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))  # its path may have spaces, too
     # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
-    own = f'--openssl-config=/dev/null --require "{preload}"'
-    os.environ["NODE_OPTIONS"] = f"{guard['nodeOptions']} {own}"
+    options, debuggers = re.subn(r"(?<!\S)--inspect(-brk)?(=\S*)?(?!\S)", "", guard["nodeOptions"])
+    if debuggers:
+        reach = "all users of this machine could run commands by it"
+        print(f"NODE_OPTIONS has --inspect; NNI's manager starts without that debugger: {reach}")
+    os.environ["NODE_OPTIONS"] = f'--require "{preload}" {options} --openssl-config=/dev/null'
     os.environ["NNI_GUARD"] = json.dumps(guard)
 
 
@@ -131,7 +134,8 @@ def launch(experiment, wanted):
                     experiment.start(port, run_mode=RunMode.Detach)
                 if experiment.id not in Experiments().get_all_experiments():
                     raise OSError("NNI's list of experiments cannot be written: is the disk full?")
-                wait_for_trial(port)
+                if experiment._action != "view":
+                    wait_for_trial(port)
         except Exception as error:
             if port and not wanted and not are_free(port, count):
                 return launch(experiment, wanted)  # another user has taken it at the same moment

@@ -32,14 +32,14 @@ def list_experiments():
     return listed
 
 
-def find(id, listed):
+def find(id, listed, flag):
     """Return what list_experiments() has on an experiment, also on one that NNI's list has lost.
 
-    Raises ValueError if there is none.
+    Raises ValueError, which names the flag by which it was given, if there is none.
     """
     folder = find_folder(id, listed)
     if not folder:
-        raise ValueError(f"--resume is {id!r}; allowed: {some(listed)}")
+        raise ValueError(f"{flag} is {id!r}; allowed: {some(listed)}")
     manager = manager_of(id)
     known = {"id": id, "status": "RUNNING" if manager else "STOPPED"} | listed.get(id, {})
     known["logDir"] = str(folder.parent)

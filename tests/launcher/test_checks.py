@@ -1,9 +1,11 @@
 """config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
 
 import datetime
+import errno
 import grp
 import os
 import pwd
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from test_experiment import stand_in_nvidia_smi
 
 import search
 from nnisearch.before import checks, config, gpus
+from nnisearch.shared.text import one_line
 
 MINE = {"className": "mine.Tuner", "codeDirectory": "."}
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
@@ -414,6 +417,38 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
     tmp_path.chmod(0o775)
     with pytest.raises(ValueError, match="; its group can write to it: chmod go-w "):
         checks.check_private(tmp_path)
+
+
+def test_addresses_at_which_nnis_programs_do_not_meet_are_refused(load, monkeypatch):
+    tiny = load(trainingService={"platform": "local", "reuseMode": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("192.0.2.7", 0))])
+        with pytest.raises(
+            ValueError, match=r"localhost is 192\.0\.2\.7; allowed: 127\.0\.0\.1 or"
+        ):
+            checks.check(tiny)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    with pytest.raises(ValueError, match=r"nniManagerIp is not set; allowed: 127\.0\.0\.1"):
+        checks.check(tiny)
+    checks.check(load())
+
+
+def no_network(*_):
+    raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("password is 123456; allowed: a text", "password is ***; allowed: a text"),
+        ("'WANDB_API_KEY=abc run --hf-token xyz'", "'WANDB_API_KEY=*** run --hf-token ***'"),
+        ("{'storageAccountKey': 'a b', 'n': 3}", "{'storageAccountKey': ***, 'n': 3}"),
+        ("https://me:pass@host/x", "https://***@host/x"),
+        ("password is not set; KeyError: 5", "password is not set; KeyError: 5"),
+    ],
+)
+def test_no_message_shows_a_password(text, shown):
+    assert one_line(text) == shown
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):

@@ -5,17 +5,28 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import nni_node
+import psutil
 import pytest
 import yaml
 from conftest import ENDLESS, ROOT, ask, nobody, outside_address
-from experiment import UNCHECKED, Experiment, free_port, processes_at
+from experiment import MANAGER, SEARCH, UNCHECKED, Experiment, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 from test_remote import SSHD, UPGRADE, Machine, make_key, writable
+from websockets.sync.server import serve
+
+from nnisearch.shared.processes import lives
+from nnisearch.start.launch import prepare_environment
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +196,187 @@ def test_the_folder_is_the_users_alone(experiment, home):
     folder.chmod(0o755)  # as an older version has left it
     search.resume()
     assert folder.stat().st_mode & 0o777 == 0o700
+    assert search.stop() == []
+    trials = trial_events(folder)
+    shown = search.run(sys.executable, *SEARCH, "--view", search.id, "-p", search.port)
+    assert f"Web UI: http://127.0.0.1:{search.port}, until: nnictl stop {search.id}" in shown
+    assert search.get("check-status")["status"] == "VIEWED"
+    assert len(search.get("trial-jobs")) == 1
+    assert ask(search.port, address=outside_address()) is None
+    assert ask(search.port, user=nobody()) == 403
+    assert search.stop() == []
+    assert trial_events(folder) == trials
+
+
+def trial_events(folder):
+    """Return how many events of trials NNI has stored in an experiment's folder."""
+    with contextlib.closing(sqlite3.connect(folder / "db" / "nni.sqlite")) as database:
+        return database.execute("select count(*) from TrialJobEvent").fetchone()
+
+
+def test_no_signal_opens_a_debugger(guarded):
+    (manager,) = processes_at(guarded.home, MANAGER)
+    for _ in range(2):
+        manager.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+    assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
+    listening = [c for c in manager.net_connections("tcp") if c.status == "LISTEN"]
+    assert {c.laddr.port for c in listening} == {guarded.port}
+
+
+@pytest.mark.parametrize("options", ["--inspect", "--inspect-brk=0.0.0.0:9229 --no-warnings"])
+def test_the_users_node_options_open_no_debugger(monkeypatch, capsys, options):
+    monkeypatch.setenv("NODE_OPTIONS", options)
+    monkeypatch.setenv("NNI_GUARD", "")
+    prepare_environment(SimpleNamespace(training_service=None), None)
+    assert "--inspect" not in os.environ["NODE_OPTIONS"]
+    assert ("--no-warnings" in os.environ["NODE_OPTIONS"]) == ("--no-warnings" in options)
+    assert json.loads(os.environ["NNI_GUARD"])["nodeOptions"] == options  # which trials get
+    assert "NODE_OPTIONS has --inspect" in capsys.readouterr().out
+
+
+# guard.js alone, in NNI's Node
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Start NNI's Node with a script that has guard.js; return the process."""
+    started = []
+
+    def node(script, prelude="", **settings):
+        given = {"port": free_port(), "machines": [], "python": sys.executable} | settings
+        guard = json.dumps(str(ROOT / "nnisearch" / "manager" / "guard.js"))
+        code = f"{prelude}; const settings = {json.dumps(given)};"
+        code += f"const changes = require({guard})(settings); {script}"
+        command = [Path(nni_node.__path__[0], "node"), "-e", code]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path))
+        return started[-1]
+
+    yield node
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+SERVER = """
+require("http").createServer((_, answer) => answer.end("here")).listen(
+    settings.port, () => console.log(settings.port));
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (200, ["Host: lab.example", "Origin: https://lab.example"]),
+        (200, ["Host: lab.example", "Origin: https://lab.example", "Sec-Fetch-Site: same-origin"]),
+        (200, ["Origin: https://lab.example", "Sec-Fetch-Site: same-origin"]),
+        (200, ["Origin: https://lab.example", "X-Forwarded-Host: lab.example"]),
+        (403, ["Host: lab.example", "Origin: https://evil.example"]),
+        (403, ["Origin: https://lab.example", "Sec-Fetch-Site: cross-site"]),
+        (403, ["Origin: https://lab.example"]),
+    ],
+)
+def test_what_listen_has_opened_may_be_behind_a_proxy(node, status, headers):
+    """It speaks TLS to the browser, and may change Host; mostly it is another user's process."""
+    port = int(node(SERVER, listen="127.0.0.1").stdout.readline())
+    assert ask(port, *headers, user=nobody()) == status
+
+
+def test_a_proxy_of_another_user_is_told_how_it_is_let_in(node):
+    port = int(node(SERVER).stdout.readline())
+    bash = f"exec 3<>/dev/tcp/127.0.0.1/{port}; cat <&3"
+    command = ["bash", "-c", bash]
+    answer = subprocess.run(command, capture_output=True, text=True, user=nobody(), cwd="/").stdout
+    assert answer.startswith("HTTP/1.1 403 Forbidden\n")
+    assert "--listen 127.0.0.1 lets in all users of this machine" in answer
+
+
+@pytest.mark.parametrize("kernel", ["6.1.0-18-amd64", "5.15.90.1-microsoft-standard-WSL2"])
+def test_in_wsl_root_gets_in(node, kernel):
+    nobody()  # only root can pose as the user whose search another's is
+    prelude = f"process.getuid = () => 1000; require('os').release = () => '{kernel}'"
+    port = int(node(SERVER, prelude=prelude).stdout.readline())
+    assert ask(port) == (200 if "microsoft" in kernel else 403)
+
+
+def test_tensorboard_is_not_open_to_the_network(node):
+    started = node("""
+        const utils = { getTunerProc: (command) => console.log(JSON.stringify(command)) };
+        changes["common/utils.js"](utils);
+        utils.getTunerProc(["tensorboard", "--bind_all --logdir_spec=1:/x", "--port=6006"]);
+    """)
+    command = ["tensorboard", "--host=127.0.0.1 --logdir_spec=1:/x", "--port=6006"]
+    assert json.loads(started.stdout.readline()) == command
+
+
+TUNER = """
+import threading, time
+from nni.tuner import Tuner
+
+class Thinking(Tuner):
+    def update_search_space(self, space):
+        threading.Thread(target=time.sleep, args=[600]).start()  # it holds up the end of Python
+        print("thinking", flush=True)
+        time.sleep(600)
+"""
+# The manager's part, as guard.js plays it. It is killed, or closes the socket.
+THINK = """
+const utils = {};
+changes["common/utils.js"](utils);
+const { Server } = require(process.execPath + "/../node_modules/ws");
+const server = require("http").createServer();
+new Server({ server }).on("connection", (tuner) => {
+    tuner.send("IN{}");
+    setTimeout(() => settings.closes && tuner.terminate(), 1000);
+});
+server.listen(settings.port, () => {
+    const tuner = { className: "thinking.Thinking", codeDirectory: process.cwd() };
+    const command = utils.getMsgDispatcherCommand({ tuner });
+    const env = { ...process.env, SDK_PROCESS: "dispatcher", NNI_LOG_DIRECTORY: process.cwd(),
+        NNI_TUNER_COMMAND_CHANNEL: `ws://localhost:${settings.stranger}/tuner` };
+    const stdio = ["ignore", "inherit", "inherit"];
+    console.log(utils.getTunerProc(command, stdio, process.cwd(), env).pid);
+});
+"""
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["manager killed", "connection closed"])
+def test_a_tuner_that_is_thinking_ends_with_its_manager(node, tmp_path, closes):
+    """It never connects to the port, which by then may be another user's."""
+    (tmp_path / "thinking.py").write_text(TUNER)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        stranger.setblocking(False)
+        manager = node(THINK, closes=closes, stranger=stranger.getsockname()[1])
+        tuner = psutil.Process(int(manager.stdout.readline()))
+        assert manager.stdout.readline() == "thinking\n"
+        if not closes:
+            manager.kill()
+        psutil.wait_procs([tuner], timeout=60)
+        assert not lives(tuner)
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
+
+
+def test_a_runner_stays_only_with_who_knows_the_secret():
+    """What comes from the port of a manager that has ended could run any command."""
+    runner = (ROOT / "nnisearch" / "manager" / "runner.py").read_text()
+    paths = []
+
+    def pose(channel):
+        paths.append(channel.request.path)
+        channel.send("a command")
+
+    with serve(pose, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.socket.getsockname()[1]
+        code = f"import runpy; runpy.run_module = lambda *_, **__: None; exec({runner!r})\n"
+        code += f"asyncio.run(connect('ws://127.0.0.1:{port}/secret'))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        server.shutdown()
+    assert result.returncode == 1
+    assert f"ws://127.0.0.1:{port} is not the manager" in result.stderr
+    assert len(paths) == 1
+    assert "secret" not in paths[0]
 
 
 # Where localhost is something else

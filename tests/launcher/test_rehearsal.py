@@ -168,6 +168,12 @@ def test_trials_that_work(rehearse, command):
     rehearse(trialCommand=command)
 
 
+def test_no_argument_shows_what_a_trial_is_given(rehearse, tmp_path):
+    shows = "ps axww -o args | grep [x]yz98765 > shown"
+    rehearse(trialCommand=f"export API_KEY=xyz98765; {shows}; cat $NNI_SYS_DIR/parameter.cfg")
+    assert (tmp_path / "shown").read_text() == ""
+
+
 @pytest.mark.parametrize(
     ("command", "part"),
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import hmac
 import json
 import os
 import re
@@ -191,7 +192,7 @@ def test_a_search_on_two_machines(search, machines):
 
 
 def test_nobody_else_writes_on_a_machine_or_reports_for_it(search, machines):
-    demo = search(2, searchSpace=ENDLESS)
+    demo = search(2, searchSpace=ENDLESS, trialCommand=f"API_KEY=xyz98765; {LIGHT_TRIAL}")
     folder = remote_files(demo).parents[1]
     while not (settings := list(folder.rglob("settings.json"))):
         time.sleep(0.1)
@@ -202,10 +203,15 @@ def test_nobody_else_writes_on_a_machine_or_reports_for_it(search, machines):
     assert ask(demo.port + 1, *UPGRADE, path="/") == 400
     port, _, secret = json.loads(settings[0].read_text())["nniManagerPort"].partition("/")
     assert int(port) == demo.port + 1
-    assert ask(demo.port + 1, *UPGRADE, path=f"/{secret}") == 101
+    proof = hmac.new(secret.encode(), b"runner 7", "sha256").hexdigest()
+    assert ask(demo.port + 1, *UPGRADE, path=f"/8/{proof}") == 400
+    assert ask(demo.port + 1, *UPGRADE, path=f"/7/{proof}") == 101
+    demo.wait_for(lambda trials: [t["status"] for t in trials] == ["RUNNING"] * 2, 120)
     shown = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
     assert secret not in shown
     assert PASSPHRASE not in shown
+    assert "light_trial.py" in shown
+    assert "xyz98765" not in shown
     assert demo.stop() == []
 
 
