@@ -291,9 +291,9 @@ def work_with_todays_packages():
         spaces.TargetSpace.random_sample = random_sample
 
 
-def minimize(scipys, function, start, **arguments):
+def minimize(scipys, fun, x0, **arguments):
     """Do as SciPy did once: take a row as the start, and let the least value be an array, too."""
-    found = scipys(lambda *given: np.ravel(function(*given))[0], np.ravel(start), **arguments)
+    found = scipys(lambda *given: np.ravel(fun(*given))[0], np.ravel(x0), **arguments)
     found.fun = np.atleast_1d(found.fun)
     return found
 

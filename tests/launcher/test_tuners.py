@@ -15,6 +15,7 @@ import tuners
 from conftest import LIGHT_TRIAL, ROOT, SPACE
 from experiment import SEARCH, accuracy, parameters
 from nni.algorithms.hpo.curvefitting_assessor import CurvefittingAssessor
+from nni.algorithms.hpo.metis_tuner import lib_acquisition_function
 from nni.assessor import AssessResult
 
 from nnisearch.manager import mends
@@ -132,8 +133,7 @@ def test_trials_that_end_without_a_result_are_left_out():
     tuner.trial_end(0, False)
     tuner.receive_trial_result(1, given[1], 7.0)
     tuner.trial_end(1, True)
-    with pytest.warns(UserWarning, match="nan is not acceptable"):
-        tuner.receive_trial_result(2, given[2], float("nan"))
+    tuner.receive_trial_result(2, given[2], float("nan"))
     tuner.trial_end(2, True)
     tuner.receive_trial_result(1, given[1], 8.0)  # a second one, which NNI lets through
     tuner.generate_parameters(4)
@@ -143,8 +143,7 @@ def test_trials_that_end_without_a_result_are_left_out():
     assert tuner.study.best_value == 7.0
 
 
-@pytest.mark.filterwarnings("ignore:The value nan is not acceptable")
-@pytest.mark.parametrize("value", ["good", None, {"loss": 1}, [1], 10**400, math.nan])
+@pytest.mark.parametrize("value", ["good", None, {"loss": 1}, [1], 10**400, math.nan, math.inf])
 def test_a_result_that_is_no_number_is_a_failure(value):
     tuner = make()
     tuner.receive_trial_result(0, tuner.generate_parameters(0), value)
@@ -535,6 +534,16 @@ def test_nnis_curvefitting_judges(monkeypatch):
     assessor.trial_end("a", True)
     judgements = [assessor.assess_trial("b", rise[:length]) for length in range(1, 11)]
     assert set(judgements) <= set(AssessResult)
+
+
+def test_nnis_metis_finds_the_least(monkeypatch):
+    monkeypatch.setattr("numpy.float", float, raising=False)
+    monkeypatch.setattr("numpy.int", int, raising=False)
+    mends.work_with_todays_packages()
+    found = lib_acquisition_function.next_hyperparameter_lowest_mu(
+        lambda x: ((x[0] - 0.3) ** 2, 0), [], [[0, 1]], ["range_continuous"], [[0.9]]
+    )
+    assert found["hyperparameter"] == pytest.approx([0.3], abs=0.01)
 
 
 @pytest.mark.parametrize("name", tuners.TUNERS)
