@@ -19,10 +19,11 @@ import optuna
 from nni import NoMoreTrialError
 from nni.algorithms.hpo import hyperband_advisor
 from nni.tuner import Tuner
-from nni.utils import OptimizeMode, extract_scalar_reward
+from nni.utils import OptimizeMode
 from optuna.trial import TrialState
 
 from nnisearch.optuna_space import Space
+from nnisearch.shared.results import number
 
 log = logging.getLogger("nni.tuners")  # below nni, whose lines reach dispatcher.log
 # What Optuna's samplers import when they first think, which is after the first trials.
@@ -102,9 +103,9 @@ class OptunaTuner(Tuner):
             if trial.state == TrialState.COMPLETE
         )
         running, self.running = self.running, {}
-        for id, number in running.items():
+        for id, order in running.items():
             with contextlib.suppress(ValueError):  # it runs on, but its result will not fit
-                self.add(before.values(trials[number].params))
+                self.add(before.values(trials[order].params))
                 self.running[id] = len(self.study.get_trials(deepcopy=False)) - 1
 
     def generate_parameters(self, parameter_id, **_):
@@ -121,7 +122,9 @@ class OptunaTuner(Tuner):
 
     def receive_trial_result(self, parameter_id, parameters, value, **_):
         if parameter_id in self.running:
-            self.study.tell(self.running.pop(parameter_id), number(value))
+            value = number(value)
+            state = TrialState.FAIL if value is None else TrialState.COMPLETE
+            self.study.tell(self.running.pop(parameter_id), value, state)
         elif parameter_id in self.failed:  # its end came first
             self.failed.remove(parameter_id)
             self.add_results([{"parameter": parameters, "value": value}])
@@ -158,21 +161,13 @@ class OptunaTuner(Tuner):
                 if not isinstance(record, dict) or not {"parameter", "value"} <= record.keys():
                     raise ValueError(f"{record!r}; allowed: an object of parameter and value")
                 value = number(record["value"])
-                if math.isnan(value):
+                if value is None:
                     raise ValueError(f"value is {record['value']!r}; allowed: a number")
                 self.add(record["parameter"], value)
             except ValueError as error:
                 reasons.append(error)
         if reasons:
             log.warning("%d of %d results left out: %s", len(reasons), len(records), reasons[0])
-
-
-def number(value):
-    """Return a result, as a trial has reported it, as a float: NaN where it is no number."""
-    try:
-        return float(extract_scalar_reward(value))
-    except (RuntimeError, OverflowError):  # text, None, an object without default; 400 digits
-        return math.nan
 
 
 class Hyperband(hyperband_advisor.Hyperband):

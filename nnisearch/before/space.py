@@ -3,6 +3,7 @@
 import math
 import re
 
+from nnisearch.shared.results import finite
 from nnisearch.shared.text import one_line
 
 # How many numbers a kind of parameter has as its _value.
@@ -32,7 +33,7 @@ def check_choice(values, at):
     """Check the values of a choice: anything, or objects that have a _name and parameters."""
     if not isinstance(values, list) or not values:
         raise ValueError(f"{at} is {one_line(values)}; allowed: a list of at least one value")
-    if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+    if any(isinstance(value, float) and finite(value) is None for value in values):
         raise ValueError(f"{at} is {one_line(values)}; allowed: finite numbers")
     if is_nested(values):
         for value in values:
@@ -101,9 +102,4 @@ def deep_choices(space, where, is_option=False):
 
 def is_number(value):
     """Return whether a value is a finite number; the true and the false of JSON are none."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return False
+    return not isinstance(value, bool) and finite(value) is not None

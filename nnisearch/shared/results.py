@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sqlite3
+from numbers import Real
 from pathlib import Path
 
 from nnisearch.shared.direction import DIRECTIONS, direction
@@ -41,10 +42,13 @@ def number(value):
         value = value["default"]
     if isinstance(value, dict) and value.get("shape") == []:
         value = value.get("__ndarray__")
-    if not isinstance(value, (int, float)):
-        return None
+    return finite(value)
+
+
+def finite(value):
+    """Return a number as a finite float, else None. true and false are numbers, as for NNI."""
     try:
-        return float(value) if math.isfinite(value) else None
+        return float(value) if isinstance(value, Real) and math.isfinite(value) else None
     except OverflowError:  # an integer of hundreds of digits
         return None
 
