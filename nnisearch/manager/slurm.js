@@ -10,6 +10,9 @@ const { promisify } = require("util");
 const RUNS = 4; // of a trial: the first, and three more
 const LOOK = 500; // ms between two looks at a trial that waits
 
+// "" where the trial has deleted it.
+const read = (file) => { try { return fs.readFileSync(file, "utf8"); } catch { return ""; } };
+
 const isAlive = (pid) => {
     try { return process.kill(pid, 0); } catch { return false; }
 };
@@ -47,8 +50,8 @@ module.exports = function ({ id, slurm }) {
                 if (status !== "RUNNING" || job.pid !== undefined) setTrialJobStatus.call(this, job, status);
             };
             prototype.begin = function (job) {
-                const [time, node] = fs.readFileSync(noteOf(job), "utf8").trim().split(/\s+/);
-                const hasReported = fs.statSync(this.jobStreamMap.get(job.id).path).size > 0;
+                const [time, node] = read(noteOf(job)).trim().split(/\s+/);
+                const hasReported = read(this.jobStreamMap.get(job.id).path) !== "";
                 if (!time && !hasReported && isAlive(job.pid)) return;
                 const now = Date.now(); // The node's clock may differ.
                 job.startTime = Math.min(now, Math.max(job.startTime, Number(time) || now));
@@ -75,8 +78,7 @@ module.exports = function ({ id, slurm }) {
                     return job;
                 }
                 if (job?.status === "RUNNING") { // it has ended: pace.js answers for one that lives
-                    const errors = fs.readFileSync(`${job.workingDirectory}/stderr`, "utf8");
-                    const why = lost.exec(errors);
+                    const why = lost.exec(read(`${job.workingDirectory}/stderr`));
                     if (why && (job.again ?? 0) < RUNS - 1) {
                         await this.runAgain(job, why[0]);
                         return job;

@@ -4,15 +4,15 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 # srun runs this on the node before a task. It notes in the trial's folder when and where that was.
 PROLOG = """#!/bin/sh
-if [ "$SLURM_PROCID" = 0 ] && [ -f "$NNI_SYS_DIR/{note}" ]; then
-    echo "$(date +%s%3N) $SLURMD_NODENAME" >> "$NNI_SYS_DIR/{note}"
-fi
+[ "$SLURM_PROCID" = 0 ] && echo "$(date +%s%3N) $SLURMD_NODENAME" >> "$NNI_SYS_DIR/{note}"
+{then}
 """
 NOTE = ".nni/slurm"  # below a trial's folder
 # By what srun prints when SLURM has ended a job for reasons of its own. For JavaScript, too.
@@ -27,14 +27,15 @@ PATIENCE = 20  # s for an answer of SLURM's controller
 def is_used(config):
     """Return whether srun starts the trials: the command names it, or a script in the command."""
     service = config.training_service
-    if getattr(service, "platform", "several") != "local" or service.reuse_mode:
+    is_local = getattr(service, "platform", "several") == "local" and not service.reuse_mode
+    if not is_local or not shutil.which("srun"):
         return False
     command = config.trial_command or ""
     texts = [command]
     for word in re.split(r"[\s;&|()'\"]+", command):
-        script = Path(config.trial_code_directory, word)
-        if word and script.suffix != ".py" and script.is_file() and script.stat().st_size < 1e6:
-            texts.append(script.read_text(errors="replace"))
+        script = os.path.join(config.trial_code_directory, word)
+        if not word.endswith(".py") and os.path.isfile(script) and os.path.getsize(script) < 1e6:
+            texts.append(Path(script).read_text(errors="replace"))
     return any(re.search(r"(^|[\s/;&|(])srun\s", text) for text in texts)
 
 
@@ -47,8 +48,8 @@ def prepare(id, folder):
     """Have srun note the begin of each task, and cancel what an earlier manager has left behind."""
     prolog = folder / "slurm_prolog.sh"
     users = os.environ.get("SLURM_TASK_PROLOG")
-    then = f"exec {shlex.quote(users)}\n" if users and users != str(prolog) else ""
-    prolog.write_text(PROLOG.format(note=NOTE) + then)
+    then = f"exec {shlex.quote(users)}" if users and users != str(prolog) else "exit 0"
+    prolog.write_text(PROLOG.format(note=NOTE, then=then))
     prolog.chmod(0o700)
     os.environ["SLURM_TASK_PROLOG"] = str(prolog)
     end = time.monotonic() + PATIENCE

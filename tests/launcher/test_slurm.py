@@ -114,29 +114,31 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
 
 
 def test_no_job_outlives_its_trial_or_its_search(cluster, search):
-    one = search(searchSpace=ENDLESS, trialConcurrency=2, maxTrialDuration="20s")
+    one = search(searchSpace=ENDLESS, trialConcurrency=5, maxTrialDuration="20s")
 
     def running():
-        return {t["id"] for t in trials_of(one) if t["status"] == "RUNNING" and t["intermediate"]}
+        return [trial for trials in nodes_of(one, "RUNNING").values() for trial in trials]
+
+    def of_status(status):
+        return [trial["id"] for trial in trials_of(one) if trial["status"] == status]
 
     def has_no_job(*trials):
         return not any(job.split("|")[1][4:].endswith(trials) for job in cluster.jobs())
 
-    wait_for(lambda: len(running()) == 2)
-    (killed, *_) = running()
-    one.nnictl("trial", "kill", one.id, "-T", killed)
-    wait_for(lambda: has_no_job(killed))
-    ended = wait_for(lambda: [t for t in trials_of(one) if t["status"] == "EARLY_STOPPED"])
-    wait_for(lambda: has_no_job(*(trial["id"] for trial in ended)))
+    wait_for(lambda: len(running()) == 4)
+    for killed in (running()[0], wait_for(lambda: of_status("WAITING"))[0]):  # two GPUs a node
+        one.nnictl("trial", "kill", one.id, "-T", killed)
+        wait_for(lambda killed=killed: killed in of_status("USER_CANCELED") and has_no_job(killed))
+    wait_for(lambda: has_no_job(*wait_for(lambda: of_status("EARLY_STOPPED"))))
 
-    wait_for(lambda: len(running()) == 2)
+    wait_for(lambda: len(running()) == 4)
     for process in [*processes_at(one.home, MANAGER), *processes_at(one.home, "srun ")]:
         process.kill()
     wait_for(lambda: not processes_at(one.home, MANAGER))
     one.resume()
-    wait_for(lambda: len(running()) == 2)
-    names = [job.split("|")[1] for job in cluster.jobs()]
-    assert len(names) == len(set(names)) == 2
+    wait_for(lambda: len(running()) == 4)
+    names = [job.split("|")[1] for job in cluster.jobs() if "COMPLETING" not in job]
+    assert len(names) == len(set(names))
     assert one.stop() == []
     wait_for(lambda: cluster.jobs() == [])
 
@@ -145,8 +147,7 @@ def rehearse(command, folder, monkeypatch, cluster):
     """Return what rehearse_trial() returns of a trial command on the cluster."""
     for key, value in cluster.environment.items():
         monkeypatch.setenv(key, value)
-    (folder / "search").mkdir()
-    (folder / "search.yml").write_text(yaml.safe_dump(CONFIG | {"trialCommand": command}))
+    (folder / "search").mkdir(parents=True)
     config = configuration.load(ROOT / "configs" / "slurm.yml")
     config.trial_command = command
     monkeypatch.setenv("SLURM_TASK_PROLOG", "")
@@ -159,6 +160,8 @@ def rehearse(command, folder, monkeypatch, cluster):
 def test_a_rehearsal_is_a_job_that_may_fail(cluster, tmp_path, monkeypatch):
     why, _ = rehearse("srun --partition=none true", tmp_path, monkeypatch, cluster)
     assert "srun: error: Unable to allocate resources: Invalid partition name specified" in why
+    command = "echo 'srun: error: Node failure on n1' >&2; srun false"
+    assert rehearse(command, tmp_path / "lost", monkeypatch, cluster)[0] is None
 
 
 def test_a_search_does_not_wait_for_a_rehearsal_in_the_queue(
@@ -182,7 +185,9 @@ def test_a_search_does_not_wait_for_a_rehearsal_in_the_queue(
         ("python3 srun.py", "", False),
     ],
 )
-def test_what_starts_trials_by_srun_is_known(tmp_path, command, script, is_used):
+def test_what_starts_trials_by_srun_is_known(tmp_path, monkeypatch, command, script, is_used):
+    (tmp_path / "srun").touch(mode=0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("run.sh", "run.py"):
         (tmp_path / name).write_text(script)
     config = configuration.load(Path(ROOT, "configs", "slurm.yml"))

@@ -38,7 +38,7 @@ ReturnToService=2
 KillWait=2
 GresTypes=gpu
 SlurmdParameters=config_overrides
-NodeName=DEFAULT CPUs=4 Gres=gpu:2
+NodeName=DEFAULT CPUs=32 Gres=gpu:2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PreemptType=preempt/partition_prio
