@@ -109,11 +109,11 @@ def rehearse(config, folder, leftover):
         if not has_asked:
             break
     if has_asked:
-        tried = one_line(json.dumps(json.loads(proposals[0])["parameters"]))
+        tried = one_line(json.dumps(json.loads(proposals[0])["parameters"]), 300)
         if len(proposals) > 1:
             tried = f"each of {len(proposals)} sets of parameters, such as {tried}"
         why += f"; tried with {tried}; --no-rehearsal starts the search all the same"
-    raise ValueError(f"trialCommand is {one_line(config.trial_command)!r}: {why}")
+    raise ValueError(f"trialCommand is {one_line(config.trial_command, 300)!r}: {why}")
 
 
 def rehearse_tuner(config, folder, leftover):
@@ -203,7 +203,7 @@ def algorithms_in_words(config):
         if algorithm := getattr(config, kind):
             arguments = f" with {algorithm.class_args}" if algorithm.class_args else ""
             words.append(f"{kind} is {algorithm.name or algorithm.class_name}{arguments}")
-    return one_line(", ".join(words))
+    return one_line(", ".join(words), 300)
 
 
 def dispatcher_command(connection):
