@@ -6,7 +6,6 @@ resuming, a search space that is changed under way, and every kind of search spa
 The same seed gives the same parameters.
 """
 
-import collections
 import contextlib
 import functools
 import importlib.util
@@ -61,8 +60,6 @@ class OptunaTuner(Tuner):
         self.study = self.make_study(seed)
         self.space = None
         self.running = {}  # parameter ID: the number of its trial in the study
-        self.ended = collections.deque()  # parameter IDs of which NNI has said so, to be looked at
-        self.failed = set()  # parameter IDs of trials that had no result when they were looked at
 
     def make_study(self, seed):
         """Return a study without trials, whose sampler has seen none."""
@@ -109,11 +106,6 @@ class OptunaTuner(Tuner):
                 self.running[id] = len(self.study.get_trials(deepcopy=False)) - 1
 
     def generate_parameters(self, parameter_id, **_):
-        while self.ended:
-            id = self.ended.popleft()
-            if id in self.running:
-                self.study.tell(self.running.pop(id), state=TrialState.FAIL)
-                self.failed.add(id)
         if self.is_used_up:
             raise NoMoreTrialError
         trial = self.study.ask(self.space.distributions)
@@ -125,14 +117,11 @@ class OptunaTuner(Tuner):
             value = number(value)
             state = TrialState.FAIL if value is None else TrialState.COMPLETE
             self.study.tell(self.running.pop(parameter_id), value, state)
-        elif parameter_id in self.failed:  # its end came first
-            self.failed.remove(parameter_id)
-            self.add_results([{"parameter": parameters, "value": value}])
-        # else it is a trial's second result, which NNI lets through
+        # else it is a result after the end, or a second one, which nnictl lets through
 
     def trial_end(self, parameter_id, success, **_):
-        """Note the end: NNI tells it in a thread of its own, perhaps before it tells the result."""
-        self.ended.append(parameter_id)
+        if parameter_id in self.running:  # it has reported nothing
+            self.study.tell(self.running.pop(parameter_id), state=TrialState.FAIL)
 
     def import_data(self, data):
         """Learn from results, a list of {"parameter": {name: value}, "value": result}."""

@@ -173,7 +173,7 @@ function checkButtons(prototype, python) {
             profile.params[key] = isNaN(value) ? value : Number(value);
         }
         if (type === "SEARCH_SPACE") {
-            const { name, className = "" } = this.config.tuner;
+            const { name, className = "" } = this.config.tuner ?? this.config.advisor;
             // A tuner of the user's own may want a space of any form.
             if (name || className.startsWith("nnisearch."))
                 await checkSpace(profile.params.searchSpace, python);
@@ -182,7 +182,7 @@ function checkButtons(prototype, python) {
         return updateExperimentProfile.call(this, profile, type);
     };
     prototype.cancelTrialJobByUser = async function (id) {
-        const { status } = await this.trainingService.getTrialJob(id);
+        const { status } = this.readonly ? {} : await this.trainingService.getTrialJob(id);
         if (ENDED.includes(status)) throw new Error(`trial ${id} has ended: ${status}`);
         return cancelTrialJobByUser.call(this, id);
     };

@@ -150,19 +150,6 @@ def test_a_result_that_is_no_number_is_a_failure(value):
     assert [trial.state.name for trial in tuner.study.trials] == ["FAIL"]
 
 
-def test_a_result_that_comes_after_the_trials_end_counts():
-    tuner = make()
-    given = [tuner.generate_parameters(number) for number in range(2)]
-    tuner.trial_end(0, True)  # NNI has a thread for ends, another for results and parameters
-    tuner.generate_parameters(2)
-    tuner.receive_trial_result(0, given[0], 7.0)
-    tuner.receive_trial_result(0, given[0], 8.0)
-    states = [trial.state.name for trial in tuner.study.trials]
-    assert states == ["FAIL", "RUNNING", "RUNNING", "COMPLETE"]
-    assert tuner.study.best_params["x"] == given[0]["x"]
-    assert tuner.study.best_value == 7.0
-
-
 CHOICES = [
     [[1, 2], [3], []],
     [{"a": 1}, {"a": [2]}, {}],
