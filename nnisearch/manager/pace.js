@@ -129,8 +129,8 @@ function processesOf(id) {
 
 // NNI waits for the shell of a trial that it stops. The trial itself may take longer, or never end.
 async function endProcesses(id) {
-    const left = processesOf(id);
-    for (let tries = 0; tries < 50 && left.some(isAlive); tries++) await timers.setTimeout(100);
+    const [left, end] = [processesOf(id), Date.now() + 5000];
+    while (left.some(isAlive) && Date.now() < end) await timers.setTimeout(100);
     for (const pid of left.filter(isAlive)) process.kill(pid, "SIGKILL");
 }
 

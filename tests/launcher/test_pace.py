@@ -136,21 +136,34 @@ def report(value):
     with path.open("a") as file:
         file.write(f"ME{len(text):06d}{text}")
 report("first")
-sys.argv[1] == "waits" and signal.pause()
+if sys.argv[1] == "ignores it":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    report("ready")
+while sys.argv[1] != "ends":
+    signal.pause()
 """
 
 
-@pytest.mark.parametrize(("how", "status"), [("waits", "EARLY_STOPPED"), ("ends", "SUCCEEDED")])
-def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, status):
+@pytest.mark.parametrize(
+    ("how", "reports", "status"),
+    [
+        ("reports", ["first", "late"], "EARLY_STOPPED"),
+        ("ignores it", ["first", "ready"], "EARLY_STOPPED"),
+        ("ends", ["first"], "SUCCEEDED"),
+    ],
+)
+def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, reports, status):
     (tmp_path / "trial.py").write_text(TRIAL)
     script = """
-        const [folder, command] = process.argv.slice(3);
+        const [folder, command, last] = process.argv.slice(3);
+        const [now, start] = [Date.now, Date.now()];
+        if (last === "ready") Date.now = () => start + 20 * (now() - start); // for 5 s
         const service = makeService(folder, command);
         const hyperParameters = { index: 0, value: "" };
         service.submitTrialJob({ id: "t0", sequenceId: 0, hyperParameters });
         const loop = service.runJobLoop();
-        await until(() => events.includes("metric first"));
-        if (command.endsWith("ends")) await pause(300);
+        await until(() => events.includes(`metric ${last}`));
+        if (command.endsWith("ends'")) await pause(300);
         await service.cancelTrialJob("t0", true);
         await service.cancelTrialJob("t0", true);
         await until(async () => (await service.getTrialJob("t0")).status !== "RUNNING");
@@ -159,6 +172,7 @@ def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, statu
         events.push((await service.getTrialJob("t0")).status);
         return events;
     """
-    reports = ["metric first", "metric late"] if how == "waits" else ["metric first"]
-    command = f"exec {sys.executable} trial.py {how}"
-    assert run(script, tmp_path, command) == [*reports, status, status]
+    command = f"exec {sys.executable} trial.py '{how}'"
+    last = "ready" if "ready" in reports else "first"
+    told = run(script, tmp_path, command, last)
+    assert told == [*(f"metric {report}" for report in reports), status, status]
