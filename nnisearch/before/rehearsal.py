@@ -326,7 +326,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
     metrics.touch()
     given = {
         "NNI_PLATFORM": "local",
-        "NNI_EXP_ID": leftover.name,
+        "NNI_EXP_ID": "rehearsal",
         "NNI_SYS_DIR": str(folder),
         "NNI_TRIAL_JOB_ID": folder.name,
         "NNI_OUTPUT_DIR": str(folder),

@@ -62,11 +62,12 @@ def processes_of(id, folder):
         with contextlib.suppress(psutil.Error):
             environment, arguments = process.environ(), process.cmdline()
             is_trial = environment.get("NNI_EXP_ID") == id
+            is_tried = environment.get("NNI_SYS_DIR", "").startswith(f"{folder}/")
             script = arguments[1] if arguments[:1] == ["bash"] and arguments[1:] else ""
             is_shell = script.startswith(f"{folder}/") and script.endswith("/run.sh")
             is_tuner = environment.get("NNI_LOG_DIRECTORY", "").startswith(f"{folder}/")
             is_gpu_collector = environment.get("METRIC_OUTPUT_DIR", "").startswith(f"{folder}/")
-            if is_trial or is_shell or is_tuner or is_gpu_collector:
+            if is_trial or is_tried or is_shell or is_tuner or is_gpu_collector:
                 found |= {process, *process.children(recursive=True)}
     this = psutil.Process()
     return found - {this, *this.parents()}

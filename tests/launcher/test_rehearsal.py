@@ -64,10 +64,11 @@ def test_a_trial_gets_the_tuners_own_parameters_and_what_nni_sets(rehearse, tmp_
         f"pwd > where; printenv {keys} NNI_TRIAL_SEQ_ID >> where; cat $NNI_SYS_DIR/*.cfg >> where"
     )
     folder = rehearse(trialCommand=command, tuner=write_tuner(tmp_path))
-    where, platform, _, folder_1, folder_2, _, code, number, given = (
+    where, platform, experiment, folder_1, folder_2, _, code, number, given = (
         (tmp_path / "where").read_text().splitlines()
     )
-    assert (where, platform, number, code) == (str(tmp_path), "local", "0", str(tmp_path))
+    assert (where, platform, experiment) == (str(tmp_path), "local", "rehearsal")
+    assert (number, code) == ("0", str(tmp_path))
     assert folder_1 == folder_2 == str(folder / "trial0")
     assert '"parameters": {"x": 7}' in given
 
