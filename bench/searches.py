@@ -18,7 +18,6 @@ from compare import hardware
 from experiment import ROOT, SEARCH, Experiment, accuracy
 from tuners import best_so_far, first
 
-from nnisearch.after.choose import has_result
 from nnisearch.shared.output import as_path
 from nnisearch.shared.results import read_database
 
@@ -42,8 +41,8 @@ def search(tuner, seconds, file):
             if file:
                 database = Path(home, "nni-experiments", experiment.id, "db", "nni.sqlite")
                 results = read_database(database)
-                results["trials"] = list(filter(has_result, results["trials"]))
-                file.write_text(json.dumps(results) + "\n")
+                ended = [trial.as_json() for trial in results["trials"] if trial.has_result]
+                file.write_text(json.dumps(results | {"trials": ended}) + "\n")
         finally:
             experiment.stop()
     start = min(trial["startTime"] for trial in trials if "startTime" in trial)

@@ -29,7 +29,6 @@ from nnisearch.shared.results import (
     ENDED,
     NO_RESULT,
     find_database,
-    has_result,
     read_file,
 )
 from nnisearch.shared.text import one_line
@@ -45,22 +44,22 @@ def rank(result, direction):
 
 def choose(trials, within, direction="maximize"):
     """Return the trial to keep of trials with a result, by the rule at the top of this file."""
-    best = min((trial["result"] for trial in trials), key=lambda result: rank(result, direction))
+    best = min((trial.result for trial in trials), key=lambda result: rank(result, direction))
     # Which way the intermediate results go: down as losses, or up as accuracies.
-    curves = [trial["intermediate"] for trial in trials if trial["area"] is not None]
+    curves = [trial.intermediate for trial in trials if trial.area is not None]
     fallen = sum((curve[0] > curve[-1]) - (curve[0] < curve[-1]) for curve in curves)
     is_falling = fallen > 0 or (fallen == 0 and direction == "minimize")
 
     def is_good(trial):
-        gap = abs(best - trial["result"])
+        gap = abs(best - trial.result)
         return gap <= within or math.isclose(gap, within)  # 63.04 - 62.54 is above 0.5
 
     def cost(trial):
-        seconds = math.inf if trial["seconds"] is None else round(trial["seconds"])
+        seconds = math.inf if trial.seconds is None else round(trial.seconds)
         area = math.inf
-        if trial["area"] is not None:
-            area = trial["area"] if is_falling else -trial["area"]
-        return seconds, area, rank(trial["result"], direction), trial["trial"]
+        if trial.area is not None:
+            area = trial.area if is_falling else -trial.area
+        return seconds, area, rank(trial.result, direction), trial.number
 
     return min(filter(is_good, trials), key=cost)
 
@@ -81,15 +80,16 @@ def cell(value):
 
 def table(trials, choice):
     """Return a table of trials as text, the choice marked by an asterisk."""
-    given = [as_dict(trial["hyperparameters"]) for trial in trials]
+    given = [as_dict(trial.hyperparameters) for trial in trials]
     keys = list(dict.fromkeys(key for values in given for key in values))
     rows = [["", "trial", "result", "seconds", "last", "area", *map(cell, keys)]]
     for trial, values in zip(trials, given, strict=True):
         numbers = (("result", ".6g"), ("seconds", ".0f"), ("last", ".4g"), ("area", ".4g"))
-        measured = ["-" if trial[key] is None else format(trial[key], f) for key, f in numbers]
+        known = [(getattr(trial, key), form) for key, form in numbers]
+        measured = ["-" if value is None else format(value, form) for value, form in known]
         cells = [cell(values[key]) if key in values else "-" for key in keys]
         mark = "*" if trial is choice else ""
-        rows.append([mark, str(trial["trial"]), *measured, *cells])
+        rows.append([mark, str(trial.number), *measured, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (map(str.rjust, row, widths) for row in rows)
     return "\n".join("  ".join(line) for line in lines)
@@ -98,8 +98,8 @@ def table(trials, choice):
 def as_csv(trials):
     """Return trials as CSV, a column for each hyperparameter, texts in one line."""
     measured = ["trial", "id", "result", "seconds", "last", "area"]
-    rows = [[trial[key] for key in measured] for trial in trials]
-    given = [as_dict(trial["hyperparameters"]) for trial in trials]
+    rows = [[trial.as_json()[key] for key in measured] for trial in trials]
+    given = [as_dict(trial.hyperparameters) for trial in trials]
     keys = list(dict.fromkeys(key for values in given for key in values))
     for row, values in zip(rows, given, strict=True):
         for value in map(values.get, keys):
@@ -124,29 +124,25 @@ def plot(trials, choice, top, direction):
     rows, columns = (2, 2) if shares else (1, 3)
     figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
     progress, cost, curves, *mattered = figure.subplots(rows, columns).flat
-    in_turn = sorted(trials, key=lambda trial: trial["trial"])
+    in_turn = sorted(trials, key=lambda trial: trial.number)
     better = min if direction == "minimize" else max
     best = []
     for trial in in_turn:
-        best.append(better([*best[-1:], trial["result"]]))
-    label = f"the choice, trial {choice['trial']}: {choice['result']:.6g}"
-    progress.step(
-        [trial["trial"] for trial in in_turn], best, "k", where="post", label="best so far"
-    )
-    for axes, key in ((progress, "trial"), (cost, "seconds")):
-        known = [trial for trial in trials if trial[key] is not None]
-        places, results = [t[key] for t in known], [t["result"] for t in known]
+        best.append(better([*best[-1:], trial.result]))
+    label = f"the choice, trial {choice.number}: {choice.result:.6g}"
+    progress.step([trial.number for trial in in_turn], best, "k", where="post", label="best so far")
+    for axes, key in ((progress, "number"), (cost, "seconds")):
+        known = [trial for trial in trials if getattr(trial, key) is not None]
+        places, results = [getattr(t, key) for t in known], [t.result for t in known]
         axes.scatter(places, results, s=14, c="#4c6a92", alpha=0.6)
-        if choice[key] is not None:
-            axes.scatter(
-                choice[key], choice["result"], 140, "#c1272d", marker="*", zorder=3, label=label
-            )
+        if (place := getattr(choice, key)) is not None:
+            axes.scatter(place, choice.result, 140, "#c1272d", marker="*", zorder=3, label=label)
     progress.set(xlabel="trial", ylabel="result", title="Best so far")
     cost.set(xlabel="duration in s", ylabel="result", title="Result by duration")
 
     drawn = [trial for trial in trials[:top] if trial is not choice]
     for trial in [*reversed(drawn), choice]:  # the best on top
-        values = [math.nan if value is None else value for value in trial["intermediate"]]
+        values = [math.nan if value is None else value for value in trial.intermediate]
         chosen = {"color": "#c1272d", "linewidth": 2, "label": label}
         style = chosen if trial is choice else {"color": "#4c6a92", "alpha": 0.45, "linewidth": 1}
         marker = "." if len(values) == 1 else None
@@ -204,9 +200,7 @@ def left_out(trials):
         "EARLY_STOPPED": "EARLY_STOPPED (by maxTrialDuration or an assessor)",
     }
     counts = collections.Counter(
-        states.get(trial["status"], one_line(trial["status"]))
-        for trial in trials
-        if not has_result(trial)
+        states.get(trial.status, one_line(trial.status)) for trial in trials if not trial.has_result
     )
     return ", ".join(f"{count} {state}" for state, count in counts.items())
 
@@ -215,8 +209,8 @@ def no_results(trials):
     """Return a line for each thing that trials have reported and that is no result."""
     named = collections.defaultdict(list)
     for trial in trials:
-        if trial["reported"] is not None:
-            named[one_line(trial["reported"])].append(f"{trial['trial']} ({one_line(trial['id'])})")
+        if trial.reported is not None:
+            named[one_line(trial.reported)].append(f"{trial.number} ({one_line(trial.id)})")
     lines = []
     for reported, who in list(named.items())[:MOST]:
         more = f" and {len(who) - MOST} more" if len(who) > MOST else ""
@@ -229,7 +223,7 @@ def left_behind(search, folder):
 
     folder is the experiment's.
     """
-    unended = {one_line(trial["status"]) for trial in search["trials"]} - ENDED
+    unended = {one_line(trial.status) for trial in search["trials"]} - ENDED
     if not unended or not search["experiment"] or manager_of(search["experiment"]):
         return []
     left = "no manager of this search runs on this machine, so that is how it was left"
@@ -260,7 +254,7 @@ def show(args):
     everything = search["trials"]
     is_named = bool(search["name"])  # an experiment of NNI need not have a name
     title = one_line(search["name"] if is_named else search["experiment"])
-    trials = [trial for trial in everything if has_result(trial)]
+    trials = [trial for trial in everything if trial.has_result]
     notes = [
         *no_results(everything),
         *left_behind(search, path if path.is_dir() else path.parent.parent),
@@ -272,18 +266,19 @@ def show(args):
     if search["direction"] is None:
         search["direction"] = "maximize"
         notes.append(UNKNOWN)
-    trials.sort(key=lambda trial: (rank(trial["result"], search["direction"]), trial["trial"]))
+    trials.sort(key=lambda trial: (rank(trial.result, search["direction"]), trial.number))
     choice = choose(trials, args.within, search["direction"])
     picture = plot(trials, choice, args.top, search["direction"]) if args.plot else None
     if args.out:
         kept = {"experiment": search["experiment"]}
-        kept |= {key: choice[key] for key in ("trial", "id", "result", "hyperparameters")}
+        kept |= {key: choice.as_json()[key] for key in ("trial", "id", "result", "hyperparameters")}
         write(args.out, json.dumps(kept, indent=4).encode() + b"\n")
     if args.plot:
         write(args.plot, picture)
 
     if args.json:
-        print(json.dumps(search | {"choice": choice["id"]}))
+        shown = {"trials": [trial.as_json() for trial in everything], "choice": choice.id}
+        print(json.dumps(search | shown))
     elif args.csv:
         print(as_csv(trials), end="")
     else:
@@ -298,9 +293,9 @@ def show(args):
         shares = [f"{cell(key)} {share:.0%}" for key, share in importances(trials).items()]
         if shares:
             print(f"What mattered, by {len(trials)} trials: {', '.join(shares)}")
-        who = f"trial {choice['trial']} ({one_line(choice['id'])})"
+        who = f"trial {choice.number} ({one_line(choice.id)})"
         print(f"* the choice, {who}: {rule(args.within, search['direction'])}")
-        print(json.dumps(choice["hyperparameters"]).replace("\x7f", "\\u007f"))
+        print(json.dumps(choice.hyperparameters).replace("\x7f", "\\u007f"))
 
 
 if __name__ == "__main__":

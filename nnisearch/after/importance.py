@@ -13,7 +13,7 @@ def importances(trials):
     that a logarithmic scale is nothing else; whatever is no number is a category, also a missing
     one. Texts that hardly ever repeat are left out: they would explain everything.
     """
-    if len(trials) < LEAST or len({trial["result"] for trial in trials}) < 2:
+    if len(trials) < LEAST or len({trial.result for trial in trials}) < 2:
         return {}
     import optuna  # not at the top: with its trees it takes two seconds, which --json need not
     from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -23,7 +23,7 @@ def importances(trials):
     # Agrees with fANOVA on searches of 20 to 1,000 trials, and takes half a second for the minute
     # that that takes of 1,000. PED-ANOVA is lost with some 20 trials.
     evaluator = MeanDecreaseImpurityImportanceEvaluator(seed=0)
-    given = [as_dict(trial["hyperparameters"]) for trial in trials]
+    given = [as_dict(trial.hyperparameters) for trial in trials]
     columns, distributions = {}, {}
     for key in dict.fromkeys(key for values in given for key in values):
         column = [values.get(key) for values in given]
@@ -44,7 +44,7 @@ def importances(trials):
         optuna.create_trial(
             params={key: column[number] for key, column in columns.items()},
             distributions=distributions,
-            value=trial["result"],
+            value=trial.result,
         )
         for number, trial in enumerate(trials)
     )

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sqlite3
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 
@@ -62,11 +63,6 @@ def read_result(text):
     found = number(value)
     shown = text if isinstance(text, str) else json.dumps(text)
     return found, None if found is not None else one_line(shown, 60)
-
-
-def has_result(trial):
-    """Return whether a trial counts: it has ended by itself and reported a result."""
-    return trial["status"] == "SUCCEEDED" and trial["result"] is not None
 
 
 def read_experiments(**types):
@@ -170,13 +166,61 @@ def read_on(rows, query, last, newest):
         last = batch[-1][0]
 
 
-class Trials:
-    """The trials in NNI's database, {id: trial}, of which each update() reads what is new only.
+@dataclass
+class Trial:
+    """A trial of a search.
 
-    A trial is a dict, as read_database() returns it, and start, end and heard, which are when it
-    started, ended and was last heard of, in ms since 1970, path, where its files are, and message,
-    which says why it was run again.
+    result is a number or None; then reported is the text of what it gave instead, or None. start,
+    end and heard are when it started, ended and was last heard of, in ms since 1970; path is where
+    its files are; message says why it was run again.
     """
+
+    number: int
+    id: str
+    status: str = "WAITING"
+    result: float | None = None
+    reported: str | None = None
+    intermediate: list = field(default_factory=list)
+    hyperparameters: object = field(default_factory=dict)
+    seconds: float | None = None
+    start: int = 0
+    end: int | None = None
+    heard: int = 0
+    path: str = ""
+    message: str | None = None
+
+    @property
+    def has_result(self):
+        """Whether it counts: it has ended by itself and reported a result."""
+        return self.status == "SUCCEEDED" and self.result is not None
+
+    @property
+    def last(self):
+        """The last of the intermediate results, or None."""
+        return self.intermediate[-1] if self.intermediate else None
+
+    @property
+    def area(self):
+        """The area under the curve of the intermediate results, of width 1: their mean, or None."""
+        values = self.intermediate
+        return sum(values) / len(values) if values and None not in values else None
+
+    def as_json(self):
+        """Return the trial as --json prints it."""
+        return {"trial": self.number} | {key: getattr(self, key) for key in KEYS[1:]}
+
+
+KEYS = ("trial", "id", "status", "result", "reported", "intermediate", "hyperparameters")
+KEYS += ("seconds", "last", "area")  # of a trial in JSON
+
+
+def duration(seconds):
+    """Return seconds, or None if the clock went back meanwhile."""
+    return seconds if seconds is not None and seconds >= 0 else None
+
+
+class Trials:
+    """The trials in NNI's database, {id: Trial}, of which each update() reads what is new only."""
 
     def __init__(self, path):
         self.path = path
@@ -204,61 +248,44 @@ class Trials:
                 self.last_metric = max(row, self.last_metric)
         for id, trial in changed.items():
             reports = sorted(self.reports[id], key=lambda report: report[0])
-            trial["intermediate"] = [value for _, value in reports]
+            trial.intermediate = [value for _, value in reports]
         return list(changed.values())
 
     def note_event(self, id, sequence, event, time, data, path, message):
-        trial = self.known.setdefault(id, {"trial": sequence, "id": id} | UNSTARTED)
+        trial = self.known.setdefault(id, Trial(sequence, id))
         self.reports.setdefault(id, [])
-        trial["status"] = NNIS_NAMES.get(event, event)
-        trial["path"] = path or trial["path"]
-        trial["message"] = message or trial["message"]
+        trial.status = NNIS_NAMES.get(event, event)
+        trial.path = path or trial.path
+        trial.message = message or trial.message
         if event == "WAITING" and data:
-            trial["hyperparameters"] = json.loads(data)["parameters"]
+            trial.hyperparameters = json.loads(data)["parameters"]
         elif event == "WAITING":
             # It is run again. Its reports have been deleted, and SQLite uses their numbers again.
             self.reports = {known: [] for known in self.reports}
             self.last_metric = 0
-        if trial["status"] not in ENDED:  # NNI may miss that it was RUNNING
-            trial["start"] = trial["heard"] = time
-            trial["end"] = trial["seconds"] = None
-        elif trial["end"] is None:
-            trial["end"] = time
-            trial["seconds"] = None if time is None else (time - trial["start"]) / 1000
+        if trial.status not in ENDED:  # NNI may miss that it was RUNNING
+            trial.start = trial.heard = time
+            trial.end = trial.seconds = None
+        elif trial.end is None:
+            trial.end = time
+            trial.seconds = None if time is None else duration((time - trial.start) / 1000)
         return trial
 
     def note_metric(self, id, kind, sequence, time, data):
         trial = self.known[id]
-        trial["heard"] = max(trial["heard"], time)
+        trial.heard = max(trial.heard, time)
         value, other = read_result(json.loads(data))
         if kind != "FINAL":
             self.reports[id].append((sequence, value))
-        elif trial["result"] is None and trial["reported"] is None:  # the first one, as for NNI
-            trial["result"], trial["reported"] = value, other
+        elif trial.result is None and trial.reported is None:  # the first one, as for NNI
+            trial.result, trial.reported = value, other
         return trial
 
 
-UNSTARTED = {
-    "status": "WAITING",
-    "result": None,
-    "reported": None,
-    "intermediate": [],
-    "hyperparameters": {},
-    "seconds": None,
-    "start": 0,
-    "end": None,
-    "heard": 0,
-    "path": "",
-    "message": None,
-}
-KEYS = ("trial", "id", "status", "result", "reported", "intermediate", "hyperparameters", "seconds")
-
-
 def read_database(path):
-    """Return the search in NNI's database, in the form that --json prints.
+    """Return the search in NNI's database: experiment, name, command, direction and trials.
 
-    The direction is None if nothing tells it. A trial's result is a number or None; then reported
-    is the text of what it gave instead, or None. Raises OSError as opened() does.
+    The direction is None if nothing tells it. Raises OSError as opened() does.
     """
     with opened(path) as rows:
         ((experiment, params),) = rows(PROFILE)
@@ -271,10 +298,7 @@ def read_database(path):
         }
     trials = Trials(path)
     trials.update()
-    search["trials"] = [{key: trial[key] for key in KEYS} for trial in trials.known.values()]
-    for trial in search["trials"]:
-        measure(trial)
-    return search
+    return search | {"trials": [*trials.known.values()]}
 
 
 def read_file(path):
@@ -290,15 +314,17 @@ def read_file(path):
         return read_database(path)
     search = read_json(path)
     try:
-        if not isinstance(search, dict):
-            trials = [exported(number, trial) for number, trial in enumerate(search)]
-            search = {"experiment": None, "name": path.name, "command": None, "trials": trials}
-        found = {key: search[key] for key in ("experiment", "name", "command")}
-        found["direction"] = search.get("direction")
+        is_export = not isinstance(search, dict)
+        about = {"experiment": None, "name": path.name, "command": None} if is_export else search
+        found = {key: about[key] for key in ("experiment", "name", "command")}
+        found["direction"] = about.get("direction")
         if found["direction"] not in (None, *DIRECTIONS):
             raise ValueError(f"direction is {found['direction']!r}; allowed: {DIRECTIONS}")
-        found["trials"] = [checked(trial) for trial in search["trials"]]
-        return found
+        if is_export:
+            trials = [exported(order, trial) for order, trial in enumerate(search)]
+        else:
+            trials = [imported(trial) for trial in search["trials"]]
+        return found | {"trials": trials}
     except MALFORMED as error:
         is_missing = isinstance(error, KeyError)
         reason = f"{error} is missing" if is_missing else f"{type(error).__name__}: {error}"
@@ -307,47 +333,26 @@ def read_file(path):
 
 
 def exported(order, trial):
-    """Return a trial of nnictl's export, whose results are JSON in JSON, as --json has it."""
+    """Return the Trial in one of nnictl's export, whose results are JSON in JSON."""
     result, reported = read_result(trial["value"])
-    return {
-        "trial": order,
-        "id": trial["trialJobId"],
-        "status": "SUCCEEDED",
-        "result": result,
-        "reported": reported,
-        # The last one is the result again.
-        "intermediate": [read_result(text)[0] for text in trial.get("intermediate", [])[:-1]],
-        "hyperparameters": trial["parameter"],
-        "seconds": None,
-    }
+    # The last one is the result again.
+    reports = [read_result(text)[0] for text in trial.get("intermediate", [])[:-1]]
+    given = trial["parameter"]
+    return Trial(order, str(trial["trialJobId"]), "SUCCEEDED", result, reported, reports, given)
 
 
-def checked(trial):
-    """Return a trial of --json whose values are of the types that they have to be."""
-    trial = {"reported": None} | trial
-    trial = {key: trial[key] for key in KEYS} | {
-        "trial": int(trial["trial"]),
-        "id": str(trial["id"]),
-        "status": str(trial["status"]),
-        "result": number(trial["result"]),
-        "intermediate": [number(value) for value in trial["intermediate"]],
-        "seconds": number(trial["seconds"]),
-    }
-    measure(trial)
-    return trial
-
-
-def measure(trial):
-    """Add to a trial its last intermediate result and the area under their curve, of width 1.
-
-    The area is their mean, because each stands for its part of the trial. A negative duration, of a
-    trial during which the clock went back, is unknown.
-    """
-    if (trial["seconds"] or 0) < 0:
-        trial["seconds"] = None
-    values = trial["intermediate"]
-    trial["last"] = values[-1] if values else None
-    trial["area"] = sum(values) / len(values) if values and None not in values else None
+def imported(trial):
+    """Return the Trial in one of --json, whose values are of the types that they have to be."""
+    return Trial(
+        int(trial["trial"]),
+        str(trial["id"]),
+        str(trial["status"]),
+        number(trial["result"]),
+        trial.get("reported"),
+        [number(value) for value in trial["intermediate"]],
+        trial["hyperparameters"],
+        duration(number(trial["seconds"])),
+    )
 
 
 def read_json(path):

@@ -20,7 +20,7 @@ from nnisearch.before.gpus import waiting_for
 from nnisearch.shared import slurm
 from nnisearch.shared.direction import UNKNOWN, direction
 from nnisearch.shared.output import may_be_closed
-from nnisearch.shared.results import ENDED, NO_RESULT, Trials, has_result
+from nnisearch.shared.results import ENDED, NO_RESULT, Trials
 from nnisearch.shared.text import one_line, reason, tail
 from nnisearch.watch.life import Life, listed
 
@@ -109,7 +109,7 @@ class Search:
 
     def is_done(self, status):
         """Return whether all trials that the search will have have ended."""
-        if any(trial["status"] not in ENDED for trial in self.trials.known.values()):
+        if any(trial.status not in ENDED for trial in self.trials.known.values()):
             return False
         if status["status"] in ("DONE", "VIEWED"):
             return True
@@ -119,7 +119,7 @@ class Search:
             profile = rest.get(self.port, "/experiment", prefix=self.prefix)
         except OSError:
             return False
-        started = [trial["trial"] for trial in self.trials.known.values()]
+        started = [trial.number for trial in self.trials.known.values()]
         return profile["nextSequenceId"] <= 1 + max(started, default=-1)  # else one is in the queue
 
     def check(self, status):
@@ -139,7 +139,7 @@ class Search:
                 what = f"{who}: {words or 'without a word; was it killed?'}"
             raise RuntimeError(f"search {self.id}: {what}; {how}")
         idle = time.monotonic() - self.changed
-        has_trials = any(trial["status"] not in ENDED for trial in self.trials.known.values())
+        has_trials = any(trial.status not in ENDED for trial in self.trials.known.values())
         if idle > IDLE and not has_trials and not self.is_idle:
             self.is_idle = True
             tqdm.write(
@@ -151,7 +151,7 @@ class Search:
         """Return the commands to go on with the search, and to see the results that it has."""
         mended = ", with that mended" if self.life.tuners_end() else ""
         words = f"to go on{mended}: {before}{self.resume}"
-        if any(has_result(trial) for trial in self.trials.known.values()):
+        if any(trial.has_result for trial in self.trials.known.values()):
             words += f"; its results so far: {self.choose}"
         return words
 
@@ -186,22 +186,22 @@ class Shown:
             tqdm.write(line)
         late, self.late = self.late, {}
         for trial in [*late.values(), *changed]:
-            if trial["status"] not in ENDED or trial["id"] in self.ended:
+            if trial.status not in ENDED or trial.id in self.ended:
                 continue
-            is_missing = trial["result"] is None and trial["reported"] is None
-            if trial["status"] == "SUCCEEDED" and is_missing and trial["id"] not in late:
-                self.late[trial["id"]] = trial  # its result may be on its way
+            is_missing = trial.result is None and trial.reported is None
+            if trial.status == "SUCCEEDED" and is_missing and trial.id not in late:
+                self.late[trial.id] = trial  # its result may be on its way
                 continue
-            self.ended[trial["id"]] = how = self.endings.short(trial)
-            if has_result(trial):
-                self.results = [self.best_result([trial["result"], *self.results])]
+            self.ended[trial.id] = how = self.endings.short(trial)
+            if trial.has_result:
+                self.results = [self.best_result([trial.result, *self.results])]
             news = self.endings.news(trial)
             line = f"{title(trial)} {news}" if news else f"{title(trial)}: {how}"
             if self.bar.disable:
                 tqdm.write(f"{line}; {self.best()}")
             elif news:
                 tqdm.write(line)
-        counts = collections.Counter(trial["status"].lower() for trial in known.values())
+        counts = collections.Counter(trial.status.lower() for trial in known.values())
         states = [f"{count} {one_line(state)}" for state, count in counts.items()]
         self.bar.n = len(self.ended)
         self.bar.set_postfix_str(", ".join([self.best(), *states]))
@@ -232,21 +232,21 @@ class Endings:
 
     def news(self, trial):
         """Return why a trial that has ended has no result, None if it has or that was said."""
-        if has_result(trial) or trial["status"] in ("USER_CANCELED", "SYS_CANCELED"):
+        if trial.has_result or trial.status in ("USER_CANCELED", "SYS_CANCELED"):
             return None
-        if trial["status"] == "FAILED":
+        if trial.status == "FAILED":
             status = exit_status(trial, self.folder)
             why = failure(trial, self.folder)
             if status:
                 why += f" (exit status {status})"
             elif is_local(self.config):
                 why += " (no exit status: was it killed?)"
-            if trial["result"] is not None:
-                why += f"; so its result, {trial['result']:g}, does not count"
+            if trial.result is not None:
+                why += f"; so its result, {trial.result:g}, does not count"
             words = f"has FAILED: {why}"
-        elif trial["reported"] is not None:
-            words = f"reported {one_line(trial['reported'])}, {NO_RESULT}"
-        elif trial["status"] == "SUCCEEDED":
+        elif trial.reported is not None:
+            words = f"reported {one_line(trial.reported)}, {NO_RESULT}"
+        elif trial.status == "SUCCEEDED":
             words = "has ended without reporting a result"
         else:
             words = f"was {self.short(trial)}"
@@ -257,25 +257,25 @@ class Endings:
 
     def short(self, trial):
         """Return the result of a trial that has ended, or what it has ended by instead."""
-        if has_result(trial):
-            return f"{trial['result']:g}"
-        if trial["status"] == "SUCCEEDED":
-            reported = trial["reported"]
+        if trial.has_result:
+            return f"{trial.result:g}"
+        if trial.status == "SUCCEEDED":
+            reported = trial.reported
             return "without a result" + (f": it reported {one_line(reported)}" if reported else "")
-        if trial["status"] == "EARLY_STOPPED":
+        if trial.status == "EARLY_STOPPED":
             limit = self.config.max_trial_duration
-            if limit is not None and (trial["seconds"] or 0) >= parse_time(limit):
+            if limit is not None and (trial.seconds or 0) >= parse_time(limit):
                 return f"ended by maxTrialDuration ({limit})"
             return f"ended by {'the assessor' if self.config.assessor else 'the tuner'}"
-        if trial["status"] == "FAILED" and (status := exit_status(trial, self.folder)):
+        if trial.status == "FAILED" and (status := exit_status(trial, self.folder)):
             return f"FAILED with exit status {status}"
-        return one_line(trial["status"])
+        return one_line(trial.status)
 
 
 def exit_status(trial, folder):
     """Return the exit status of a trial on this machine, None where none was noted."""
     try:
-        noted = (folder / "trials" / trial["id"] / ".nni" / "state").read_text()
+        noted = (folder / "trials" / trial.id / ".nni" / "state").read_text()
     except (OSError, ValueError):
         return None
     found = re.match(r"\s*(\d+)\s", noted)
@@ -294,7 +294,7 @@ class Notices:
     def __call__(self, trials):
         """Return the lines that are new, given all trials."""
         found = {}
-        states = {trial["status"] for trial in trials}
+        states = {trial.status for trial in trials}
         is_waiting = "WAITING" in states and "RUNNING" not in states
         if is_waiting and self.config.trial_gpu_number and is_local(self.config):
             holders = waiting_for(self.config.training_service)
@@ -304,8 +304,8 @@ class Notices:
         if self.uses_slurm and "WAITING" in states:
             found |= self.queued(trials)
         for trial in trials:
-            if trial["message"]:
-                found[trial["id"], trial["message"]] = f"{title(trial)} is {trial['message']}"
+            if trial.message:
+                found[trial.id, trial.message] = f"{title(trial)} is {trial.message}"
         new = {about: line for about, line in found.items() if line and about not in self.said}
         self.said |= new.keys()
         return list(new.values())
@@ -316,9 +316,9 @@ class Notices:
             return {}
         self.asked, id = time.monotonic(), self.folder.name
         states = slurm.queue(id)
-        names = {trial["id"]: slurm.job_name(id, trial["id"]) for trial in trials}
-        waiting = [trial for trial in trials if trial["status"] == "WAITING"]
-        found = {states.get(names[trial["id"]]): title(trial) for trial in reversed(waiting)}
+        names = {trial.id: slurm.job_name(id, trial.id) for trial in trials}
+        waiting = [trial for trial in trials if trial.status == "WAITING"]
+        found = {states.get(names[trial.id]): title(trial) for trial in reversed(waiting)}
         return {
             state: f"{trial} waits in SLURM's queue: {state}"
             for state, trial in found.items()
@@ -329,16 +329,12 @@ class Notices:
         """Return {trial: line} for those that are silent for longer than any before."""
         found = {}
         for trial in trials:
-            id, latest = trial["id"], trial["heard"]
+            id, latest = trial.id, trial.heard
             self.longest = max(self.longest, latest - self.heard.get(id, latest))
             self.heard[id] = latest
             silence = time.time() * 1000 - latest
-            if (
-                trial["status"] == "RUNNING"
-                and self.longest
-                and silence > max(60_000, self.longest)
-            ):
-                known = re.match(r"\w+://([^/:]+)", trial["path"])
+            if trial.status == "RUNNING" and self.longest and silence > max(60_000, self.longest):
+                known = re.match(r"\w+://([^/:]+)", trial.path)
                 machine = known[1] if known else "its machine"
                 found[id] = (
                     f"{title(trial)} on {machine} has reported nothing for {silence / 1000:.0f} s;"
@@ -348,12 +344,12 @@ class Notices:
 
 
 def title(trial):
-    return f"trial {trial['trial']} ({trial['id']})"
+    return f"trial {trial.number} ({trial.id})"
 
 
 def failure(trial, folder):
     """Return why a trial has failed: from its stderr on this machine, else where to look."""
     try:
-        return one_line(reason(tail(folder / "trials" / trial["id"] / "stderr")))
+        return one_line(reason(tail(folder / "trials" / trial.id / "stderr")))
     except OSError:
-        return f"its files are at {one_line(trial['path'] or 'no place that NNI knows')}"
+        return f"its files are at {one_line(trial.path or 'no place that NNI knows')}"

@@ -124,9 +124,8 @@ def refusal(result):
     ],
 )
 def test_the_choice(trials, within, expected):
-    for entry in trials:
-        results.measure(entry)
-    assert choose.choose(trials, within)["trial"] == expected
+    trials = [*map(results.imported, trials)]
+    assert choose.choose(trials, within).number == expected
 
 
 MIXED = [
@@ -342,8 +341,8 @@ def test_the_searches_in_docs_are_read_and_chosen_from(run):
     docs = ROOT / "docs" / "searches"
     for name, expected in CHOICES.items():
         search = results.read_file(docs / f"{name}.json")
-        trials = list(filter(results.has_result, search["trials"]))
-        found = {within: choose.choose(trials, within)["trial"] for within in expected}
+        trials = [trial for trial in search["trials"] if trial.has_result]
+        found = {within: choose.choose(trials, within).number for within in expected}
         assert found == expected, name
     best = json.loads((docs / "wide_choice.json").read_text())
     printed = run("--file", docs / "wide.json").stdout  # by this project's half a point
@@ -369,9 +368,8 @@ def test_the_searches_in_docs_are_read_and_chosen_from(run):
     ],
 )
 def test_the_choice_of_any_search(trials, within, direction, expected):
-    for entry in trials:
-        results.measure(entry)
-    assert choose.choose(trials, within, direction)["trial"] == expected
+    trials = [*map(results.imported, trials)]
+    assert choose.choose(trials, within, direction).number == expected
 
 
 def test_a_search_that_minimizes_shows_the_least_first(run, tmp_path):
@@ -536,13 +534,14 @@ def test_what_mattered_is_told_from_ten_trials_on(run, tmp_path):
             odd["sometimes"] = number % 4
         return trial(number, 10 * x + 0.01 * (number % 5), lr=x, **{"batch size": number % 3} | odd)
 
-    shares = importance.importances([entry(number) for number in range(40)])
+    shares = importance.importances([results.imported(entry(number)) for number in range(40)])
     assert next(iter(shares)) == "lr"
     assert shares["lr"] > 0.8
     assert set(shares) == {"lr", "batch size", "list", "sometimes"}
     assert sum(shares.values()) == pytest.approx(1)
-    assert importance.importances([entry(number) for number in range(9)]) == {}
-    assert importance.importances([trial(number, 1.0) for number in range(20)]) == {}
+    assert importance.importances([results.imported(entry(number)) for number in range(9)]) == {}
+    alike = [results.Trial(number, "", result=1.0) for number in range(20)]
+    assert importance.importances(alike) == {}
 
     database(tmp_path, [entry(number) for number in range(10)])
     assert "What mattered, by 10 trials: lr " in run("--plot", "a.png").stdout

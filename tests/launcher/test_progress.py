@@ -363,7 +363,7 @@ def test_no_more_trials_with_one_in_the_queue_is_not_the_end(watched, monkeypatc
     no_more = {"status": "TUNER_NO_MORE_TRIAL"}
     watched.changed -= 100
     assert not watched.is_done(no_more)
-    watched.trials.known["id1"]["status"] = "SUCCEEDED"
+    watched.trials.known["id1"].status = "SUCCEEDED"
     assert not watched.is_done(no_more)  # the third trial has a number, and has not started
     answers["/experiment"]["nextSequenceId"] = 2
     assert watched.is_done(no_more)
@@ -377,7 +377,7 @@ def test_a_search_in_which_nothing_runs_and_nothing_comes_says_so_once(watched, 
     watched.changed -= 100
     watched.check({"status": "RUNNING"})
     assert capsys.readouterr().out == ""  # a trial waits
-    watched.trials.known["id1"]["status"] = "SUCCEEDED"
+    watched.trials.known["id1"].status = "SUCCEEDED"
     for _ in range(2):
         watched.check({"status": "RUNNING"})
     (line,) = capsys.readouterr().out.splitlines()
@@ -393,7 +393,7 @@ def test_what_is_only_viewed_says_so(watched):
 def test_a_pass_reads_only_what_is_new(tmp_path):
     path = database(tmp_path, [trial(0, 60.0), trial(1, None, 3.0, [2.0], "RUNNING")])
     trials = results.Trials(path)
-    assert [t["id"] for t in trials.update()] == ["id0", "id1"]
+    assert [t.id for t in trials.update()] == ["id0", "id1"]
     assert trials.update() == []
     with contextlib.closing(sqlite3.connect(path)) as connection:
         for kind, sequence, value in (("PERIODICAL", 1, 1.5), ("FINAL", 0, 61.0)):
@@ -403,9 +403,9 @@ def test_a_pass_reads_only_what_is_new(tmp_path):
         connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
         connection.commit()
     (changed,) = trials.update()
-    assert (changed["status"], changed["result"]) == ("SUCCEEDED", 61.0)
-    assert changed["intermediate"] == [2.0, 1.5]
-    assert (changed["seconds"], changed["heard"]) == (7.5, 9_000)
+    assert (changed.status, changed.result) == ("SUCCEEDED", 61.0)
+    assert changed.intermediate == [2.0, 1.5]
+    assert (changed.seconds, changed.heard) == (7.5, 9_000)
 
 
 def test_nni_can_write_while_a_search_is_read_and_a_query_is_not_stopped(tmp_path, monkeypatch):
@@ -432,7 +432,7 @@ def test_nni_can_write_while_a_search_is_read_and_a_query_is_not_stopped(tmp_pat
 
         monkeypatch.setattr(trials, "note_metric", write_and_note)
         (found,) = trials.update()
-    assert len(found["intermediate"]) == 2500 < len(written)
+    assert len(found.intermediate) == 2500 < len(written)
     assert all(blocked)
     assert len(blocked) == 1 + 2 + 4  # a thousand rows at a time
     assert signal.SIGTSTP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -445,17 +445,17 @@ def test_a_remote_trial_that_is_silent_for_longer_than_any_before_is_named_once(
     now = [1_000_000.0]
     monkeypatch.setattr("time.time", lambda: now[0] / 1000)
     trials = [
-        results.UNSTARTED
-        | {"trial": number, "id": f"id{number}", "status": "RUNNING", "heard": now[0]}
-        | {"path": f"file://192.0.2.{number}:/tmp/nni-experiments"}
+        results.Trial(
+            number, f"id{number}", "RUNNING", heard=now[0], path=f"file://192.0.2.{number}:/tmp/nni"
+        )
         for number in (1, 2)
     ]
 
     def after(seconds, *reporting):
         now[0] += 1000 * seconds
         for entry in trials:
-            if entry["id"] in reporting:
-                entry["heard"] = now[0]
+            if entry.id in reporting:
+                entry.heard = now[0]
         return notices(trials)
 
     assert after(0) == []

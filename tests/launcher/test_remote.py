@@ -244,7 +244,7 @@ def last_states(search):
     path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
     trials = Trials(path)
     trials.update()
-    return {id: trial["status"] for id, trial in trials.known.items()}
+    return {id: trial.status for id, trial in trials.known.items()}
 
 
 def test_after_its_manager_is_killed_a_search_on_machines_is_exact(search, machines):

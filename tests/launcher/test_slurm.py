@@ -61,8 +61,8 @@ def nodes_of(search, status):
     """Return {node: trials} of a search's trials of a status that have reported."""
     found = {}
     for trial in trials_of(search):
-        if trial["status"] == status and trial["intermediate"]:
-            found.setdefault(urlsplit(trial["path"]).hostname, []).append(trial["id"])
+        if trial.status == status and trial.intermediate:
+            found.setdefault(urlsplit(trial.path).hostname, []).append(trial.id)
     return found
 
 
@@ -88,7 +88,7 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
                 command, env=one.environment, stdout=output, stderr=output, cwd=one.home
             )
         wait_for(lambda: "waits in SLURM's queue: PENDING (" in said.read_text())
-        assert {trial["status"] for trial in trials_of(one)} == {"WAITING"}
+        assert {trial.status for trial in trials_of(one)} == {"WAITING"}
         others.terminate()
     in_queue_until = time.time() * 1000
     wait_for(lambda: sum(map(len, nodes_of(one, "RUNNING").values())) == 4)
@@ -105,9 +105,9 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
     assert sorted(trial["sequenceId"] for trial in trials) == list(range(5))
     for trial in trials_of(one):
-        assert len(trial["intermediate"]) == 2 * EPOCHS
-        assert trial["start"] >= in_queue_until
-        metrics = one.get(f"metric-data/{trial['id']}")
+        assert len(trial.intermediate) == 2 * EPOCHS
+        assert trial.start >= in_queue_until
+        metrics = one.get(f"metric-data/{trial.id}")
         assert [metric["type"] for metric in metrics].count("FINAL") == 1
     assert set(nodes_of(one, "SUCCEEDED")) == {"n1", "n2"}
     assert one.stop() == []
@@ -120,7 +120,7 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
         return [trial for trials in nodes_of(one, "RUNNING").values() for trial in trials]
 
     def of_status(status):
-        return [trial["id"] for trial in trials_of(one) if trial["status"] == status]
+        return [trial.id for trial in trials_of(one) if trial.status == status]
 
     def has_no_job(*trials):
         return not any(job.split("|")[1][4:].endswith(trials) for job in cluster.jobs())
