@@ -43,7 +43,7 @@ from experiment import UNCHECKED, Experiment, processes_at  # noqa: E402
 def pytest_collection_modifyitems(items):
     """Mark as slow what starts an experiment, or train.py as a process: that imports torch anew."""
     for item in items:
-        if {"experiment", "start_search", "guarded", "start"} & set(item.fixturenames):
+        if {"experiment", "start_search", "guarded", "start", "cluster"} & set(item.fixturenames):
             item.add_marker("slow")
 
 

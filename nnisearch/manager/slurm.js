@@ -7,7 +7,7 @@ const child_process = require("child_process");
 const fs = require("fs");
 const { promisify } = require("util");
 
-const RUNS = 4; // of a trial: the first, and three more
+const RERUNS = 3; // of a trial, at most
 const LOOK = 500; // ms between two looks at a trial that waits
 
 // "" where the trial has deleted it.
@@ -64,7 +64,7 @@ module.exports = function ({ id, slurm }) {
                 this.jobStreamMap.get(job.id).end(0);
                 this.jobStreamMap.delete(job.id);
                 job.again = (job.again ?? 0) + 1;
-                job.message = `run again (${job.again} of at most ${RUNS - 1}): ${why}`;
+                job.message = `run again (${job.again} of at most ${RERUNS}): ${why}`;
                 Object.assign(job, { pid: undefined, startTime: undefined, submitTime: Date.now() });
                 this.setTrialJobStatus(job, "WAITING");
                 this.jobQueue.push(job.id);
@@ -79,7 +79,7 @@ module.exports = function ({ id, slurm }) {
                 }
                 if (job?.status === "RUNNING") { // it has ended: pace.js answers for one that lives
                     const why = lost.exec(read(`${job.workingDirectory}/stderr`));
-                    if (why && (job.again ?? 0) < RUNS - 1) {
+                    if (why && (job.again ?? 0) < RERUNS) {
                         await this.runAgain(job, why[0]);
                         return job;
                     }

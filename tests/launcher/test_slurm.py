@@ -21,6 +21,7 @@ from nnisearch.shared.text import reason
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "slurm.yml").read_text())
 SRUN = CONFIG["trialCommand"].replace("python3 train.py", LIGHT_TRIAL)
+LOSES_ITS_NODE = "echo 'srun: error: Node failure on n1' >&2 && exit 1"
 EPOCHS = 15
 # As on NFS, where inotify hears of nothing that another machine writes.
 DEAF = "require('fs').watch = () => ({ close() {} });"
@@ -114,7 +115,12 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
 
 
 def test_no_job_outlives_its_trial_or_its_search(cluster, search):
-    one = search(searchSpace=ENDLESS, trialConcurrency=5, maxTrialDuration="20s")
+    one = search(
+        searchSpace=ENDLESS,
+        trialConcurrency=5,
+        maxTrialDuration="20s",
+        trialCommand=f"[ $NNI_TRIAL_SEQ_ID = 0 ] && {LOSES_ITS_NODE}; {SRUN}",
+    )
 
     def running():
         return [trial for trials in nodes_of(one, "RUNNING").values() for trial in trials]
@@ -125,6 +131,8 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
     def has_no_job(*trials):
         return not any(job.split("|")[1][4:].endswith(trials) for job in cluster.jobs())
 
+    (lost,) = wait_for(lambda: [t for t in trials_of(one) if t["status"] == "FAILED"])
+    assert "run again (3 of at most 3): srun: error: Node failure on n1" in lost["message"]
     wait_for(lambda: len(running()) == 4)
     for killed in (running()[0], wait_for(lambda: of_status("WAITING"))[0]):  # two GPUs a node
         one.nnictl("trial", "kill", one.id, "-T", killed)
@@ -160,8 +168,7 @@ def rehearse(command, folder, monkeypatch, cluster):
 def test_a_rehearsal_is_a_job_that_may_fail(cluster, tmp_path, monkeypatch):
     why, _ = rehearse("srun --partition=none true", tmp_path, monkeypatch, cluster)
     assert "srun: error: Unable to allocate resources: Invalid partition name specified" in why
-    command = "echo 'srun: error: Node failure on n1' >&2; srun false"
-    assert rehearse(command, tmp_path / "lost", monkeypatch, cluster)[0] is None
+    assert rehearse(f"{LOSES_ITS_NODE}; srun x", tmp_path / "lost", monkeypatch, cluster)[0] is None
 
 
 def test_a_search_does_not_wait_for_a_rehearsal_in_the_queue(
