@@ -151,7 +151,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         if self.is_created_in_previous_exp(id):
             self.learn([{"parameter": self.get_previous_param(id), "value": value}])
             return
-        if id is not None:
+        if id in msg_dispatcher._trial_params:  # else it is the user's own trial
             parameters = msg_dispatcher._trial_params[id]
             self.results.append({"parameter": parameters, "value": value})
         metric = {"parameter_id": id, "trial_job_id": trial, "value": value}
