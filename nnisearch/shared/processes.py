@@ -47,8 +47,11 @@ def manager_of(id):
 
 
 def is_tuner(process):
-    """Return whether a process is one that the tuner is in."""
-    return any(part.endswith("/nnisearch/manager/dispatcher.py") for part in process.cmdline())
+    """Return whether the tuner is in a process, which search.py or nnictl has started."""
+    arguments = process.cmdline()
+    return "--exp_params" in arguments or any(
+        part.endswith("/nnisearch/manager/dispatcher.py") for part in arguments
+    )
 
 
 def processes_of(id, folder):

@@ -74,7 +74,7 @@ def is_running(known):
     if known["status"] in ("STOPPED", "ERROR"):  # after an error the manager may live, to no end
         return False
     if known["status"] == "VIEWED":
-        does, then = "nnictl view shows it", "it can be resumed"
+        does, then = "it is only shown, by --view or nnictl view", "it can be resumed"
     elif prefix:
         place = f"http://localhost:{known['port']}/{prefix}"
         does, then = f"it runs at {place}", "it can be resumed, without that prefix"

@@ -48,7 +48,7 @@ class Life:
             with contextlib.suppress(psutil.Error):
                 if "--tuner-command-channel" in self.manager.cmdline():
                     return False  # the tuner is a user's program that called nni.experiment
-                children = self.manager.children()
+                children = self.manager.children(recursive=True)
                 found = [child for child in children if is_tuner(child)]
                 self.tuner = found[-1] if found else None
         if self.tuner is None:

@@ -25,7 +25,7 @@ from test_experiment import stand_in_nvidia_smi
 from test_remote import SSHD, UPGRADE, Machine, make_key, writable
 from websockets.sync.server import serve
 
-from nnisearch.shared.processes import lives
+from nnisearch.shared.processes import is_tuner, lives
 from nnisearch.start.launch import prepare_environment
 
 
@@ -355,6 +355,18 @@ def test_a_tuner_that_is_thinking_ends_with_its_manager(node, tmp_path, closes):
         assert not lives(tuner)
         with pytest.raises(BlockingIOError):
             stranger.accept()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["python", "/nnisearch/manager/dispatcher.py", "3"],
+        ["python", "-m", "nni", "--exp_params", "e30="],
+    ],
+)
+def test_a_tuner_is_found_whoever_has_started_it(command):
+    assert is_tuner(SimpleNamespace(cmdline=lambda: command))
+    assert not is_tuner(SimpleNamespace(cmdline=lambda: ["/bin/sh", "-c", " ".join(command)]))
 
 
 def test_a_runner_stays_only_with_who_knows_the_secret():

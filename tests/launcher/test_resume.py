@@ -306,9 +306,12 @@ def test_alive_is_not_what_another_user_calls_so(start_sleeper, tmp_path, enviro
     assert statuses(tmp_path, environment, numbers) == {"feigned": "STOPPED"}
 
 
-def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line():
+def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line(tmp_path):
     known = {"id": "abc", "port": 8090, "status": "VIEWED", "prefixUrl": None}
-    with pytest.raises(ValueError, match="is abc, but nnictl view shows it; allowed: "):
+    known["logDir"] = str(tmp_path)
+    with pytest.raises(
+        ValueError, match="is abc, but it is only shown, by --view or nnictl view; allowed: "
+    ):
         recovery.is_running(known)
     known |= {"status": "RUNNING", "prefixUrl": "nni/one"}
     with pytest.raises(ValueError, match="it runs at http://localhost:8090/nni/one; allowed: "):
