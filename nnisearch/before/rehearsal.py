@@ -44,7 +44,7 @@ AFTER_ASKING = 2  # seconds that a trial has to go on for, with its parameters
 HINTS = {
     "is not a valid OptimizeMode": "allowed: maximize, minimize",
     r"\{'_name': .*\} is not in list": "allowed for PBT: options that have no parameters",
-    "'int' object has no attribute 'is_integer'": "allowed: bounds with a point, such as 0.0",
+    "'int' object has no attribute 'is_integer'": "allowed: randint, not a quniform by 1",
 }
 LEASH = Path(__file__).parents[1] / "shared" / "leash.py"
 DISPATCHER = Path(__file__).resolve().parents[1] / "manager" / "dispatcher.py"
@@ -149,7 +149,7 @@ def rehearse_tuner(config, folder, leftover):
             return tuner.poll() is not None or bool(THREAD_DIED.search(read(log)))
 
         try:
-            manager.send(CommandType.Initialize, space, has_ended, waiting)
+            manager.send(CommandType.Initialize, as_javascript(space), has_ended, waiting)
             manager.send(CommandType.RequestTrialJobs, number, has_ended, waiting)
             proposals = manager.parameters(number, has_ended, waiting)
             with contextlib.suppress(TimeoutError):
@@ -183,6 +183,15 @@ def rehearse_results(manager, config, proposals, limit, has_ended):
             proposals += manager.parameters(1, has_ended, waiting)
     if has_ended():
         raise EOFError
+
+
+def as_javascript(value):
+    """Return what is of JSON as NNI's manager hands it on: it writes 1.0 as 1."""
+
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+
+    return json.loads(json.dumps(value), parse_float=number)
 
 
 def read(path):

@@ -117,6 +117,12 @@ def test_what_nnis_tuners_die_of_after_results_is_the_refusal(rehearse):
     rehearse(tuner=tuner, searchSpace={"x": NESTED}, maxTrialNumber=3)  # ends before that
 
 
+def test_the_tuner_sees_numbers_as_nnis_manager_writes_them():
+    space = {"x": {"_type": "quniform", "_value": [0.0, 1.5, 1e3, 1e-9, 10**400, "1.0"]}}
+    values = rehearsal.as_javascript(space)["x"]["_value"]
+    assert list(map(repr, values)) == ["0", "1.5", "1000", "1e-09", repr(10**400), "'1.0'"]
+
+
 @pytest.mark.parametrize(
     ("base", "call", "expected"),
     [("TpeTuner", "'maximize'", "maximize"), ("TpeTuner", "", "minimize"), ("Tuner", "", "")],
