@@ -20,7 +20,7 @@ SEARCH = [ROOT / "search.py"]
 UNCHECKED = [
     "-c",
     "import sys, search; from nnisearch.before import checks; checks.check = lambda _: [];"
-    "checks.check_disk = lambda *_: None;"
+    "checks.check_disk = lambda *_: None; search.cli.check_machines = lambda *_: [];"
     "search.PROJECT.check = lambda _: None; argv = [*sys.argv[1:], '--no-rehearsal'];"
     "sys.exit(search.cli.main(argv, search.PROJECT))",
 ]
@@ -95,7 +95,8 @@ class Experiment:
         config.pop("searchSpaceFile", None)  # every test brings its own space
         (home / "config.yml").write_text(yaml.safe_dump(config))
         self.port = free_port()
-        self.run(sys.executable, *start, home / "config.yml", "-p", self.port, "--detach")
+        command = [sys.executable, *start, home / "config.yml", "-p", self.port, "--detach"]
+        self.said = self.run(*command)
         self.id = self.get("experiment")["id"]
 
     def run(self, *command):

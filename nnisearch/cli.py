@@ -28,12 +28,13 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
     from nnisearch.after import choose
     from nnisearch.before import checks, gpus
     from nnisearch.before import config as configuration
+    from nnisearch.before.machines import check_machines
     from nnisearch.before.rehearsal import rehearse
     from nnisearch.shared import slurm
     from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, remove
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
-    from nnisearch.start.launch import experiment_folder, launch, prepare_environment
+    from nnisearch.start.launch import experiment_folder, find_port, launch, prepare_environment
     from nnisearch.watch import progress
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
@@ -109,6 +110,8 @@ def start(experiment, args, project):
             configuration.expand(config, folder / "code")
         for line in checks.check(config):
             print(f"Warning: {line}")
+        for line in check_machines(config, lambda: find_port(args.port, 2) + 1):
+            print(line)
         project.check(config)
         if slurm.is_used(config):
             slurm.prepare(experiment.id, folder)

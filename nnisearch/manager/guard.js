@@ -220,8 +220,10 @@ module.exports = function (settings) {
                 const folder = `/tmp/nni-${settings.id}`;
                 const { exitCode } = await this.execute(`mkdir -m 700 ${folder} 2>/dev/null; `
                     + `[ "$(stat -c '%u %f' ${folder})" = "$(id -u) 41c0" ]`); // 41c0: drwx------
-                if (exitCode !== 0)
+                if (exitCode !== 0) {
+                    this.close();
                     throw new Error(`${this.name}: ${folder} is not a folder of this user's alone`);
+                }
                 this.tempPath = folder;
             };
         },

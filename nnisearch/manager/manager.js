@@ -1,6 +1,7 @@
 // The launcher loads this into NNI's manager, by Node's --require: who may talk to it (guard.js), how
-// it goes on (pace.js), how SLURM's jobs are trials (slurm.js), and where it runs (place.js). Each changes
-// some of NNI's modules, by their paths below nni_node.
+// it goes on (pace.js), how SLURM's jobs are trials (slurm.js), how machines over SSH are used
+// (machines.js), and where it runs (place.js). Each changes some of NNI's modules, by their paths below
+// nni_node.
 "use strict";
 const fs = require("fs");
 const Module = require("module");
@@ -31,8 +32,13 @@ Object.assign(settings, {
 const root = path.dirname(fs.realpathSync(process.argv[1]));
 // What NNI keeps in /tmp, other users could read, and two searches would delete each other's.
 require("os").tmpdir = () => settings.folder;
+const notices = path.join(settings.folder, "log", "notices.log");
+fs.rmSync(notices, { force: true }); // of its life before a resume
+settings.say = (line) => fs.appendFileSync(notices, `${line}\n`); // to whoever watches the search
+settings.unstored = {}; // trial: how many of its metrics are on their way to the database
 // What a later one changes, too, goes around what an earlier one has changed.
-const changes = ["./guard", "./slurm", "./pace", "./place"].map((file) => require(file)(settings, root));
+const changes = ["guard", "slurm", "pace", "machines", "place"].map((name) =>
+    require(`./${name}`)(settings, root));
 
 const { _load } = Module;
 Module._load = function (request, parent, ...rest) {

@@ -12,13 +12,14 @@ const timers = require("timers/promises");
 const { promisify } = require("util");
 
 // The loops that see a trial's end, start the next one and read the GPUs' state: ms, for NNI's 5,000.
-// Not for other platforms than local, where NNI would note a trial before it knows its machine.
+// Not where NNI would note a trial before it knows its machine (machines.js).
 const PAUSES = { manageTrials: 50, runJobLoop: 50, "GPUScheduler.run": 500 };
 
-function shortenPauses(mode, isIdle) {
-    const pauses = mode === "local" ? PAUSES : {};
+function shortenPauses(settings, isIdle) {
     const { setTimeout: pause } = timers;
     timers.setTimeout = (ms, ...rest) => {
+        if (ms === 1) return pause(20, ...rest); // 1,000 times a second NNI looks for news of runners
+        const pauses = settings.mode === "local" || settings.hasRunners ? PAUSES : {};
         const caller = ms === 5000 && !isIdle() ? new Error().stack.split("\n")[2] : "";
         return pause(pauses[Object.keys(pauses).find((name) => caller.includes(name))] ?? ms, ...rest);
     };
@@ -220,11 +221,12 @@ function readOn(stream) {
     return isAllRead;
 }
 
-module.exports = function ({ mode, python }) {
+module.exports = function (settings) {
+    const { python, unstored } = settings;
     let manager;
     const isIdle = () => manager?.trialJobs.size + manager?.waitingTrials.length === 0
         && ["DONE", "TUNER_NO_MORE_TRIAL"].includes(manager.status.status);
-    shortenPauses(mode, isIdle);
+    shortenPauses(settings, isIdle);
     writeListWhole();
     const reusable = "training_service/reusable";
     const environments = `${reusable}/environments`;
@@ -235,7 +237,6 @@ module.exports = function ({ mode, python }) {
         if (type === "FINAL") finals.add(`${id} ${set}`);
         return isSecond;
     };
-    const unstored = {}; // trial: how many of its metrics are on their way to the database
     const stopped = {}; // trial on this machine: the status that it gets by being stopped
     const stops = {}; // the same trials: a promise that all its processes have ended
     return {

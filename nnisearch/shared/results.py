@@ -21,7 +21,7 @@ EVENTS = (
     " AND event NOT IN ('ADD_HYPERPARAMETER', 'IMPORT_DATA') ORDER BY rowid LIMIT 1000"
 )
 METRICS = (
-    "SELECT rowid, trialJobId, type, sequence, timestamp, data FROM MetricData"
+    "SELECT rowid, trialJobId, type, sequence, data FROM MetricData"
     " WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1000"
 )
 NEWEST = "SELECT (SELECT max(rowid) FROM TrialJobEvent), (SELECT max(rowid) FROM MetricData)"
@@ -170,9 +170,9 @@ def read_on(rows, query, last, newest):
 class Trial:
     """A trial of a search.
 
-    result is a number or None; then reported is the text of what it gave instead, or None. start,
-    end and heard are when it started, ended and was last heard of, in ms since 1970; path is where
-    its files are; message says why it was run again.
+    result is a number or None; then reported is the text of what it gave instead, or None. start
+    and end are when it started and ended, in ms since 1970; path is where its files are; message
+    says why it was run again.
     """
 
     number: int
@@ -185,7 +185,6 @@ class Trial:
     seconds: float | None = None
     start: int = 0
     end: int | None = None
-    heard: int = 0
     path: str = ""
     message: str | None = None
 
@@ -264,16 +263,15 @@ class Trials:
             self.reports = {known: [] for known in self.reports}
             self.last_metric = 0
         if trial.status not in ENDED:  # NNI may miss that it was RUNNING
-            trial.start = trial.heard = time
+            trial.start = time
             trial.end = trial.seconds = None
         elif trial.end is None:
             trial.end = time
             trial.seconds = None if time is None else duration((time - trial.start) / 1000)
         return trial
 
-    def note_metric(self, id, kind, sequence, time, data):
+    def note_metric(self, id, kind, sequence, data):
         trial = self.known[id]
-        trial.heard = max(trial.heard, time)
         value, other = read_result(json.loads(data))
         if kind != "FINAL":
             self.reports[id].append((sequence, value))

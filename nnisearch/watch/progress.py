@@ -22,7 +22,7 @@ from nnisearch.shared.direction import UNKNOWN, direction
 from nnisearch.shared.output import may_be_closed
 from nnisearch.shared.results import ENDED, NO_RESULT, Trials
 from nnisearch.shared.text import one_line, reason, tail
-from nnisearch.watch.life import Life, listed
+from nnisearch.watch.life import Life, Log, listed
 
 # By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
 tqdm.set_lock(threading.RLock())
@@ -289,7 +289,7 @@ class Notices:
         self.config, self.folder = config, folder
         self.said = set()
         self.uses_slurm, self.asked = slurm.is_used(config), 0
-        self.heard, self.longest = {}, 0  # ms: when each trial reported last; the longest silence
+        self.managers = Log(folder / "log" / "notices.log", 0)
 
     def __call__(self, trials):
         """Return the lines that are new, given all trials."""
@@ -299,8 +299,6 @@ class Notices:
         if is_waiting and self.config.trial_gpu_number and is_local(self.config):
             holders = waiting_for(self.config.training_service)
             found[holders] = holders and f"trials wait for a GPU: {holders}"
-        if not is_local(self.config):
-            found |= self.silent(trials)
         if self.uses_slurm and "WAITING" in states:
             found |= self.queued(trials)
         for trial in trials:
@@ -308,7 +306,9 @@ class Notices:
                 found[trial.id, trial.message] = f"{title(trial)} is {trial.message}"
         new = {about: line for about, line in found.items() if line and about not in self.said}
         self.said |= new.keys()
-        return list(new.values())
+        self.managers.text = ""
+        self.managers.read_on()
+        return [*new.values(), *map(one_line, self.managers.text.splitlines())]
 
     def queued(self, trials):
         """Return {state: line} of the trials that are in SLURM's queue."""
@@ -324,23 +324,6 @@ class Notices:
             for state, trial in found.items()
             if state
         }
-
-    def silent(self, trials):
-        """Return {trial: line} for those that are silent for longer than any before."""
-        found = {}
-        for trial in trials:
-            id, latest = trial.id, trial.heard
-            self.longest = max(self.longest, latest - self.heard.get(id, latest))
-            self.heard[id] = latest
-            silence = time.time() * 1000 - latest
-            if trial.status == "RUNNING" and self.longest and silence > max(60_000, self.longest):
-                known = re.match(r"\w+://([^/:]+)", trial.path)
-                machine = known[1] if known else "its machine"
-                found[id] = (
-                    f"{title(trial)} on {machine} has reported nothing for {silence / 1000:.0f} s;"
-                    f" if the machine is dead: nnictl trial kill {self.folder.name} -T {id}"
-                )
-        return found
 
 
 def title(trial):

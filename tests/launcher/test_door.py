@@ -21,8 +21,9 @@ import pytest
 import yaml
 from conftest import ENDLESS, ROOT, ask, nobody, outside_address
 from experiment import MANAGER, SEARCH, UNCHECKED, Experiment, free_port, processes_at
+from machines import SSHD, Machine, make_key
 from test_experiment import stand_in_nvidia_smi
-from test_remote import SSHD, UPGRADE, Machine, make_key, writable
+from test_remote import UPGRADE, writable
 from websockets.sync.server import serve
 
 from nnisearch.shared.processes import is_tuner, lives
@@ -154,7 +155,7 @@ def test_a_tunnel_gets_in(guarded, tmp_path):
     make_key(key)
     server = Machine("127.0.0.2", tmp_path / "server", key, {"HOME": tmp_path})
     port = free_port()
-    command = ["ssh", "-N", "-L", f"{port}:localhost:{guarded.port}", "-p", server.port]
+    command = ["ssh", "-N", "-L", f"{port}:localhost:{guarded.port}", "-p", server.settings["port"]]
     command += ["-i", key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
     tunnel = subprocess.Popen([*map(str, command), server.settings["host"]])
     try:

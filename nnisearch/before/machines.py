@@ -1,0 +1,90 @@
+"""The machines that trials are to run on over SSH, each tried as NNI would use it."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import nni
+import nni_node
+
+from nnisearch.shared.text import one_line
+
+NODE = Path(nni_node.__path__[0])
+SCRIPT = Path(__file__).parents[1] / "manager" / "try_machines.js"
+# What runs on each machine: the imports of NNI's runner, and its call to the manager.
+PROBE = """
+import asyncio, json, sys
+async def call():
+    async with websockets.connect(sys.argv[1], open_timeout=10) as channel:
+        return await asyncio.wait_for(channel.recv(), 10)
+found = {"stage": "python"}
+try:
+    import nni, pkg_resources, psutil, websockets
+    found["message"] = "it has nni " + nni.__version__
+    if nni.__version__ == VERSION:
+        found["stage"] = "way"
+        is_ours = asyncio.run(call()) == sys.argv[2]
+        found = {"stage": None if is_ours else "way", "message": "another one answers there"}
+except BaseException as error:
+    found["message"] = f"{type(error).__name__}: {error}"
+print("<" + json.dumps(found) + ">")
+"""
+
+
+def check_machines(config, find_port):
+    """Try all machines at once, each as NNI would use it.
+
+    find_port() returns a port of this machine for their runners to call. Returns a line for each
+    machine that is left out for now, since it is off or out of reach. Raises ValueError if no
+    machine works, or if the fault is the configuration's.
+    """
+    services = config.training_service
+    services = services if isinstance(services, list) else [services]
+    services = [service for service in services if service.platform == "remote"]
+    machines = [machine for service in services for machine in service.machine_list]
+    if not machines:
+        return []
+    print(f"Trying {len(machines)} machines over SSH")
+    port = find_port()
+    task = {"machines": [machine.json() for machine in machines]}
+    task |= {"address": config.nni_manager_ip, "port": port}
+    task |= {"probe": PROBE.replace("VERSION", repr(nni.__version__))}
+    tried = subprocess.run(
+        [NODE / "node", "--openssl-config=/dev/null", SCRIPT],
+        env=os.environ | {"NODE_PATH": f"{NODE}:{NODE / 'node_modules'}"},
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+    )
+    if tried.returncode:
+        why = one_line(tried.stderr.strip())
+        raise ValueError(f"the machines of machineList cannot be tried: {why}")
+    found = list(zip(machines, json.loads(tried.stdout), strict=True))
+    wrong = [fault(config, *one, port) for one in found if one[1]["stage"] not in (None, "machine")]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    off = [f"{name(machine)}: {one_line(of['message'])}" for machine, of in found if of["stage"]]
+    # Without reuseMode NNI ends when a machine fails.
+    if len(off) == len(found) or (off and not all(service.reuse_mode for service in services)):
+        raise ValueError(f"machineList; allowed: machines that answer; {'; '.join(off)}")
+    return [f"{line}; left out until it answers" for line in off]
+
+
+def fault(config, machine, found, port):
+    """Return in words which key of the configuration is at fault, and what is allowed."""
+    where, why = name(machine), one_line(found["message"])
+    if found["stage"] == "way":
+        given = f"nniManagerIp is {config.nni_manager_ip or 'not set'}"
+        return f"{given}; allowed: an address that leads from {where} to port {port} here; {why}"
+    if found["stage"] == "python":
+        given = f"{where}: pythonPath is {machine.python_path or 'not set'}"
+        return f"{given}; allowed: the folder of a python3 there with nni {nni.__version__}; {why}"
+    if machine.password:
+        return f"{where}: password is not shown; allowed: that of {machine.user}; {why}"
+    given = f"{where}: sshKeyFile is {machine.ssh_key_file}"
+    return f"{given}; allowed: a key, Ed25519 or ECDSA, by which {machine.user} gets in; {why}"
+
+
+def name(machine):
+    return f"machine {machine.user}@{machine.host}:{machine.port}"
