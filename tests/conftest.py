@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import psutil
@@ -106,21 +107,17 @@ def environment():
 
 @pytest.fixture
 def start(environment, tmp_path):
-    """Start `python train.py ...`, or `python -c code ...`, in an empty folder, without waiting.
+    """Start `python train.py ...`, or another program or code, in an empty folder, without waiting.
 
-    processes is how many torchrun starts of it; without it there is no torchrun.
+    processes is the number of processes that torchrun starts; without it there is no torchrun.
     """
 
-    def start(*args, code=None, processes=None):
+    def start(*args, program=ROOT / "train.py", code=None, processes=None):
         command = [sys.executable]
         if processes:
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += [f"--nproc-per-node={processes}"]
-        if code and processes:
-            (tmp_path / "program.py").write_text(code)
-            command.append(tmp_path / "program.py")
-        else:
-            command += ["-c", code] if code else [ROOT / "train.py"]
+        command += ["-c", code] if code else [program]
         return subprocess.Popen(
             [str(part) for part in (*command, *args)],
             cwd=tmp_path,
@@ -143,6 +140,88 @@ def run(start):
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
+
+
+@pytest.fixture
+def program(environment, tmp_path):
+    """Start a program of tests/support/ as a fork of a process that has imported torch."""
+    from forked import SUPPORT, Program
+
+    started = []
+
+    def program(name, *args, stderr=None, **variables):
+        folder = tmp_path / f"program {len(started)}"
+        folder.mkdir()
+        started.append(
+            Program(SUPPORT / name, args, folder, environment | variables, stderr=stderr)
+        )
+        return started[-1]
+
+    yield program
+    for each in started:
+        each.process.kill()
+
+
+@pytest.fixture
+def kernels():
+    """Leave torch's threads and kernels as they were."""
+    import torch
+
+    threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.enabled = onednn
+
+
+@pytest.fixture(scope="session")
+def synthetic():
+    """The synthetic data set, made once."""
+    from trial import data
+
+    return data.make_synthetic()
+
+
+@pytest.fixture
+def main(capsys, kernels, monkeypatch, synthetic):
+    """Call train.main(flags) in this process; return what it prints, and its exit status."""
+    import train
+
+    monkeypatch.setattr("trial.data.make_synthetic", lambda: synthetic)
+
+    def main(*flags):
+        capsys.readouterr()
+        end = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NNI says that there is no tuner
+            try:
+                train.main([str(flag) for flag in flags])
+            except SystemExit as exit:
+                end = exit.code
+        out, err = capsys.readouterr()
+        if isinstance(end, str):  # as Python does
+            err, end = f"{err}{end}\n", 1
+        return subprocess.CompletedProcess(flags, end or 0, out, err)
+
+    return main
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """The archive of the tiny data set, which torchvision takes for CIFAR-10 in this test."""
+    import tiny_cifar10
+    from torchvision.datasets import CIFAR10
+
+    from trial import data
+
+    for name in ("train_list", "test_list", "meta", "tgz_md5", "url"):
+        monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))
+    monkeypatch.setattr(data, "SHAPES", data.SHAPES)
+    timeout = socket.getdefaulttimeout()
+    (tmp_path / "archive").mkdir()
+    archive = tiny_cifar10.write_archive(tmp_path / "archive")
+    tiny_cifar10.expect(archive)
+    yield archive
+    socket.setdefaulttimeout(timeout)  # a download sets it
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """NNI's Web UI in a real browser: what a user looks for after a search.
 
-The README's pictures are taken of a search that is on a port, running or at nnictl view. The icons
-come from the Internet, or from a folder that `npm pack @fluentui/font-icons-mdl2` has filled:
+docs/web-ui.md's pictures are taken of a search that is on a port, running or at nnictl view. The
+icons come from the Internet, or from a folder that `npm pack @fluentui/font-icons-mdl2` has filled:
 
     export SCREENSHOTS_OF=8090 ICONS=package/fonts
     python -m pytest -n 0 tests/launcher/test_web_ui.py -k screenshots
@@ -134,7 +134,7 @@ def test_what_a_user_looks_for_after_a_search(experiment, page):
 
 
 @needs_browser
-@pytest.mark.skipif(not os.environ.get("SCREENSHOTS_OF"), reason="renews the README's pictures")
+@pytest.mark.skipif(not os.environ.get("SCREENSHOTS_OF"), reason="renews the pictures")
 def test_screenshots(page):
     page = page(os.environ["SCREENSHOTS_OF"])
 

@@ -8,6 +8,7 @@ import tarfile
 import threading
 
 import numpy as np
+import torch
 from torchvision.datasets import CIFAR10
 
 from trial import data
@@ -38,6 +39,21 @@ def expect(archive, port=0):
     CIFAR10.meta = CIFAR10.meta | {"md5": md5(FILES["batches.meta"])}
     CIFAR10.tgz_md5 = md5(archive.read_bytes())
     CIFAR10.url = f"http://127.0.0.1:{port}/{CIFAR10.filename}"
+
+
+def assert_equals_torchvisions(tensors, folder):
+    """Check that these are the data set in folder, as torchvision decodes it."""
+    for images, labels, is_training in ((*tensors[:2], True), (*tensors[2:], False)):
+        theirs = CIFAR10(folder, train=is_training)
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(theirs.data))
+        assert labels.tolist() == theirs.targets
+
+
+def names(folder):
+    """Return the names in the folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def write(folder):

@@ -18,56 +18,17 @@ import pytest
 import tiny_cifar10
 import torch
 from conftest import nobody
+from tiny_cifar10 import assert_equals_torchvisions, names
 from torchvision.datasets import CIFAR10
 
 from trial import data
 
-# What a child process runs to load the tiny data set in place of CIFAR-10.
-LOAD = """
-import os, sys
-from pathlib import Path
-import tiny_cifar10
-from trial import data
-folder, archive, port = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-tiny_cifar10.expect(archive, port)
-if len(sys.argv) > 4:
-    os.setuid(int(sys.argv[4]))
-try:
-    print([len(tensor) for tensor in data.load_cifar10(folder)])
-except FileNotFoundError as error:
-    sys.exit(str(error))
-"""
 LENGTHS = "[50, 50, 10, 10]\n"
-
-
-@pytest.fixture
-def archive(tmp_path, monkeypatch):
-    """The archive of the tiny data set, which torchvision takes for CIFAR-10 in this test."""
-    for name in ("train_list", "test_list", "meta", "tgz_md5", "url"):
-        monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))
-    monkeypatch.setattr(data, "SHAPES", data.SHAPES)
-    (tmp_path / "home").mkdir()
-    archive = tiny_cifar10.write_archive(tmp_path / "home")
-    tiny_cifar10.expect(archive)
-    return archive
 
 
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "data folder"
-
-
-def assert_equals_torchvisions(tensors, folder):
-    for images, labels, is_training in ((*tensors[:2], True), (*tensors[2:], False)):
-        theirs = CIFAR10(folder, train=is_training)
-        assert images.dtype == torch.uint8
-        assert labels.dtype == torch.int64
-        assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(theirs.data))
-        assert labels.tolist() == theirs.targets
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_cache_holds_what_torchvision_decodes(archive, folder):
@@ -91,28 +52,13 @@ def test_an_archive_brought_by_hand_is_enough(archive, folder):
     assert len(data.load_cifar10(folder)[0]) == 50
 
 
-# Makes twenty processes of one, since each would take seconds to import torchvision.
-FORK = """
-for number in range(20):
-    if os.fork() == 0:
-        for stream, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(f"{name}{number}", os.O_CREAT | os.O_WRONLY), stream)
-        break
-else:
-    sys.exit(any([os.wait()[1] for _ in range(20)]))
-"""
-# Without all that Python tidies up at its end, which takes a second for what torchvision imports.
-END = "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
-
-
-def test_twenty_at_once_on_an_empty_folder_download_once(run, archive, folder, tmp_path):
+def test_twenty_at_once_on_an_empty_folder_download_once(program, archive, folder):
     with tiny_cifar10.server(archive) as (port, requests):
-        code = LOAD.replace("try:\n", f"{FORK}try:\n", 1) + END
-        result = run(folder, archive, port, code=code)
-    assert result.returncode == 0, result.stderr
-    outputs = [(tmp_path / f"stdout{number}").read_text() for number in range(20)]
-    errors = [(tmp_path / f"stderr{number}").read_text() for number in range(20)]
-    assert outputs == [LENGTHS] * 20, errors
+        loading = [program("load_data.py", folder, archive, port) for _ in range(20)]
+        statuses = [each.wait() for each in loading]
+    errors = [each.stderr for each in loading]
+    assert statuses == [0] * 20, errors
+    assert [each.stdout for each in loading] == [LENGTHS] * 20
     assert sum("100%" in text for text in errors) == 1  # one progress bar of one download
     assert len(requests) == 2  # torchvision asks once for where it is redirected to, once for all
     assert names(folder) == [
@@ -301,6 +247,9 @@ def test_a_download_that_fails_leaves_all_as_it_was(archive, folder, is_damaged_
     assert names(folder) == [*before, "cifar10.pt.lock"]
     if is_damaged_before:
         assert (folder / CIFAR10.filename).read_text() == "brought by hand, damaged"
+    with tiny_cifar10.server(archive) as (port, _):
+        tiny_cifar10.expect(archive, port)
+        assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
 def test_other_files_beside_restored_batch_files_stay(archive, folder):
@@ -357,18 +306,7 @@ def test_what_to_do_without_data_and_network(archive, folder):
     assert "--dataset synthetic" in message
 
 
-def test_a_download_that_stops_in_the_middle(run, archive, folder):
-    with tiny_cifar10.server(archive, cut=True) as (port, _):
-        result = run(folder, archive, port, code=LOAD)
-    assert result.returncode == 1
-    assert "What failed: " in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (folder / "cifar10.pt").exists()
-    with tiny_cifar10.server(archive) as (port, _):
-        assert run(folder, archive, port, code=LOAD).stdout == LENGTHS
-
-
-def test_a_read_only_folder(run, archive):
+def test_a_read_only_folder(program, archive):
     # Not pytest's folder, which no other user may enter: root could write in spite of the mode, so
     # root's child process becomes nobody.
     with tempfile.TemporaryDirectory() as root:
@@ -379,7 +317,8 @@ def test_a_read_only_folder(run, archive):
         batches.chmod(0o555)
         reachable = shutil.copy(archive, root)
         nobody = [65534] if os.getuid() == 0 else []
-        result = run(folder, reachable, 0, *nobody, code=LOAD)
+        result = program("load_data.py", folder, reachable, 0, *nobody)
+        result.wait()
         folder.chmod(0o755)
         batches.chmod(0o755)
         assert result.stdout == LENGTHS, result.stderr
@@ -401,7 +340,7 @@ def test_a_file_system_without_locks(archive, folder, capsys, monkeypatch, numbe
     assert not (folder / "cifar10.pt").exists()
 
 
-def test_a_lock_that_only_another_user_may_write(run, archive):
+def test_a_lock_that_only_another_user_may_write(program, archive):
     user = nobody()
     with tempfile.TemporaryDirectory() as root:  # which the other user may enter
         os.chmod(root, 0o755)
@@ -409,7 +348,8 @@ def test_a_lock_that_only_another_user_may_write(run, archive):
         tiny_cifar10.write(folder)
         folder.chmod(0o777)
         (folder / "cifar10.pt.lock").touch(0o644)
-        result = run(folder, shutil.copy(archive, root), 0, user, code=LOAD)
+        result = program("load_data.py", folder, shutil.copy(archive, root), 0, user)
+        result.wait()
     assert result.stdout == LENGTHS, result.stderr
     problem = f"{folder}/cifar10.pt.lock cannot be locked (Permission denied)"
     assert result.stderr == f"{problem}, so this run decodes CIFAR-10 for itself\n"
@@ -535,8 +475,8 @@ def test_a_folder_with_the_batch_files_name_may_hold_the_folder_of_them(archive,
     assert names(outer) == ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
 
 
-def test_synthetic_images_are_the_same_for_everyone():
-    images, labels, test_images, test_labels = tensors = data.make_synthetic()
+def test_synthetic_images_are_the_same_for_everyone(synthetic):
+    images, labels, test_images, test_labels = synthetic
     assert images.shape == (10_000, 3, 32, 32)
     assert test_images.shape == (2_000, 3, 32, 32)
     assert images.dtype == test_images.dtype == torch.uint8
@@ -544,4 +484,4 @@ def test_synthetic_images_are_the_same_for_everyone():
     assert test_labels.bincount().tolist() == [200] * 10
     assert 100 < images.float().mean() < 156
     again = data.make_synthetic()
-    assert all(torch.equal(a, b) for a, b in zip(tensors, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(synthetic, again, strict=True))

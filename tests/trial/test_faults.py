@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -13,88 +14,63 @@ import psutil
 import pytest
 import tiny_cifar10
 import torch
-from conftest import ENDLESS, LIGHT_TRIAL, ROOT
+from conftest import ENDLESS, LIGHT_TRIAL
 from experiment import processes_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import LENGTHS, LOAD, names
+from tiny_cifar10 import assert_equals_torchvisions, names
 
 import train
+from trial import data
 from trial.optimizers import LR_SCHEDULES, OPTIMIZERS
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "1000", "--epochs", "1"]
 
-# train.py as a script, with the tiny data set, and a disk that takes a minute for half a file.
-SLOW_DISK = f"""
-import pathlib, runpy, sys, time
-import tiny_cifar10, torch
-tiny_cifar10.expect(pathlib.Path(sys.argv.pop(1)))
-def half_written(content, file):
-    file.write(b"half of it")
-    file.flush()
-    print("writing", flush=True)
-    time.sleep(60)
-torch.save = half_written
-sys.argv[0] = "train.py"
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-"""
+
+def killed(program, number, is_time, *args):
+    """Start train.py on a slow disk, signal it when is_time(program), and return its status."""
+    trial = program("tiny_train.py", *args)
+    while not is_time(trial):
+        assert trial.process.is_alive(), trial.stderr
+        time.sleep(0.05)
+    os.kill(trial.process.pid, number)
+    return trial.wait()
 
 
-@pytest.fixture
-def archive(tmp_path):
-    """The archive of the tiny data set, in a folder of its own."""
-    (tmp_path / "home").mkdir(exist_ok=True)
-    return tiny_cifar10.write_archive(tmp_path / "home")
+def is_writing(trial):
+    return "writing" in trial.stdout
 
 
-def killed_while_writing(start, number, *args):
-    """Start train.py on the slow disk, send it the signal while it writes; return its status."""
-    with start(*args, code=SLOW_DISK) as process:
-        while "writing" not in process.stdout.readline():
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(number)
-        process.communicate(timeout=60)
-    return process.returncode
-
-
-def test_a_trial_that_nni_kills_while_it_makes_the_cache_leaves_nothing(start, archive, tmp_path):
+def test_a_trial_that_nni_kills_while_it_makes_the_cache_leaves_nothing(program, archive, tmp_path):
     folder = tmp_path / "data"
     tiny_cifar10.write(folder)
-    assert killed_while_writing(start, signal.SIGTERM, archive, "--data-dir", folder) == 143
+    flags = ["--data-dir", folder]
+    assert killed(program, signal.SIGTERM, is_writing, archive, 0, *flags) == 143
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt.lock"]
 
 
-def test_after_a_sigkill_the_next_trial_makes_the_cache_and_tidies_up(
-    start, run, archive, tmp_path
-):
+def test_after_a_sigkill_the_next_trial_makes_the_cache_and_tidies_up(program, archive, tmp_path):
     folder = tmp_path / "data"
     tiny_cifar10.write(folder)
-    assert killed_while_writing(start, signal.SIGKILL, archive, "--data-dir", folder) == -9
+    flags = ["--data-dir", folder]
+    assert killed(program, signal.SIGKILL, is_writing, archive, 0, *flags) == -9
     assert not (folder / "cifar10.pt").exists()
-    assert run(folder, archive, 0, code=LOAD).stdout == LENGTHS
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_trial_that_is_killed_while_it_downloads(start, run, archive, tmp_path, number):
+def test_a_trial_that_is_killed_while_it_downloads(program, archive, tmp_path, number):
     folder = tmp_path / "data"
-    code = "import pathlib, runpy, sys, tiny_cifar10\n"
-    code += "tiny_cifar10.expect(pathlib.Path(sys.argv.pop(1)), sys.argv.pop(1))\n"
-    code += f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
-    with (
-        tiny_cifar10.server(archive, stalls=True) as (port, _),
-        start(archive, port, "--data-dir", folder, code=code) as process,
-    ):
-        while not list(folder.rglob(archive.name)):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        process.send_signal(number)
-        process.communicate(timeout=60)
+    with tiny_cifar10.server(archive, stalls=True) as (port, _):
+        flags = [archive, port, "--data-dir", folder]
+        status = killed(program, number, lambda _: list(folder.rglob(archive.name)), *flags)
     if number == signal.SIGTERM:
-        assert process.returncode == 143
+        assert status == 143
         assert names(folder) == ["cifar10.pt.lock"]
     with tiny_cifar10.server(archive) as (port, _):
-        assert run(folder, archive, port, code=LOAD).stdout == LENGTHS
+        tiny_cifar10.expect(archive, port)
+        assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert names(folder) == [
         "cifar-10-batches-py",
         "cifar-10-python.tar.gz",
@@ -105,51 +81,49 @@ def test_a_trial_that_is_killed_while_it_downloads(start, run, archive, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_model_saved_before_outlives_a_trial_killed_while_it_saves(
-    start, run, archive, tmp_path, number
+    main, program, archive, tmp_path, number
 ):
     folder = tmp_path / "models"
     folder.mkdir()
     model = folder / "model.pt"
-    assert run(*QUICK, "--save", model).returncode == 0
-    before = model.read_bytes()
-    killed_while_writing(start, number, archive, *QUICK, "--save", model)
-    assert model.read_bytes() == before
+    model.write_text("of the trial before")
+    killed(program, number, is_writing, archive, 0, *QUICK, "--save", model)
+    assert model.read_text() == "of the trial before"
     if number == signal.SIGTERM:
         assert names(folder) == ["model.pt"]
-    assert run(*QUICK, "--save", model).returncode == 0
+    assert main(*QUICK, "--save", model).returncode == 0
+    assert torch.load(model, weights_only=True).keys() == train.Net().state_dict().keys()
 
 
-def test_a_data_folder_without_room_for_the_cache(run, archive, tmpfs):
+def test_a_data_folder_without_room_for_the_cache(archive, tmpfs):
     tiny_cifar10.write(folder := tmpfs(300))
     (folder / "fill").write_bytes(b"0" * (os.statvfs(folder).f_bavail * 4096 - 8192))
-    result = run(folder, archive, 0, code=LOAD.replace("FileNotFoundError", "OSError"))
-    assert result.returncode == 1
-    assert f"cannot write {folder}/cifar10.pt: it takes 0.2 MB, and 0.0 MB are free" in (
-        result.stderr
-    )
-    assert "Traceback" not in result.stderr
+    line = f"cannot write {folder}/cifar10.pt: it takes 0.2 MB, and 0.0 MB are free"
+    with pytest.raises(OSError, match=line):
+        data.load_cifar10(folder)
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt.lock", "fill"]
     (folder / "fill").unlink()
     subprocess.run(["mount", "-o", "remount,size=4m", folder], check=True)
-    assert run(folder, archive, 0, code=LOAD).stdout == LENGTHS
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
-def test_a_data_folder_without_room_for_the_download(run, archive, tmpfs):
+def test_a_data_folder_without_room_for_the_download(archive, tmpfs):
     folder = tmpfs(100)
     with tiny_cifar10.server(archive) as (port, _):
-        result = run(folder, archive, port, code=LOAD)
-        assert result.returncode == 1
-        assert "No space left on device" in result.stderr
-        assert f"Missing or damaged in {folder}/cifar-10-batches-py" in result.stderr
-        assert "It takes 550 MB there, archive and cache included; 0 MB are free." in result.stderr
-        assert "Traceback" not in result.stderr
+        tiny_cifar10.expect(archive, port)
+        with pytest.raises(FileNotFoundError) as error:
+            data.load_cifar10(folder)
+        message = str(error.value)
+        assert "No space left on device" in message
+        assert f"Missing or damaged in {folder}/cifar-10-batches-py" in message
+        assert "It takes 550 MB there, archive and cache included; 0 MB are free." in message
         subprocess.run(["mount", "-o", "remount,size=4m", folder], check=True)
-        assert run(folder, archive, port, code=LOAD).stdout == LENGTHS
+        assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
-def test_a_model_that_does_not_fit_on_the_disk(run, tmpfs):
+def test_a_model_that_does_not_fit_on_the_disk(main, tmpfs):
     folder = tmpfs(100)
-    result = run(*QUICK, "--save", folder / "model.pt")
+    result = main(*QUICK, "--save", folder / "model.pt")
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if "error" in line]
     assert line.startswith(f"train.py: error: cannot write {folder}/model.pt: it takes 0.2 MB, and")
@@ -157,15 +131,9 @@ def test_a_model_that_does_not_fit_on_the_disk(run, tmpfs):
     assert names(folder) == []
 
 
-def test_a_step_without_memory_names_the_batch_size(run):
-    code = """
-import resource, sys, train
-addresses = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, [addresses + 600_000_000] * 2)
-train.main(sys.argv[1:])
-"""
-    result = run("--dataset", "synthetic", "--batch-size", "10000", code=code)
-    assert result.returncode == 1
+def test_a_step_without_memory_names_the_batch_size(program):
+    result = program("little_memory.py", "--dataset", "synthetic", "--batch-size", "10000")
+    assert result.wait() == 1
     error = "train.py: error: batch_size is 10000; allowed: as many images as cpu has memory for"
     assert error in result.stderr
     assert "Traceback" not in result.stderr
@@ -181,7 +149,7 @@ def test_a_gpu_without_memory_names_the_batch_size(run):
     assert "Traceback" not in result.stderr
 
 
-def test_data_and_output_folders_with_all_kinds_of_names(run, archive, tmp_path):
+def test_data_and_output_folders_with_all_kinds_of_names(main, archive, tmp_path):
     with contextlib.ExitStack() as stack:
         shared_memory = Path("/dev/shm")  # another file system than tmp_path's
         folders = [tmp_path / "with space", tmp_path / "数据", tmp_path / "link"]
@@ -190,50 +158,42 @@ def test_data_and_output_folders_with_all_kinds_of_names(run, archive, tmp_path)
         if os.access(shared_memory, os.W_OK):
             folders.append(shared_memory / f"train.py test {os.getpid()}")
             stack.callback(shutil.rmtree, folders[-1], ignore_errors=True)
-        code = f"""{LOAD}
-import train
-for folder in map(Path, {[str(folder) for folder in folders]}):
-    for _ in range(2):  # what torchvision decodes, and the cache
-        print([len(tensor) for tensor in data.load_cifar10(folder)])
-    train.main(["--dataset", "synthetic", "--batch-size", "5000", "--epochs", "1",
-                "--save", str(folder / "模型 1.pt")])
-"""
         for folder in folders:
             tiny_cifar10.write(folder)
-        result = run(folders[0], archive, 0, code=code)
-        assert result.stdout.count(LENGTHS) == 1 + 2 * len(folders), result.stderr
-        for folder in folders:
+            for _ in range(2):  # what torchvision decodes, and the cache
+                assert_equals_torchvisions(data.load_cifar10(folder), folder)
+            flags = ["--data-dir", folder, "--epochs", "1", "--save", folder / "模型 1.pt"]
+            assert main(*flags).returncode == 0
             assert names(folder)[-2:] == ["cifar10.pt.lock", "模型 1.pt"]
 
 
-@pytest.mark.parametrize("how", ["stalls", "wrong"])
-def test_a_download_that_stalls_or_is_another_file(run, archive, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "failure"),
+    [("stalls", "TimeoutError: timed out"), ("wrong", "File not found or corrupted")],
+)
+def test_a_download_that_stalls_or_is_another_file(archive, tmp_path, monkeypatch, how, failure):
     folder = tmp_path / "data"
-    impatient = "import socket; wait = socket.setdefaulttimeout\n"
-    impatient += "socket.setdefaulttimeout = lambda seconds: wait(seconds / 15)\n"
+    wait = socket.setdefaulttimeout
+    monkeypatch.setattr("socket.setdefaulttimeout", lambda seconds: wait(seconds / 15))
     with tiny_cifar10.server(archive, **{how: True}) as (port, _):
-        result = run(folder, archive, port, code=impatient + LOAD)
-    assert result.returncode == 1
-    expected = {"stalls": "TimeoutError: timed out", "wrong": "File not found or corrupted"}
-    assert f"What failed: {expected[how]}" in result.stderr.replace("RuntimeError: ", "")
-    assert "Three ways on" in result.stderr
-    assert "Traceback" not in result.stderr
+        tiny_cifar10.expect(archive, port)
+        with pytest.raises(FileNotFoundError) as error:
+            data.load_cifar10(folder)
+    assert f"What failed: {failure}" in str(error.value).replace("RuntimeError: ", "")
+    assert "Three ways on" in str(error.value)
     with tiny_cifar10.server(archive) as (port, _):
-        assert run(folder, archive, port, code=LOAD).stdout == LENGTHS
+        tiny_cifar10.expect(archive, port)
+        assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
-def test_a_download_through_a_proxy(run, environment, archive, tmp_path):
+def test_a_download_through_a_proxy(archive, tmp_path, monkeypatch):
     with tiny_cifar10.server(archive) as (port, requests):
-        environment["http_proxy"] = f"http://127.0.0.1:{port}"
-        environment["no_proxy"] = ""
-        code = LOAD.replace(
-            "tiny_cifar10.expect(archive, port)",
-            "tiny_cifar10.expect(archive)\n"
-            "tiny_cifar10.CIFAR10.url = 'http://nowhere.invalid/archive.tar.gz'",
-        )
-        result = run(tmp_path / "data", archive, 0, code=code)
-    assert result.stdout == LENGTHS, result.stderr
-    assert set(requests) == {"http://nowhere.invalid/archive.tar.gz"}
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("no_proxy", "")
+        url = "http://nowhere.invalid/archive.tar.gz"
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", url)
+        assert len(data.load_cifar10(tmp_path / "data")[0]) == 50
+    assert set(requests) == {url}
 
 
 @pytest.mark.parametrize(
@@ -251,8 +211,8 @@ def test_a_download_through_a_proxy(run, environment, archive, tmp_path):
     ],
     ids=" ".join,
 )
-def test_hyperparameters_at_the_edges_give_a_number(run, flags):
-    result = run(*QUICK, *flags)
+def test_hyperparameters_at_the_edges_give_a_number(main, flags):
+    result = main(*QUICK, *flags)
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
     assert 0 <= float(last.removeprefix("Acc: ").split("%")[0]) <= 100
@@ -288,18 +248,18 @@ VALUES = st.recursive(
     file=st.none() | st.dictionaries(KEYS, VALUES, max_size=3) | VALUES,
     tuned=st.dictionaries(KEYS, VALUES, max_size=3) | VALUES,
 )
-def test_hyperparameters_are_accepted_or_refused_in_one_line(tmp_path, capfd, flags, file, tuned):
+def test_hyperparameters_are_accepted_or_refused_in_one_line(tmp_path, capsys, flags, file, tuned):
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in flags]
     if file is not None:
         path = tmp_path / "params.json"
         path.write_text(json.dumps(file))
         argv += ["--params", str(path)]
-    capfd.readouterr()
+    capsys.readouterr()
     try:
         args = train.parse_args(argv)
         train.set_hyperparameters(args, tuned, "tuner")
     except SystemExit as refusal:
-        printed = capfd.readouterr().err
+        printed = capsys.readouterr().err
         assert refusal.code == 2
         assert printed.count("\n") == 1, printed
         assert "error: " in printed

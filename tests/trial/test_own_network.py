@@ -1,4 +1,4 @@
-"""The template is for copying: another network and another data set, as the README shows it."""
+"""The README's code: another network and another data set, and a saved model in use."""
 
 import difflib
 import json
@@ -6,14 +6,38 @@ import re
 import shutil
 
 import pytest
+import torch
 from conftest import ROOT
 from experiment import SEARCH, Experiment, accuracy, processes_at
+from PIL import Image
+
+import train
+from trial import batch, data
+
+
+def readme_code(section):
+    """Return the first block of Python in this section of the README."""
+    text = (ROOT / "README.md").read_text().split(f"## {section}\n")[1]
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_readmes_code_classifies_an_image(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main("--dataset=synthetic", "--batch-size=100", "--lr=0.05", "--save=model.pt").stdout
+    net = train.Net()
+    net.load_state_dict(torch.load("model.pt"))
+    images = data.make_synthetic()[2][:5]
+    classes = net(batch.normalize(images)).argmax(1)
+    words = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    for image, number in zip(images, classes, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save("image.png")
+        exec(readme_code("From a search to a model"), {})
+        assert capsys.readouterr().out == f"{words[number]}\n"
 
 
 @pytest.mark.slow
 def test_the_readmes_own_network_and_data_are_searched(tmp_path, home, environment):
-    section = (ROOT / "README.md").read_text().split("## Your own network and data")[1]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    code = readme_code("Your own network and data")
     ours, theirs = re.search(r"(def load_data.*)(class Net.*)", code, re.DOTALL).groups()
 
     project = tmp_path / "project"

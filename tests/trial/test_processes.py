@@ -7,80 +7,75 @@ import signal
 import psutil
 import pytest
 import torch
-from test_script import TRIAL
+from experiment import free_port
+from forked import SUPPORT
 
 QUICK = ["--dataset", "synthetic", "--device", "cpu", "--lr", "0.05", "--epochs", "1"]
 
 
-# Computes with 64 bits: with 32 the rounding grows until the losses differ visibly. That takes its
-# time, so of fewer images.
-DOUBLE = """
-import sys, torch, train
-from trial import data
-torch.set_default_dtype(torch.float64)
-make_synthetic = data.make_synthetic
-data.make_synthetic = lambda: [tensor[:2000] for tensor in make_synthetic()]
-train.main(sys.argv[1:])
-"""
+@pytest.fixture
+def processes(program):
+    """Run a program as several processes, with torchrun's environment; return them at their end."""
+
+    def processes(count, name, *args):
+        shared = {"WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "test"}
+        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        started = [program(name, *args, **shared, **rank) for rank in ranks]
+        for each in started:
+            each.wait()
+        return started
+
+    return processes
 
 
 EVERYTHING = "--augment 2 --optimizer Muon --lr 0.01 --weight-decay 0.1 --label-smoothing 0.1"
 EVERYTHING += " --lr-schedule one_cycle --validate --tta"
 
 
-@pytest.mark.parametrize(("processes", "more"), [(2, EVERYTHING), (3, "")])
-def test_several_processes_train_as_one_does(run, tmp_path, processes, more):
+@pytest.mark.parametrize(("count", "more"), [(2, EVERYTHING), (3, "")])
+def test_several_processes_train_as_one_does(processes, program, tmp_path, count, more):
     # The epoch's last batch has 80 images, or of 1,800 72: 36 + 36, or 27 + 27 + 26.
     flags = [*QUICK, *more.split(), "--batch-size", "192", "--report-every", "2", "--save"]
-    one = run(*flags, tmp_path / "one.pt", code=DOUBLE)
-    several = run(*flags, tmp_path / "several.pt", code=DOUBLE, processes=processes)
-    assert several.returncode == 0, several.stderr
-    device = f"Training on cpu, one of {processes} processes"
-    assert several.stdout == one.stdout.replace("Training on cpu", device)
-    assert several.stdout.count(" loss: ") >= 4
+    one = program("double_train.py", *flags, tmp_path / "one.pt")
+    assert one.wait() == 0, one.stderr
+    several = processes(count, "double_train.py", *flags, tmp_path / "several.pt")
+    assert [each.process.exitcode for each in several] == [0] * count, several[0].stderr
+    device = f"Training on cpu, one of {count} processes"
+    assert several[0].stdout == one.stdout.replace("Training on cpu", device)
+    assert several[0].stdout.count(" loss: ") >= 4
+    assert [each.stdout for each in several[1:]] == [""] * (count - 1)
     weights = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "several.pt"))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "5"], ["--batch-size", "1"]])
-def test_a_batch_that_cannot_be_split_evenly_is_refused(run, flags):
-    result = run(*QUICK, *flags, processes=2)
-    assert result.returncode != 0
-    line = f"batch_size is {flags[1]}; allowed: a multiple of 2, the processes of the trial"
-    assert f"train.py: error: {line}\n" in result.stderr
+@pytest.mark.parametrize("size", ["5", "1"])
+def test_a_batch_that_cannot_be_split_evenly_is_refused(processes, size):
+    for each in processes(2, "../../train.py", *QUICK, "--batch-size", size):
+        assert each.process.exitcode == 1
+        line = f"batch_size is {size}; allowed: a multiple of 2, the processes of the trial"
+        assert f"train.py: error: {line}\n" in each.stderr
 
 
-def test_one_process_talks_to_nni_for_all(run, environment):
-    environment["NNI_PLATFORM"] = "unittest"
-    environment["NNI_TRIAL_JOB_ID"] = "trial"
-    only_the_first = """
-import os, nni
-if os.environ["RANK"] != "0":
-    del nni.get_next_parameter, nni.report_intermediate_result, nni.report_final_result
-"""
-    code = TRIAL.replace("print(json.dumps(sent))", "if sent: print(json.dumps(sent))")
+def test_one_process_talks_to_nni_for_all(processes):
     tuned = json.dumps({"batch_size": 100, "lr": 0.02})
-    flags = [flag for flag in QUICK if flag not in ("--lr", "0.05")]
-    result = run(tuned, *flags, "--report-every", "50", code=only_the_first + code, processes=2)
-    assert result.returncode == 0, result.stderr
-    printed = result.stdout.splitlines()
-    printed_values = json.loads(printed[0].removeprefix("Hyperparameters: "))
-    assert (printed_values["batch_size"], printed_values["lr"]) == (100, 0.02)
-    sent = json.loads(printed[-1])
-    assert [metric["type"] for metric in sent] == ["PERIODICAL", "PERIODICAL", "FINAL"]
-    assert printed[-2].startswith(f"Acc: {sent[-1]['value']:.3f}%")
+    first, second = processes(2, "one_voice.py", tuned, *QUICK, "--report-every", "50")
+    assert (first.process.exitcode, second.process.exitcode) == (0, 0), first.stderr + second.stderr
+    printed = first.stdout.splitlines()
+    values = json.loads(printed[0].removeprefix("Hyperparameters: "))
+    assert (values["batch_size"], values["lr"]) == (100, 0.02)
+    assert [line.split(":")[0] for line in printed if ": " in line][-4:] == [
+        "[1,   100] loss",
+        "intermediate",
+        "Acc",
+        "final",
+    ]
+    assert sum(line.startswith("intermediate: ") for line in printed) == 2
+    assert printed[-2].startswith(f"Acc: {float(printed[-1].split()[1]):.3f}%")
 
 
 def test_all_end_when_one_fails(run):
-    code = """
-import os, sys, train
-def fail(*_):
-    raise RuntimeError("the second process has no memory left")
-if os.environ["RANK"] == "1":
-    train.train_step = fail
-train.main(sys.argv[1:])
-"""
-    result = run(*QUICK, code=code, processes=2)
+    result = run(*QUICK, program=SUPPORT / "second_fails.py", processes=2)
     assert result.returncode != 0
     assert "RuntimeError: the second process has no memory left" in result.stderr
 

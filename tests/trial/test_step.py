@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from trial import batch, data, fast, optimizers
+from trial import batch, fast, optimizers
 from trial.optimizers import orthogonalize
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those whose steps are torch.optim's
@@ -26,13 +26,7 @@ SCHEDULERS = {
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    """Leave torch's threads and kernels as they were."""
-    threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.mkldnn.enabled = onednn
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def quick(**values):
@@ -119,8 +113,8 @@ def double():
 
 
 @pytest.fixture(scope="module")
-def samples():
-    return [tensor[:1000] for tensor in data.make_synthetic()[:2]]
+def samples(synthetic):
+    return [tensor[:1000] for tensor in synthetic[:2]]
 
 
 @pytest.mark.parametrize("lr_schedule", SCHEDULERS)
@@ -230,15 +224,6 @@ def test_a_step_of_32_bits_is_that_of_the_tutorials_loop(samples):
 def test_a_step_without_momentum(samples, double):
     args = quick(momentum=0.0)
     assert_agree(losses_and_weights(args, samples), reference(args, samples))
-
-
-@pytest.mark.parametrize("lr_schedule", ["constant", *SCHEDULERS])
-def test_a_trial_does_not_import_torch_compile(run, lr_schedule):
-    """It takes a second and 140 MiB; the classes of torch.optim do. Nor pandas, as NNI does."""
-    flags = ["--dataset", "synthetic", "--batch-size", "1000", "--lr-schedule", lr_schedule]
-    code = f"import sys, train; train.main({flags})"
-    result = run(code=f"{code}; assert not {{'torch._dynamo', 'pandas'}} & set(sys.modules)")
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -381,22 +366,14 @@ def test_a_trial_leaves_room_for_others_on_its_gpu(run):
     assert int(result.stdout.split()[-1]) < 2**29  # bytes; CUDA itself takes about as much again
 
 
-def test_a_trial_imports_torchvision_only_to_make_the_cache(run, cifar10_dir):
-    data.load_cifar10(cifar10_dir)
-    flags = ["--data-dir", str(cifar10_dir), "--batch-size", "5000", "--epochs", "1"]
-    code = f"import sys, train; train.main({flags}); assert 'torchvision' not in sys.modules"
-    result = run(code=code)
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(name):
+def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(samples, name):
     torch.manual_seed(0)
     model = train.Net()
     model.unused = torch.nn.Linear(2, 2)
     model.conv1.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    images, labels = (tensor[:64] for tensor in data.make_synthetic()[:2])
+    images, labels = (tensor[:64] for tensor in samples)
     _, learn = optimizer_and_step(model, images, labels, quick(optimizer=name))
     for index in batches(images, 8, 3):
         learn(index)
@@ -406,8 +383,8 @@ def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(name):
     }
 
 
-def test_a_batch_may_be_larger_than_any_data():
-    images, labels = (tensor[:64] for tensor in data.make_synthetic()[:2])
+def test_a_batch_may_be_larger_than_any_data(samples):
+    images, labels = (tensor[:64] for tensor in samples)
     args = quick(batch_size=10**20, epochs=1, report_every=2000)
     model = train.Net()
     train.train(model, optimizers.SGD(args, model), images, labels, args)

@@ -1,0 +1,24 @@
+"""Trains in each way, also from a cache in FOLDER, and checks that nothing slow was imported."""
+
+import gc
+import sys
+
+before = gc.get_stats()[2]["collections"]
+
+import train  # noqa: E402
+
+assert gc.isenabled()
+assert gc.get_freeze_count() > 100_000
+assert gc.get_stats()[2]["collections"] == before
+
+from trial import data, optimizers  # noqa: E402
+
+data.SHAPES = [(50, 3, 32, 32), (50,), (10, 3, 32, 32), (10,)]
+source = ["--data-dir", sys.argv[1]]
+for schedule in optimizers.LR_SCHEDULES:
+    for optimizer in optimizers.OPTIMIZERS:
+        train.main([*source, "--epochs=1", f"--lr-schedule={schedule}", f"--optimizer={optimizer}"])
+source = ["--dataset=synthetic", "--batch-size=1000"]
+train.main([*source, "--epochs=1"])
+# torch.compile takes a second and 140 MiB, pandas and torchvision each about a second.
+assert not {"torch._dynamo", "pandas", "torchvision"} & set(sys.modules)
