@@ -170,6 +170,7 @@ def test_muon_does_two_steps_by_its_definition(double):
     torch.manual_seed(0)
     model = train.Net().to(memory_format=torch.channels_last)
     optimizer = optimizers.Muon(args, model)
+    optimizer.lr.fill_(args.lr)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     momenta = [torch.zeros_like(weight) for weight in weights]
     for _ in range(2):
