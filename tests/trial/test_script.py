@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import pty
+import select
 import struct
 import termios
 import types
@@ -95,8 +96,11 @@ def test_a_progress_bar_on_a_terminal(program):
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # rows, columns
     training = program("../../train.py", *QUICK, stderr=os.ttyname(terminal))
-    os.close(terminal)
     shown = b""
+    while b"epoch 1: " not in shown and training.process.is_alive():
+        if select.select([controller], [], [], 0.1)[0]:
+            shown += os.read(controller, 4096)
+    os.close(terminal)  # not before the program has opened it
     with contextlib.suppress(OSError):  # Linux says so that the other end is closed
         while True:
             shown += os.read(controller, 4096)
