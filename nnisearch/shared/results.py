@@ -261,7 +261,7 @@ class Trials:
         elif event == "WAITING":
             # It is run again. Its reports have been deleted, and SQLite uses their numbers again.
             self.reports = {known: [] for known in self.reports}
-            self.last_metric = 0
+            self.last_metric, self.early = 0, []
         if trial.status not in ENDED:  # NNI may miss that it was RUNNING
             trial.start = time
             trial.end = trial.seconds = None

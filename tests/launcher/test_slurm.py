@@ -131,8 +131,8 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
     def has_no_job(*trials):
         return not any(job.split("|")[1][4:].endswith(trials) for job in cluster.jobs())
 
-    (lost,) = wait_for(lambda: [t for t in trials_of(one) if t["status"] == "FAILED"])
-    assert "run again (3 of at most 3): srun: error: Node failure on n1" in lost["message"]
+    (lost,) = wait_for(lambda: [t for t in trials_of(one) if t.status == "FAILED"])
+    assert "run again (3 of at most 3): srun: error: Node failure on n1" in lost.message
     wait_for(lambda: len(running()) == 4)
     for killed in (running()[0], wait_for(lambda: of_status("WAITING"))[0]):  # two GPUs a node
         one.nnictl("trial", "kill", one.id, "-T", killed)
