@@ -170,7 +170,8 @@ def rehearse_results(manager, config, proposals, limit, has_ended):
     """
     shipped = shipped_class(config.tuner) or ""
     arguments = config.tuner.class_args or {}
-    count = RESULTS + arguments.get("population_size", 0) if shipped.startswith("nni.") else 1
+    is_nnis = shipped.startswith("nni.")
+    count = RESULTS + arguments.get("population_size", 0) if is_nnis else MOST_TRIALS
     has_assessor = bool(config.assessor and config.assessor.name)
     waiting = Waiting("the tuner's next parameters", RESULTS_PATIENCE)
     ended = 0
