@@ -240,6 +240,11 @@ module.exports = function (settings) {
     const stopped = {}; // trial on this machine: the status that it gets by being stopped
     const stops = {}; // the same trials: a promise that all its processes have ended
     return {
+        // NNI ends a search whose tuner does not answer a ping within 5 s: on a busy machine, or in
+        // a long computation. A tuner that has died is noticed by its end.
+        "core/tuner_command_channel/websocket_channel.js": ({ getWebSocketChannel }) => {
+            getWebSocketChannel().heartbeat = () => {};
+        },
         "core/sqlDatabase.js": ({ SqlDB: { prototype } }) => {
             const { init } = prototype;
             prototype.init = function (...args) {

@@ -56,6 +56,21 @@ def test_a_result_reaches_the_tuner_before_its_trials_end():
     assert told.count("stored metric t0") == 2
 
 
+def test_a_tuner_on_a_busy_machine_is_waited_for():
+    script = """
+        load("common/globals").default.args = { logLevel: "fatal" };
+        const { getWebSocketChannel } = load("core/tuner_command_channel/websocket_channel.js");
+        let beat;
+        global.setInterval = (callback) => { beat = callback; };
+        const channel = getWebSocketChannel();
+        const note = (event) => () => events.push(event);
+        channel.serveWebSocket({ on() {}, ping: note("ping"), terminate: note("end") });
+        beat(), beat();
+        return [channel.serving, events];
+    """
+    assert run(script) == [True, []]
+
+
 def test_the_tuner_is_asked_when_a_limit_rises_and_the_pauses_are_nnis_when_nothing_runs():
     script = """
         await until(() => manager.status.status === "NO_MORE_TRIAL" && jobs.size === 2);

@@ -10,7 +10,7 @@ const { setTimeout: pause } = timers;
 global.pauses = [];
 timers.setTimeout = (ms) => { pauses.push(ms); return pause(ms === 5000 ? 20 : 1); };
 const changes = require(pace)({ mode: "local", python: process.env.PYTHON });
-const load = (name) => {
+global.load = (name) => {
     const loaded = require(`${root}/${name}`);
     changes[name]?.(loaded);
     return loaded;
