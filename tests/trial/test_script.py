@@ -142,7 +142,7 @@ def test_reports_as_nni_sees_them(trial):
         f"[2,    60] loss: {losses[2]:.3f}",
         f"[2,   120] loss: {losses[3]:.3f}",
     ]  # an epoch has 157 batches
-    assert printed[-2].startswith(f"Acc: {accuracy:.3f}% (")
+    assert printed[-1].startswith(f"Acc: {accuracy:.3f}% (")
     assert result.stderr == ""
 
 

@@ -44,6 +44,7 @@ def batches(images, batch_size, steps):
 def optimizer_and_step(model, images, labels, args):
     """Return the optimizer that args names, and train.py's step as a function of the index."""
     optimizer = optimizers.OPTIMIZERS[args.optimizer](args, model)
+    optimizer.lr.fill_(args.lr)
     return optimizer, functools.partial(train.train_step, model, optimizer, images, labels, args)
 
 
