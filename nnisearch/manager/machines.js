@@ -198,8 +198,10 @@ module.exports = function (settings) {
         },
         [`${reusable}/gpuScheduler.js`]: ({ GpuScheduler: { prototype } }) => {
             const { scheduleMachine } = prototype;
-            prototype.scheduleMachine = function (...given) {
-                const result = scheduleMachine.apply(this, given);
+            // A trial of a resumed search, or one made in the Web UI, comes without a constraint.
+            const NONE = { type: "None", gpus: [] };
+            prototype.scheduleMachine = function (machines, constraint = NONE, ...rest) {
+                const result = scheduleMachine.call(this, machines, constraint, ...rest);
                 const mayCome = search.machines.some(({ state }) => state !== "used");
                 // That no machine has so many GPUs ends NNI.
                 if (result.resultType === REQUIRE_EXCEED_TOTAL && mayCome)
@@ -230,7 +232,7 @@ module.exports = function (settings) {
         },
         [`${reusable}/environments/remoteEnvironmentService.js`]:
             ({ RemoteEnvironmentService: { prototype } }) => {
-                const { createEnvironmentInformation, launchRunner } = prototype;
+                const { createEnvironmentInformation, launchRunner, prepareEnvironment } = prototype;
                 prototype.connect = prototype.initRemoteMachineOnConnected;
                 prototype.initRemoteMachineOnConnected = async () => {}; // NNI ends if one fails
                 prototype.refreshEnvironmentsStatus = async () => {}; // the connections tell it
@@ -239,6 +241,13 @@ module.exports = function (settings) {
                     this.runner.environment = environment;
                     runners.set(environment, this.runner);
                     return environment;
+                };
+                prototype.prepareEnvironment = async function (environment) {
+                    const isPrepared = await prepareEnvironment.call(this, environment);
+                    const { gpuIndices, maxTrialNumberPerGpu } = environment.rmMachineMeta ?? {};
+                    // NNI forgets these two, and uses each GPU of the machine, for a trial at a time.
+                    Object.assign(environment, { usableGpus: gpuIndices, maxTrialNumberPerGpu });
+                    return isPrepared;
                 };
                 prototype.launchRunner = async function (environment) {
                     const runner = runners.get(environment);

@@ -26,6 +26,12 @@ from nnisearch.shared.results import Trials
 # A web socket's first request.
 UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
 UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+GPU = (  # as nvidia-smi shows one that is free
+    "<gpu><processes></processes><product_name>A</product_name>"
+    "<utilization><gpu_util>0 %</gpu_util><memory_util>0 %</memory_util></utilization>"
+    "<fb_memory_usage><total>1 MiB</total><used>0 MiB</used><free>1 MiB</free>"
+    "</fb_memory_usage></gpu>"
+)
 RUNNER = ROOT / "nnisearch" / "manager" / "runner.py"
 # As Debian has it since 13. NNI's Node has OpenSSL 1.1.1, which knows no providers.
 OPENSSL_CNF = """
@@ -155,8 +161,15 @@ def test_the_machines_are_tried_before_the_start(machines, tmp_path):
 def test_a_search_on_machines_of_which_one_is_off(search, machines, tmp_path):
     before = set(Path("/tmp").iterdir())
     gate = tmp_path / "gate"  # until it is there no trial ends
-    command = f"API_KEY=xyz98765; {LIGHT_TRIAL} && until [ -e {gate} ]; do sleep 0.2; done"
-    demo = search(5, [*SEARCH, "--no-rehearsal"], trialCommand=command, trialConcurrency=3)
+    command = f"API_KEY=xyz98765; echo on GPU $CUDA_VISIBLE_DEVICES; {LIGHT_TRIAL}"
+    command += f" && until [ -e {gate} ]; do sleep 0.2; done"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '<log>{GPU * 2}</log>'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    for machine in machines:
+        machine.settings["gpuIndices"] = [1]
+        machine.settings["pythonPath"] += f":{tmp_path}"
+    changes = {"trialCommand": command, "trialConcurrency": 3, "trialGpuNumber": 1}
+    demo = search(5, [*SEARCH, "--no-rehearsal"], **changes)
     assert "127.0.0.4" in demo.said and "left out until it answers" in demo.said
     # The port that the machines report to is open to them and to nobody else.
     assert ask(demo.port + 1, path="/") == 426  # to this machine's user, who is one of them here
@@ -203,6 +216,7 @@ def test_a_search_on_machines_of_which_one_is_off(search, machines, tmp_path):
     assert {machine_of(trial) for trial in trials} <= {m.settings["host"] for m in machines}
     outputs = remote_files(demo).glob("envs/*/trialrunner_stdout")  # one for each runner
     printed = "".join(output.read_text() for output in outputs)
+    assert {line for line in printed.splitlines() if line.startswith("on GPU")} == {"on GPU 1"}
     for trial in trials:
         found = values(demo, trial)
         assert len(found["PERIODICAL"]) == 2 * parameters(trial)["epochs"]  # each once
