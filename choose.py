@@ -1,4 +1,4 @@
-"""Choose the trial to keep from a search: half a point of accuracy counts as equally good."""
+"""Choose the trial to keep from a search; results within half a point count as equal."""
 
 from nnisearch.after.choose import main
 

@@ -1,11 +1,11 @@
-"""Start a search with NNI, as `nnictl create` does, but so that it starts, on any machine.
+"""Start a hyperparameter search with NNI, on any machine.
 
     python search.py                       # config.yml with GPUs, configs/cpu.yml without
-    python search.py configs/demo.yml      # on any machine, nothing to download
-    python search.py --resume ID           # go on with a stopped search, or watch one that runs
+    python search.py configs/demo.yml      # on any machine, without a download
+    python search.py --resume ID           # continue a stopped search, or watch a running one
 
-This is the project's door to nnisearch/, which starts any search of NNI. It adds which
-configuration is taken by default, and which values train.py refuses.
+nnisearch/ does the work. This file adds the project's default configuration, and refuses search
+spaces with values that train.py does not take.
 """
 
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def default_config():
-    """Return the project's configuration for this machine, and why it is that."""
+    """Return the path of the configuration for this machine, and the reason for it."""
     try:
         number = len(gpus.gpus())
         why = f"since nvidia-smi lists {number or 'no'} GPUs"
@@ -31,19 +31,19 @@ def default_config():
 
 
 def check(config):
-    """Check that train.py, where it is the trial, takes each value and bound of the search space.
+    """If train.py is the trial, raise ValueError for values of the search space that it refuses.
 
-    Raises ValueError. A tuner of the user's own may make something else of its space.
+    A user's own tuner may read its search space in another way, so it is not checked.
     """
     is_ours = Path(config.trial_code_directory) == ROOT
     is_train_py = is_ours and re.search(r"(^|[\s/])train\.py\b", config.trial_command or "")
     if not is_train_py or not shipped_class(config.tuner):
         return
-    import train  # not at the top: torch takes two seconds, which other trials need not wait
+    import train  # not at the top: other trials need not wait two seconds for torch
 
     for key, entry in config.search_space.items():
         values = entry["_value"]
-        if entry["_type"] == "randint":  # without its upper bound
+        if entry["_type"] == "randint":  # the upper bound is excluded
             values = [int(values[0]), int(values[1]) - 1]
         elif entry["_type"] != "choice":
             values = [] if "normal" in entry["_type"] else map(float, values[:2])

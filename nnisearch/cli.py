@@ -1,12 +1,12 @@
 """Start any search of NNI, and watch it to its end.
 
-    nnisearch CONFIG           # starts a search, shows how it goes on, and the choice at its end
-    nnisearch --resume ID      # go on with a stopped search, or watch one that runs
+    nnisearch CONFIG           # start a search, watch it, and choose a trial at its end
+    nnisearch --resume ID      # continue a stopped search, or watch a running one
     nnisearch --view ID        # show a stopped search in the Web UI
 
-It promises: what cannot work is refused in one line and leaves nothing behind; nobody but its user
-gets at the search (guard.js), which goes on when this command ends; and for nnictl it is an
-experiment like any other. CONFIG may be any configuration of NNI, of any project.
+CONFIG may be any configuration of NNI, of any project. A search that cannot work is refused in one
+line and leaves nothing behind. Only its user can reach the search (guard.js). It continues when
+this command ends. For nnictl it is an experiment like any other.
 """
 
 import ipaddress
@@ -38,16 +38,16 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
     from nnisearch.watch import progress
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
-LIST_SIZE = 1  # MB: NNI's list of experiments, of which nothing is left if the disk is full
+LIST_SIZE = 1  # MB: NNI loses its list of experiments if the disk is full
 
 
 @dataclass
 class Project:
-    """What a project's own door adds to nnisearch; the defaults are nnisearch's own.
+    """Settings of a project's own command, such as search.py; the defaults are nnisearch's own.
 
-    The commands are those by which a user starts a search, and chooses. default_config() returns
-    the path of the configuration if the user names none, and why it is that one. check(config)
-    raises ValueError for what the project's trial refuses. within is choose.main's.
+    A user starts a search by command, and chooses a trial by choose_command. default_config()
+    returns the path of the default configuration, and the reason for it. check(config) raises
+    ValueError for what the project's trial refuses. within is choose.main's.
     """
 
     command: str = "nnisearch"
@@ -58,7 +58,7 @@ class Project:
 
 
 def begin(args, project):
-    """Check and start what args ask for; return the search's ID, its port and its configuration."""
+    """Check and start the search that args ask for; return its ID, port and configuration."""
     listed = resume.list_experiments()
     if id := args.resume or args.view:
         known = resume.find(id, listed, "--view" if args.view else "--resume")
@@ -83,7 +83,7 @@ def new(args, project):
 
 
 def stored(known, args):
-    """Return an experiment as NNI has stored it; to resume it, end what still runs of it."""
+    """Return a stored experiment; end its remaining processes if it is to be resumed."""
     id, folder = known["id"], known["logDir"]
     experiment = Experiment(configuration.load_stored(id, Path(folder, id)))
     experiment.id, experiment._action = id, "view" if args.view else "resume"
@@ -115,11 +115,11 @@ def start(experiment, args, project):
         project.check(config)
         if slurm.is_used(config):
             slurm.prepare(experiment.id, folder)
-        if args.rehearsal and not args.resume:  # else it has run before
+        if args.rehearsal and not args.resume:  # a resumed search has run before
             try:
                 rehearse(config, folder / "rehearsal", leftover=folder)
             except (ValueError, OSError):
-                checks.check_disk(folder, EXPERIMENT_SIZE)  # which may have become full
+                checks.check_disk(folder, EXPERIMENT_SIZE)  # it may have become full
                 raise
             remove(folder / "rehearsal")
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
@@ -132,16 +132,16 @@ def parse_args(argv, prog, project):
     parser = Parser(prog, __doc__)
     add = parser.add_argument
     add("config", nargs="?", type=as_path, metavar="CONFIG", help="a configuration of NNI")
-    add("-p", "--port", type=int, help="of the Web UI (default: the first free one from 8090 on)")
+    add("-p", "--port", type=int, help="port of the Web UI (default: the first free one from 8090)")
     add("--detach", action="store_true", help="return once the search has started")
-    add("--listen", metavar="ADDRESS", help="open the Web UI to whoever reaches this address")
-    add("--resume", metavar="ID", help="go on with a stopped search, or watch one that runs")
-    add("--view", metavar="ID", help="show a stopped search, which stays as it is, in the Web UI")
+    add("--listen", metavar="ADDRESS", help="open the Web UI to everybody who reaches this address")
+    add("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
+    add("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
     add(
         "--no-rehearsal",
         dest="rehearsal",
         action="store_false",
-        help="do not try the tuner and the trial first, as for a trial that must not run twice",
+        help="do not try the tuner and the trial first (if a trial must not run twice)",
     )
     args = parser.parse_args(argv)
     if not (args.config or args.resume or args.view or project.default_config):
@@ -164,13 +164,13 @@ def parse_args(argv, prog, project):
 
 @may_be_closed()
 def main(argv=None, project=Project()):  # noqa: B008 - it does not change
-    """Start a search and watch it. Returns 0 if it is done and has a result, else 1."""
+    """Start a search and watch it. Return 0 if it is done and has a result, else 1."""
     prepare_output()
     prog = project.command.removeprefix("python ")
     args = parse_args(argv, prog, project)
-    nni.silence_stdout()  # it names addresses that do not answer
+    nni.silence_stdout()  # NNI prints addresses that other machines cannot reach
     signals.end_by_exit()
-    # The trials' python3 is this one, also where its environment is not activated.
+    # Trials use this python3 even if its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1,::1".strip(",")
@@ -188,19 +188,23 @@ def main(argv=None, project=Project()):  # noqa: B008 - it does not change
         print(f"Search {id}: {one_line(config.experiment_name or 'without a name')}")
         print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
         if args.listen:
-            reach = f"whoever reaches {args.listen}:{port} can run any command as you"
-            print(f"Warning: {reach}; --listen gives up what else keeps others out")
+            reach = f"everybody who reaches {args.listen}:{port} can run any command as you"
+            print(f"Warning: {reach}; --listen turns that protection off")
         elif not Path("/proc/net/tcp").exists():
-            print("Other users of this machine reach it, too: there is no /proc to tell them apart")
+            print(
+                "Other users of this machine can use it, too: it has no /proc to tell users apart"
+            )
         elif "microsoft" in platform.release().lower():
-            print("Processes of root reach it, too: in WSL the browser of Windows comes by one")
+            print(
+                "Processes of root can use it, too: in WSL, Windows' browser connects through one"
+            )
         if args.detach or args.view:
             return 0
         has_result = progress.watch(id, port, config, again, f"{project.choose_command} {id}")
     except RuntimeError as error:
         sys.exit(f"{prog}: error: {one_line(error)}")
     except KeyboardInterrupt:
-        print(f"\nThe search goes on. To watch it again: {again}")
+        print(f"\nThe search continues. To watch it again: {again}")
         return 1
     if has_result:
         choose.main([id], within=project.within)

@@ -1,4 +1,4 @@
-"""A search space of NNI for Optuna: its distributions, and parameters from one to the other."""
+"""Converts NNI's search spaces into Optuna's distributions, and parameters in both directions."""
 
 import math
 from statistics import NormalDist
@@ -12,7 +12,7 @@ from nnisearch.before.space import check_space, is_nested, is_number
 class Space:
     """A search space of NNI as Optuna's distributions, {name: distribution}.
 
-    Raises ValueError, in one line, for a nested one and for one that check_space() refuses.
+    Raises ValueError for a nested space, and for one that check_space() refuses.
     """
 
     def __init__(self, search_space):
@@ -24,7 +24,7 @@ class Space:
             if kind != "choice":
                 check_range(key, kind, values)
             elif is_nested(values):
-                allowed = "values that are no objects with a _name"
+                allowed = "values other than objects with a _name"
                 raise ValueError(f"{key} is nested; allowed with Optuna: {allowed}")
             elif all(map(is_number, values)):
                 search_space = search_space | {key: entry | {"_value": sorted(values)}}
@@ -32,16 +32,16 @@ class Space:
         self.distributions = {spec.name: distribution(spec) for spec in self.specs.values()}
 
     def values(self, params):
-        """Return NNI's parameters for Optuna's."""
+        """Convert Optuna's parameters into NNI's."""
         numbers = {key: from_optuna(spec, params[spec.name]) for key, spec in self.specs.items()}
         values = deformat_parameters(numbers, self.specs)
         for spec in self.specs.values():
-            if spec.type == "loguniform":  # exp(log(0.1)) is above 0.1
+            if spec.type == "loguniform":  # exp(log(0.1)) is greater than 0.1
                 values[spec.name] = min(max(values[spec.name], spec.values[0]), spec.values[1])
         return values
 
     def params(self, values):
-        """Return Optuna's parameters for NNI's. Raises ValueError if they are of another space."""
+        """Convert NNI's parameters into Optuna's. Raises ValueError if they do not fit."""
         if not isinstance(values, dict):
             raise ValueError(f"parameter is {values!r}; allowed: an object")
         missing = self.distributions.keys() - values.keys()
@@ -51,7 +51,7 @@ class Space:
 
 
 def check_range(key, kind, values):
-    """Check the numbers of a parameter for what Optuna, unlike NNI's tuners, does not take."""
+    """Raise ValueError for numbers that Optuna refuses, unlike NNI's tuners."""
     wrong = f"searchSpace: {key} is {values}; allowed with Optuna for {kind}"
     if not all(map(is_number, values)) or (kind == "randint" and any(x % 1 for x in values)):
         raise ValueError(f"{wrong}: {'integers' if kind == 'randint' else 'numbers'}")
@@ -66,26 +66,26 @@ def check_range(key, kind, values):
 def distribution(spec):
     """Return Optuna's distribution for NNI's specification of a parameter.
 
-    Numbers to choose from are ordered, which tells the sampler something.
+    A choice of numbers becomes an integer distribution: its order helps the sampler.
     """
     if spec.type == "choice" and not all(map(is_number, spec.values)):
         return CategoricalDistribution(range(spec.size))
     if spec.categorical:
         return IntDistribution(0, spec.size - 1)
-    if spec.normal_distributed:  # by its quantile
-        return FloatDistribution(0.001, 0.999)
-    return FloatDistribution(spec.low, spec.high)  # of the logarithm, where NNI says so
+    if spec.normal_distributed:
+        return FloatDistribution(0.001, 0.999)  # quantiles
+    return FloatDistribution(spec.low, spec.high)  # logarithms for loguniform and qloguniform
 
 
 def from_optuna(spec, x):
-    """Return NNI's internal number for Optuna's."""
+    """Convert Optuna's number into NNI's internal one."""
     return NormalDist(spec.mu, spec.sigma).inv_cdf(x) if spec.normal_distributed else x
 
 
 def to_optuna(spec, value):
-    """Return Optuna's number for a trial's value, within the bounds of distribution().
+    """Convert a trial's value into Optuna's number, within the bounds of distribution().
 
-    Raises ValueError for a value that the specification cannot give.
+    Raises ValueError for a value outside the specification.
     """
     wrong = ValueError(f"{spec.name} is {value!r}; allowed: {spec.type} {spec.values}")
     if spec.type == "choice":
@@ -108,7 +108,7 @@ def to_optuna(spec, value):
     rounding = (spec.q or 0) / 2 + 1e-9 * max(map(abs, ends))
     if not ends[0] - rounding <= value <= ends[1] + rounding:
         raise wrong
-    if spec.log_distributed:  # 0, of which there is no logarithm, has been rounded to a step
-        value = math.log(value or spec.q / 4)
+    if spec.log_distributed:
+        value = math.log(value or spec.q / 4)  # rounding to a step may have given 0
     value = min(max(value, low), high)
     return NormalDist(spec.mu, spec.sigma).cdf(value) if spec.normal_distributed else value

@@ -1,9 +1,9 @@
-"""Tuners that NNI lacks: Optuna's samplers, and NNI's Hyperband, mended.
+"""Adds tuners to NNI: Optuna's samplers, and a Hyperband that works.
 
 A configuration names one by `codeDirectory` (the folder that holds nnisearch/) and `className`.
-OptunaTuner promises what NNI expects of a tuner: trials at the same time, trials that fail,
-resuming, a search space that is changed under way, and every kind of search space but nested ones.
-The same seed gives the same parameters.
+OptunaTuner supports what NNI expects of a tuner: concurrent and failed trials, resuming, a search
+space that changes during the search, and all search spaces except nested ones. The same seed gives
+the same parameters.
 """
 
 import contextlib
@@ -24,33 +24,32 @@ from optuna.trial import TrialState
 from nnisearch.optuna_space import Space
 from nnisearch.shared.results import number
 
-log = logging.getLogger("nni.tuners")  # below nni, whose lines reach dispatcher.log
-# What Optuna's samplers import when they first think, which is after the first trials.
+log = logging.getLogger("nni.tuners")  # the logger nni writes to dispatcher.log
+# The package that a sampler imports after its first, random trials.
 PACKAGES = {"GPSampler": "torch", "CmaEsSampler": "cmaes"}
 
 
 class OptunaTuner(Tuner):
-    """One of Optuna's samplers, by its name in optuna.samplers, as a tuner of NNI.
+    """A tuner of NNI that uses the sampler with this name in optuna.samplers.
 
-    sampler_args are the sampler's own, optimize_mode is maximize or minimize. Raises ValueError or
-    TypeError for what Optuna does not have.
+    sampler_args are the sampler's arguments; optimize_mode is maximize or minimize. Raises
+    ValueError or TypeError for names and arguments that Optuna does not have.
     """
 
     def __init__(self, sampler, sampler_args=None, seed=None, optimize_mode="maximize"):
         if sampler not in optuna.samplers.__all__ or not sampler.endswith("Sampler"):
             names = [name for name in optuna.samplers.__all__ if name.endswith("Sampler")]
             raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(names)}")
-        # GPSampler's threads would wait for those of the trials. torch reads this when imported.
+        # Otherwise GPSampler's threads wait for the trials' threads. torch reads this on import.
         os.environ["OMP_NUM_THREADS"] = "1"
         if package := PACKAGES.get(sampler):
             if importlib.util.find_spec(package) is None:
                 needed = f"pip install {package}, which it needs"
                 raise ValueError(f"sampler is {sampler!r}; allowed: after {needed}")
-            # The import takes seconds, in which no trial would run. So it is done under the first
-            # trials, which are drawn at random, once they have started.
-            meanwhile = threading.Timer(5, importlib.import_module, [package])
-            meanwhile.daemon = True
-            meanwhile.start()
+            # The import takes seconds: it happens while the first, random trials run.
+            importing = threading.Timer(5, importlib.import_module, [package])
+            importing.daemon = True
+            importing.start()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.seed = seed
         self.make_sampler = functools.partial(
@@ -62,37 +61,37 @@ class OptunaTuner(Tuner):
         self.running = {}  # parameter ID: the number of its trial in the study
 
     def make_study(self, seed):
-        """Return a study without trials, whose sampler has seen none."""
+        """Return a study without trials."""
         study = optuna.create_study(
             direction=self.optimize_mode, sampler=self.make_sampler(seed=seed)
         )
         self.is_used_up = False
-        study.stop = self.stop  # Optuna's refuses outside of its own loop
+        study.stop = self.stop  # Optuna's own method only works in study.optimize()
         return study
 
     def stop(self):
-        """Note that a sampler, such as BruteForceSampler, has tried all that there is."""
+        """Note that the sampler, such as BruteForceSampler, has tried all parameters."""
         self.is_used_up = True
 
     def update_search_space(self, search_space):
-        """Search a space from now on, with what of the results so far fits it.
+        """Search this space from now on, and keep the results that fit it.
 
-        Raises ValueError for a first space that cannot be searched. A later one is left out, with
-        a line in dispatcher.log: it should not end a search that goes well.
+        Raises ValueError if the first space cannot be searched. A later one must not end the
+        search: it is ignored, with a line in dispatcher.log.
         """
         try:
             space = Space(search_space)
         except ValueError as error:
             if self.space is None:
                 raise
-            log.error("the new search space is not taken, the old one stays: %s", error)
+            log.error("the new search space is refused, the old one stays: %s", error)
             return
-        former, before, self.space = self.study, self.space, space
+        before, self.space = self.space, space
         if before is None:
             return
-        # Samplers keep the space that they have seen, and studies refuse a choice of other values.
-        trials = former.get_trials(deepcopy=False)
-        seed = None if self.seed is None else self.seed + len(trials)  # not the first draws again
+        # A new study: samplers remember the old space, and studies refuse changed choices.
+        trials = self.study.get_trials(deepcopy=False)
+        seed = None if self.seed is None else self.seed + len(trials)  # do not repeat the draws
         self.study = self.make_study(seed)
         self.add_results(
             {"parameter": before.values(trial.params), "value": trial.value}
@@ -101,7 +100,7 @@ class OptunaTuner(Tuner):
         )
         running, self.running = self.running, {}
         for id, order in running.items():
-            with contextlib.suppress(ValueError):  # it runs on, but its result will not fit
+            with contextlib.suppress(ValueError):  # it does not fit, so its result will not count
                 self.add(before.values(trials[order].params))
                 self.running[id] = len(self.study.get_trials(deepcopy=False)) - 1
 
@@ -117,7 +116,7 @@ class OptunaTuner(Tuner):
             value = number(value)
             state = TrialState.FAIL if value is None else TrialState.COMPLETE
             self.study.tell(self.running.pop(parameter_id), value, state)
-        # else it is a result after the end, or a second one, which nnictl lets through
+        # otherwise it is a second result, or one after the trial's end, which nnictl passes on
 
     def trial_end(self, parameter_id, success, **_):
         if parameter_id in self.running:  # it has reported nothing
@@ -126,12 +125,12 @@ class OptunaTuner(Tuner):
     def import_data(self, data):
         """Learn from results, a list of {"parameter": {name: value}, "value": result}."""
         self.add_results(data)
-        self.study.sampler.reseed_rng()  # else a resumed search would repeat its first trials
+        self.study.sampler.reseed_rng()  # otherwise a resumed search repeats its first trials
 
     def add(self, values, value=None):
-        """Add a trial with NNI's parameters to the study, one under way if it has no value.
+        """Add a trial with NNI's parameters to the study: a running one if it has no value.
 
-        Raises ValueError if they are not of the search space.
+        Raises ValueError if the parameters do not fit the search space.
         """
         state = TrialState.RUNNING if value is None else TrialState.COMPLETE
         params, distributions = self.space.params(values), self.space.distributions
@@ -142,7 +141,7 @@ class OptunaTuner(Tuner):
         )
 
     def add_results(self, records):
-        """Add results, as import_data() takes them, to the study; log how many are left out."""
+        """Add results to the study, in import_data()'s form; log how many are left out."""
         records = list(records)
         reasons = []
         for record in records:
@@ -160,25 +159,25 @@ class OptunaTuner(Tuner):
 
 
 class Hyperband(hyperband_advisor.Hyperband):
-    """NNI's Hyperband, whose budget is the trial's epochs; R is the most, 1 the least.
+    """NNI's Hyperband, mended. A trial's budget is a number of epochs from 1 to R.
 
-    budget is the name by which a trial is given its budget among its parameters; a trial written
-    for NNI's own Hyperband calls it TRIAL_BUDGET. optimize_mode, R, eta and exec_mode are NNI's.
+    budget names the parameter that holds a trial's budget; trials written for NNI's own Hyperband
+    call it TRIAL_BUDGET. optimize_mode, R, eta and exec_mode are NNI's.
 
-    As shipped it ends at its first result, because NNI compares its IDs, which are text, with a
-    number (https://github.com/microsoft/nni/issues/5263), and at the end of a round in which too
-    many trials have reported nothing.
+    NNI's own fails at the first result, because it compares IDs, which are text, with a number
+    (https://github.com/microsoft/nni/issues/5263). It also fails at the end of a round if too many
+    trials have reported nothing.
     """
 
     def __init__(self, budget="epochs", **arguments):
-        hyperband_advisor._KEY = budget  # a global of NNI's; the tuner's process holds one tuner
+        hyperband_advisor._KEY = budget  # a global of NNI's; the tuner's process has one tuner
         super().__init__(**arguments)
-        self.outside = {None}  # IDs of trials of no bracket here; None: the user's own
+        self.outside = {None}  # IDs of trials outside all brackets; None: the user's own trials
 
     def handle_add_customized_trial(self, data):
-        """Note the trials that a resumed search runs again: the brackets that they are of are lost.
+        """Note the trials that a resumed search runs again, whose brackets are lost.
 
-        New brackets begin above theirs, so that no ID comes twice.
+        New brackets get higher numbers, so that no ID occurs twice.
         """
         self.outside |= {trial["parameter_id"] for trial in data}
         numbers = [int(id.split("-")[0]) for id in self.outside - {None}]

@@ -346,7 +346,7 @@ def test_a_search_goes_on_when_its_command_ends(start_search, run_search, home, 
     id = line.split()[-1]
     if number == signal.SIGINT:
         assert process.returncode == 1
-        assert f"The search goes on. To watch it again: python search.py --resume {id}" in rest
+        assert f"The search continues. To watch it again: python search.py --resume {id}" in rest
     assert ask(port) == 200
     line = refusal(run_search("-p", port, config=config, how=UNCHECKED))
     assert f"--port is {port}; allowed: a free one; experiment {id} " in line
@@ -362,7 +362,7 @@ def test_the_door_is_opened_only_by_listen(home, start_search):
         printed, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert f"Web UI: http://{address}:{port}" in printed
-    assert f"Warning: whoever reaches {address}:{port} can run any command as you" in printed
+    assert f"Warning: everybody who reaches {address}:{port} can run any command as you" in printed
     host = f"Host: {address}:{port}"
     assert ask(port, host, address=address) == 200
     assert ask(port, host, f"Origin: http://{address}:{port}", address=address) == 200
