@@ -1,23 +1,23 @@
-"""Which result of a search is the best: the least or the greatest."""
+"""Tells if a search minimizes or maximizes its result."""
 
 from pathlib import Path
 
 DIRECTIONS = ("minimize", "maximize")
-NOTE = Path("log", "direction")  # in an experiment's folder, by manager/mends.py
-# NNI's tuners, and this package's, that have a direction without being given one.
+NOTE = Path("log", "direction")  # in the experiment's folder, written by manager/mends.py
+# The default optimize_mode of NNI's tuners and of this package's.
 MINIMIZING = "tpe tpe_legacy anneal hyperopt"
 MAXIMIZING = "evolution metis gp pbt smac dngo networkmorphism regularizedevolution hyperband bohb"
 DEFAULTS = dict.fromkeys(MINIMIZING.split(), "minimize")
 DEFAULTS |= dict.fromkeys([*MAXIMIZING.split(), "optuna"], "maximize")
-UNKNOWN = "The greatest result counts as the best: the tuner does not tell, by an optimize_mode"
+UNKNOWN = "The greatest result counts as the best: the tuner has no optimize_mode"
 
 
 def direction(params, folder):
-    """Return "minimize", "maximize" or, if nothing tells it, None.
+    """Return "minimize", "maximize", or None if it is unknown.
 
-    The tuner itself has said it when the search started, by its attribute optimize_mode. If it has
-    none, or nnictl has started the search, the configuration tells it: params, as NNI stores it.
-    folder is the experiment's.
+    The first source is the tuner's attribute optimize_mode, noted in the experiment's folder when
+    the search started. Without a note, as after nnictl, params tells it: the configuration as NNI
+    stores it.
     """
     note = folder / NOTE
     said = note.read_text(encoding="utf-8") if note.is_file() else ""

@@ -1,4 +1,4 @@
-"""What a command gives out: files whole or not at all, and lines that somebody still reads."""
+"""Writes files and lines: a file is complete or unchanged, and a closed pipe is no error."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from nnisearch.shared.text import one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's flags, each to be written out in full; an error is one line."""
+    """A command's flags, without abbreviations; an error is one line."""
 
     def __init__(self, prog, description):
         first = (description or "").partition("\n")[0]  # `python -OO` keeps no docstrings
@@ -28,21 +28,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def as_path(text):
-    """Return the path that a flag names; ~ is the home, also in --out=~/best.json."""
+    """Return the path in a flag; ~ is the home, which no shell expands in --out=~/best.json."""
     return Path(os.path.expanduser(text))
 
 
 def prepare_output():
-    """Print each line at once, and escape a character that the terminal does not have."""
+    """Print each line at once, and escape characters that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not a notebook's, and not one that is closed
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is not; a closed one is None
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def write(path, content, mode=0o666):
-    """Write bytes to the file, whole or not at all, also if the power fails.
+    """Write bytes to a file. It is complete or unchanged, even if the power fails.
 
-    mode is of a new file, before the umask. Raises OSError, naming the file.
+    mode is for a new file, before the umask. Raises OSError that names the file.
     """
     unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -50,7 +50,7 @@ def write(path, content, mode=0o666):
             with open(descriptor, "wb") as stream:
                 stream.write(content)
             return
-        # O_EXCL: no link that another has put there
+        # O_EXCL refuses a link that another user has made there.
         file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with open(file, "wb") as stream:
@@ -67,7 +67,7 @@ def write(path, content, mode=0o666):
 
 
 def remove(folder):
-    """Remove a folder, as far as possible, also if folders in it forbid their user to write."""
+    """Remove a folder as far as possible, read-only folders in it, too."""
     for place, names, _ in os.walk(folder):
         for name in names:
             if not os.path.islink(path := os.path.join(place, name)):
@@ -77,26 +77,25 @@ def remove(folder):
 
 
 def sync(folder):
-    """Have the disk keep the names of the files in a folder."""
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # as where the file system cannot
+    with contextlib.suppress(OSError):  # some file systems cannot
         os.fsync(descriptor)
     os.close(descriptor)
 
 
 def open_special(path):
-    """Return a descriptor of what no file may be put in the place of, as /dev/stdout or a pipe.
+    """Return a descriptor if a file must not replace the path, such as /dev/stdout or a pipe.
 
-    It is None where there is a file, a folder or nothing. Raises OSError, also for a pipe that
-    nobody reads, which would be waited for.
+    Returns None for a file, a folder or nothing. Raises OSError, also for a pipe without a reader:
+    opening it would block.
     """
     if not path.exists():
         return None
     found = path.stat()
     for stream in (sys.stdout, sys.stderr):
-        # It has been closed, or is none of the system's.
-        with contextlib.suppress(OSError, AttributeError):
-            if os.path.samestat(found, os.fstat(stream.fileno())):  # may be a file, by >
+        with contextlib.suppress(OSError, AttributeError):  # closed, or without a descriptor
+            if os.path.samestat(found, os.fstat(stream.fileno())):  # a file, too, after >
                 stream.flush()
                 return os.dup(stream.fileno())
     if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
@@ -107,7 +106,7 @@ def open_special(path):
         if error.errno == errno.ENXIO:
             raise OSError("it is a pipe that nobody reads; allowed: a file") from None
         raise
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # it has been put there meanwhile
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # a file has replaced it meanwhile
         os.close(descriptor)
         return None
     os.set_blocking(descriptor, True)
@@ -116,13 +115,13 @@ def open_special(path):
 
 @contextlib.contextmanager
 def may_be_closed():
-    """End the command without a word once nobody reads what it prints, as in `… | head -1`."""
+    """End the command silently once nobody reads its output, as in `… | head -1`."""
     try:
         yield
-        if sys.stdout:  # None where the shell has closed it
+        if sys.stdout:  # None if the shell has closed it
             sys.stdout.flush()
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # Python flushes them at its end
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # Python flushes them at exit
             os.dup2(nowhere, stream.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -1,4 +1,4 @@
-"""Where an experiment's manager runs: here, or where the same HOME is used, too."""
+"""Tells if an experiment's manager runs on another machine or container with the same HOME."""
 
 import contextlib
 import json
@@ -11,56 +11,56 @@ import psutil
 
 from nnisearch.shared.text import one_line
 
-# Options of a mount whose locks no other machine sees.
+# Mount options that hide this machine's locks from others.
 OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "nobrl", "localflock"}
 
 
 def namespace(pid="self"):
-    """Return which process numbers a process sees, as a container has its own; "" if unknown."""
+    """Return a process's PID namespace (each container has one); "" if unknown."""
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{pid}/ns/pid")
     return ""
 
 
 def elsewhere(folder):
-    """Return in words where an experiment's manager runs, and a way on; None if not elsewhere.
+    """Return a text if an experiment's manager runs elsewhere: where, and what to do; else None.
 
-    folder is the experiment's. place.js notes there where the manager runs, and holds a lock.
+    In the experiment's folder place.js notes where the manager runs, and holds a lock.
     """
     try:
         note = json.loads((folder / "manager.json").read_text())
         host, boot, numbers = note["host"], note["boot"], note["namespace"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # it has ended, or NNI alone has started it
+        return None  # it has ended, or was started by nnictl
     boot_file = Path("/proc/sys/kernel/random/boot_id")
     this_boot = boot_file.read_text().strip() if boot_file.exists() else platform.node()
     if (boot, numbers) == (this_boot, namespace()):
-        return None  # the processes tell whether it lives
+        return None  # it is here, where its process shows if it lives
     is_other_machine = boot != this_boot and host != platform.node()
     if not is_locked(folder / "manager.lock") and not (is_other_machine and has_own_locks(folder)):
         return None
     where = f"on {host}" if is_other_machine else f"in another container of this machine, {host}"
-    way = f"watch or stop it there; if that is gone: rm '{folder}'/manager.*"
-    return one_line(f"it runs {where}: {way}")
+    advice = f"watch or stop it there; if that is gone: rm '{folder}'/manager.*"
+    return one_line(f"it runs {where}: {advice}")
 
 
 def is_locked(path):
-    """Return whether a process, on any machine, holds SQLite's lock of a file."""
+    """Return whether a process on any machine holds SQLite's lock on a file."""
     if not path.exists():
         return False
     try:
         address = f"{path.absolute().as_uri()}?mode=rw"
         with contextlib.closing(sqlite3.connect(address, uri=True, timeout=0)) as database:
             database.execute("BEGIN IMMEDIATE")
-    except sqlite3.Error:  # or the file system has no locks
+    except sqlite3.Error:  # the file is locked, or the file system has no locks
         return True
     return False
 
 
 def has_own_locks(folder):
-    """Return whether other machines do not see this one's locks in a folder that they share."""
+    """Return whether a folder's mount hides this machine's locks from others."""
     folder = folder.resolve()
     known = psutil.disk_partitions(all=True)
     mounts = [mount for mount in known if folder.is_relative_to(mount.mountpoint)]
-    mounts.sort(key=lambda mount: len(mount.mountpoint))  # the last one is the folder's
+    mounts.sort(key=lambda mount: len(mount.mountpoint))  # the last one holds the folder
     return any(m.fstype.startswith("fuse") or OWN_LOCKS & {*m.opts.split(",")} for m in mounts[-1:])

@@ -1,4 +1,4 @@
-"""Processes of searches: which live, and how they are ended."""
+"""Finds and ends the processes of searches."""
 
 import contextlib
 import itertools
@@ -11,7 +11,7 @@ from nnisearch.shared.place import namespace
 
 
 def own_processes():
-    """Return this user's processes that live, as opposed to zombies, not in another container."""
+    """Return this user's processes, without zombies and without those in other containers."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
@@ -22,10 +22,10 @@ def own_processes():
 
 
 def managers():
-    """Return {ID: process} of the experiments whose manager lives.
+    """Return {ID: process} of all running managers.
 
-    NNI asks whether a process has the number that it has noted, which may be another program, after
-    a restart of the machine, or a zombie. The arguments of NNI's main.js name the experiment.
+    NNI only checks that a process has the noted PID. After a reboot that may be another program,
+    or it may be a zombie. So the arguments are read: those of NNI's main.js name the experiment.
     """
     found = {}
     for process in own_processes():
@@ -37,17 +37,17 @@ def managers():
 
 
 def argument_of(process, name):
-    """Return what follows an argument of a process, or None. Raises psutil.Error."""
+    """Return the value after an argument of a process, or None. Raises psutil.Error."""
     return dict(itertools.pairwise(process.cmdline())).get(name)
 
 
 def manager_of(id):
-    """Return the process of the experiment's manager, or None if there is none that lives."""
+    """Return the process of the experiment's manager, or None if it does not run."""
     return managers().get(id)
 
 
 def is_tuner(process):
-    """Return whether the tuner is in a process, which search.py or nnictl has started."""
+    """Return whether a process is a tuner that nnisearch or nnictl has started."""
     arguments = process.cmdline()
     return "--exp_params" in arguments or any(
         part.endswith("/nnisearch/manager/dispatcher.py") for part in arguments
@@ -55,10 +55,10 @@ def is_tuner(process):
 
 
 def processes_of(id, folder):
-    """Return what an experiment's manager has started, and what that has started, by NNI's marks.
+    """Return the processes that an experiment's manager has started, with their descendants.
 
-    folder is the experiment's. Never this process and those that it descends from: a search may be
-    resumed from a shell that one of its trials has started.
+    NNI's variables and paths in the experiment's folder identify them. This process and its
+    parents are left out: a trial of the search may have started the shell that resumes it.
     """
     found = set()
     for process in own_processes():
@@ -77,7 +77,7 @@ def processes_of(id, folder):
 
 
 def end(processes):
-    """End processes as NNI ends trials: they have five seconds, and then no choice."""
+    """End processes as NNI ends trials: by SIGTERM, and by SIGKILL after five seconds."""
     for how in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -88,16 +88,17 @@ def end(processes):
 
 
 def lives(process):
-    """Return whether a process has not ended; a zombie has, and waits for whoever started it."""
+    """Return whether a process runs; a zombie has ended."""
     with contextlib.suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def stop(pid, folder):
-    """End a process, and all that it has started, also if it has ended before that.
+    """End a process and all its descendants, even if the process itself has ended before.
 
-    folder is the experiment's. What has left the process's session is known by its environment.
+    Descendants are found by the process's session or, if they have left it, by the experiment's
+    folder in their environment.
     """
     family = processes_of(folder.name, folder)
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -105,6 +106,6 @@ def stop(pid, folder):
         family |= {parent, *parent.children(recursive=True)}
     for process in own_processes():
         with contextlib.suppress(OSError):
-            if os.getsid(process.pid) == pid:  # the session that it has opened
+            if os.getsid(process.pid) == pid:
                 family.add(process)
     end(family)

@@ -1,4 +1,4 @@
-"""A search as a table, from NNI's database or a file: the one reader of results for all."""
+"""Reads a search's trials and results from NNI's database or from a file."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ from pathlib import Path
 from nnisearch.shared.direction import DIRECTIONS, direction
 from nnisearch.shared.text import one_line
 
-EXPERIMENTS = Path("~/nni-experiments/.experiment")  # NNI's list of them: {ID: {...}}
+EXPERIMENTS = Path("~/nni-experiments/.experiment")  # NNI's list of experiments, {ID: {...}}
 DATABASE = Path("db", "nni.sqlite")  # in an experiment's folder
 EVENTS = (
     "SELECT rowid, trialJobId, sequenceId, event, timestamp, data, logPath, message"
@@ -29,15 +29,15 @@ PROFILE = "SELECT id, params FROM ExperimentProfile ORDER BY revision DESC LIMIT
 ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 NNIS_NAMES = {"USER_TO_CANCEL": "USER_CANCELED", "ADD_RESUMED": "WAITING"}  # event: status
 NO_RESULT = "which is no result; allowed: a finite number, or an object whose default is one"
-# What json and a trial's strange ways can raise of a value that is not as NNI writes it.
+# Exceptions of a value that NNI has not written.
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 def number(value):
-    """Return what a trial has reported as a finite float, or None where that is no result.
+    """Return a reported value as a finite float, or None if it is no result.
 
-    value is of JSON: a number, one of numpy's as NNI writes it (an array without dimensions), or
-    an object whose "default" is one.
+    The value comes from JSON. A result is a number, a NumPy number (which NNI writes as an array
+    without dimensions), or an object whose "default" is one of these.
     """
     if isinstance(value, dict) and "default" in value:
         value = value["default"]
@@ -47,7 +47,7 @@ def number(value):
 
 
 def finite(value):
-    """Return a number as a finite float, else None. true and false are numbers, as for NNI."""
+    """Return a number as a finite float, else None. As in NNI, true and false are numbers."""
     try:
         return float(value) if isinstance(value, Real) and math.isfinite(value) else None
     except OverflowError:  # an integer of hundreds of digits
@@ -55,7 +55,7 @@ def finite(value):
 
 
 def read_result(text):
-    """Return (number, None), or (None, what it says instead) of JSON that holds a result."""
+    """Return (result, None) from a result's JSON, or (None, its text) if it is no result."""
     try:
         value = json.loads(text)
     except MALFORMED:
@@ -66,9 +66,10 @@ def read_result(text):
 
 
 def read_experiments(**types):
-    """Return NNI's list of experiments, {ID: what it knows}, with values of these types.
+    """Return NNI's list of experiments, {ID: entry}.
 
-    Raises OSError if it cannot be read, ValueError, naming it, if it is damaged.
+    types gives the type that each key of an entry must have. Raises OSError if the list cannot be
+    read, and ValueError that names it if it is damaged.
     """
     listed = EXPERIMENTS.expanduser()
     try:
@@ -79,11 +80,11 @@ def read_experiments(**types):
 
 
 def checked_list(listed, types):
-    """Return what NNI's list of experiments holds. Raises as read_experiments()."""
-    if not listed.is_file():  # NNI would wait for who writes to a pipe
+    """Return the content of NNI's list of experiments. Raises what read_experiments() does."""
+    if not listed.is_file():  # reading a pipe would block
         raise ValueError(f"{listed} is damaged: it is no file; allowed: a file, or none")
     if not listed.stat().st_size:
-        if any(listed.parent.glob(f"*/{DATABASE}")):  # as after a power cut
+        if any(listed.parent.glob(f"*/{DATABASE}")):  # a power cut can empty the list
             raise ValueError(f"{listed} is damaged: it is empty; allowed: an object of experiments")
         return {}
     known = read_json(listed)
@@ -100,7 +101,7 @@ def checked_list(listed, types):
 
 
 def some(experiments):
-    """Return in words which experiments there are, and where to find the rest of many."""
+    """Return a text with up to five IDs of experiments."""
     words = ", ".join([*experiments][-5:]) or "none, since NNI lists no experiment"
     return words + (", and others in nnictl experiment list --all" if len(experiments) > 5 else "")
 
@@ -108,8 +109,8 @@ def some(experiments):
 def find_folder(experiment, known):
     """Return the folder of an experiment, or None if there is none.
 
-    known is NNI's list. An experiment that it has lost, or that has been moved with it, is found
-    beside the list.
+    known is NNI's list. If the list has lost the experiment, or both have been moved, the folder
+    is found beside the list.
     """
     listed = Path(known[experiment]["logDir"], experiment) if experiment in known else None
     beside = EXPERIMENTS.expanduser().with_name(Path(experiment).name)
@@ -118,7 +119,7 @@ def find_folder(experiment, known):
 
 
 def find_database(experiment):
-    """Return the database of an experiment of this user, by default the latest.
+    """Return the path of an experiment's database, by default of the latest experiment.
 
     Raises ValueError if there is no such experiment, OSError if NNI's list cannot be read.
     """
@@ -139,8 +140,8 @@ def find_database(experiment):
 def opened(path):
     """Open NNI's database; yield a function that returns the rows of a query.
 
-    NNI cannot write while anybody reads: a query should be short, and Ctrl-Z waits for its end.
-    Raises OSError, naming it, if it is no database of NNI 2.10 or stays locked for 5 seconds.
+    NNI cannot write during a query, so queries are short and Ctrl-Z waits for their end. Raises
+    OSError that names the file if it is no database of NNI 2.10 or stays locked for 5 seconds.
     """
 
     def rows(query, values=()):
@@ -151,7 +152,7 @@ def opened(path):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
-        # No file is created. Writable: what a killed manager left has to be rolled back first.
+        # rw creates no file, and can roll back a transaction that a killed manager has left.
         address = f"{path.absolute().as_uri()}?mode=rw"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
             yield rows
@@ -160,7 +161,7 @@ def opened(path):
 
 
 def read_on(rows, query, last, newest):
-    """Yield the rows of a query for those after last, up to the newest one."""
+    """Yield a query's rows after row last, up to row newest."""
     while batch := rows(query, [last, newest or 0]):
         yield from batch
         last = batch[-1][0]
@@ -170,9 +171,9 @@ def read_on(rows, query, last, newest):
 class Trial:
     """A trial of a search.
 
-    result is a number or None; then reported is the text of what it gave instead, or None. start
-    and end are when it started and ended, in ms since 1970; path is where its files are; message
-    says why it was run again.
+    result is a number or None. reported is the text of a reported value that is no result, or None.
+    start and end are in ms since 1970. path is the URL of the trial's folder. message says why the
+    trial was run again.
     """
 
     number: int
@@ -214,26 +215,25 @@ KEYS += ("seconds", "last", "area")  # of a trial in JSON
 
 
 def duration(seconds):
-    """Return seconds, or None if the clock went back meanwhile."""
+    """Return seconds, or None if they are negative because the clock was set back."""
     return seconds if seconds is not None and seconds >= 0 else None
 
 
 class Trials:
-    """The trials in NNI's database, {id: Trial}, of which each update() reads what is new only."""
+    """The trials in NNI's database, known as {ID: Trial}; update() only reads what is new."""
 
     def __init__(self, path):
         self.path = path
         self.known, self.reports = {}, {}
         self.last_event = self.last_metric = 0
-        self.early = []  # metrics that are stored, unlike the trial's start
+        self.early = []  # metrics that NNI has stored before the trial's first event
 
     def update(self):
-        """Read on; return the trials of which something is new. Raises OSError as opened()."""
+        """Read what is new; return the trials that have changed. Raises what opened() does."""
         changed = {}
         with opened(self.path) as rows:
-            ((last_event, last_metric),) = rows(
-                NEWEST
-            )  # at one moment: each metric's trial is known
+            # One query for both, so that the trial of each metric is known.
+            ((last_event, last_metric),) = rows(NEWEST)
             for row, id, *event in read_on(rows, EVENTS, self.last_event, last_event):
                 changed[id] = self.note_event(id, *event)
                 self.last_event = row
@@ -259,10 +259,10 @@ class Trials:
         if event == "WAITING" and data:
             trial.hyperparameters = json.loads(data)["parameters"]
         elif event == "WAITING":
-            # It is run again. Its reports have been deleted, and SQLite uses their numbers again.
+            # The trial is run again: its reports are deleted, and SQLite reuses their row numbers.
             self.reports = {known: [] for known in self.reports}
             self.last_metric, self.early = 0, []
-        if trial.status not in ENDED:  # NNI may miss that it was RUNNING
+        if trial.status not in ENDED:  # WAITING, too: NNI may miss RUNNING
             trial.start = time
             trial.end = trial.seconds = None
         elif trial.end is None:
@@ -275,7 +275,7 @@ class Trials:
         value, other = read_result(json.loads(data))
         if kind != "FINAL":
             self.reports[id].append((sequence, value))
-        elif trial.result is None and trial.reported is None:  # the first one, as for NNI
+        elif trial.result is None and trial.reported is None:  # as in NNI, the first one counts
             trial.result, trial.reported = value, other
         return trial
 
@@ -283,7 +283,7 @@ class Trials:
 def read_database(path):
     """Return the search in NNI's database: experiment, name, command, direction and trials.
 
-    The direction is None if nothing tells it. Raises OSError as opened() does.
+    The direction is None if it is unknown. Raises what opened() does.
     """
     with opened(path) as rows:
         ((experiment, params),) = rows(PROFILE)
@@ -300,12 +300,10 @@ def read_database(path):
 
 
 def read_file(path):
-    """Return the search in a file: NNI's database, or what --json or nnictl's export has written.
+    """Return the search in an experiment's folder, NNI's database, or JSON of --json or nnictl.
 
-    path may be an experiment's folder, too.
-    nnictl exports only the trials with a result, without durations and direction, and intermediate
-    results only with -i.
-    Raises OSError or ValueError, naming the file, if it is neither.
+    nnictl only exports trials with a result, without duration and direction; intermediate results
+    need its -i. Raises OSError or ValueError that names the file.
     """
     path = path / DATABASE if path.is_dir() else path
     if path.suffix == DATABASE.suffix:
@@ -326,21 +324,21 @@ def read_file(path):
     except MALFORMED as error:
         is_missing = isinstance(error, KeyError)
         reason = f"{error} is missing" if is_missing else f"{type(error).__name__}: {error}"
-        what = f"{path} holds no results of --json, or of nnictl's export as JSON"
+        what = f"{path} holds no results of --json or of nnictl's export as JSON"
         raise ValueError(f"{what}: {one_line(reason)}") from error
 
 
 def exported(order, trial):
-    """Return the Trial in one of nnictl's export, whose results are JSON in JSON."""
+    """Return the Trial in an entry of nnictl's export, whose results are JSON in JSON."""
     result, reported = read_result(trial["value"])
-    # The last one is the result again.
+    # The last intermediate one repeats the result.
     reports = [read_result(text)[0] for text in trial.get("intermediate", [])[:-1]]
     given = trial["parameter"]
     return Trial(order, str(trial["trialJobId"]), "SUCCEEDED", result, reported, reports, given)
 
 
 def imported(trial):
-    """Return the Trial in one of --json, whose values are of the types that they have to be."""
+    """Return the Trial in an entry of --json, with values of the right types."""
     return Trial(
         int(trial["trial"]),
         str(trial["id"]),
@@ -354,7 +352,7 @@ def imported(trial):
 
 
 def read_json(path):
-    """Return what the JSON file holds. Raises OSError or ValueError, naming the file."""
+    """Return the content of a JSON file. Raises OSError or ValueError that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

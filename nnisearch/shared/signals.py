@@ -1,4 +1,4 @@
-"""The signals by which a user ends a command, and what they must not interrupt."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP."""
 
 import contextlib
 import signal
@@ -8,15 +8,15 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def end_by_exit():
-    """Let a signal that ends this process raise SystemExit, so that it tidies up first."""
+    """Let SIGTERM and SIGHUP raise SystemExit, so that this process cleans up before it ends."""
     for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @contextlib.contextmanager
 def silently_interrupted():
-    """Let Ctrl-C end this process without a word while what stands in the block is imported."""
+    """Let Ctrl-C end this process silently in the block, which imports modules."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,7 +28,7 @@ def silently_interrupted():
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Put off Ctrl-C and the signals of ENDING until what stands in the block is done."""
+    """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
     put_off = []
     before = {
         number: signal.signal(number, lambda number, _: put_off.append(number))

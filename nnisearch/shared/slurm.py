@@ -1,4 +1,4 @@
-"""Trials that srun starts: they are jobs in SLURM's queue, and run on a cluster's nodes."""
+"""Supports trials that srun starts as SLURM jobs on a cluster's nodes."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ import subprocess
 import time
 from pathlib import Path
 
-# srun runs this on the node before a task. It notes in the trial's folder when and where that was.
+# srun runs this on the node before a task. It notes the time and the node in the trial's folder.
 PROLOG = """#!/bin/sh
 [ "$SLURM_PROCID" = 0 ] && echo "$(date +%s%3N) $SLURMD_NODENAME" >> "$NNI_SYS_DIR/{note}"
 {then}
 """
 NOTE = ".nni/slurm"  # below a trial's folder
-# By what srun prints when SLURM has ended a job for reasons of its own. For JavaScript, too.
+# The lines of srun when SLURM, not the trial, has ended a job. JavaScript uses the pattern, too.
 LOST = (
     r"^(srun|slurmstepd\S*): error: .*"
     r"(Node failure|DUE TO NODE FAILURE|DUE TO PREEMPTION|launch failed|Task launch for .* failed)"
@@ -25,7 +25,7 @@ PATIENCE = 20  # s for an answer of SLURM's controller
 
 
 def is_used(config):
-    """Return whether srun starts the trials: the command names it, or a script in the command."""
+    """Return whether srun starts the trials: in the command, or in a script that it runs."""
     service = config.training_service
     is_local = getattr(service, "platform", "several") == "local" and not service.reuse_mode
     if not is_local or not shutil.which("srun"):
@@ -40,12 +40,12 @@ def is_used(config):
 
 
 def job_name(id, trial):
-    """Return the name that a trial's job has in SLURM's queue (slurm.js)."""
+    """Return the name of a trial's job in SLURM's queue, as slurm.js sets it."""
     return f"nni-{id}-{trial}"
 
 
 def prepare(id, folder):
-    """Have srun note the begin of each task, and cancel what an earlier manager has left behind."""
+    """Let srun note the start of each task, and cancel jobs that an earlier manager has left."""
     prolog = folder / "slurm_prolog.sh"
     users = os.environ.get("SLURM_TASK_PROLOG")
     then = f"exec {shlex.quote(users)}" if users and users != str(prolog) else "exit 0"
@@ -56,19 +56,19 @@ def prepare(id, folder):
     while (jobs := queue(id, "PENDING,RUNNING,COMPLETING")) and time.monotonic() < end:
         for name in jobs:
             ask("scancel", "--name", name)
-            ask("scancel", "--name", name, "--signal=KILL")  # it would have 30 s after SIGTERM
+            ask("scancel", "--name", name, "--signal=KILL")  # SIGTERM alone allows it 30 s more
         time.sleep(0.5)
 
 
 def queue(id, states="PENDING,CONFIGURING"):
-    """Return {name: state} of a search's jobs in these states, such as PENDING (Priority)."""
+    """Return {name: state and reason} of a search's jobs in these states, as PENDING (Priority)."""
     given = ["-h", "-u", str(os.getuid()), "-t", states, "-o", "%j|%T (%r)"]
     lines = ask("squeue", *given).splitlines()
     return dict(line.rsplit("|", 1) for line in lines if line.startswith(job_name(id, "")))
 
 
 def ask(*command):
-    """Return what a command of SLURM's prints, "" if it fails or does not answer in time."""
+    """Return the output of a SLURM command, "" if it fails or does not answer in time."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         how = {"capture_output": True, "text": True, "errors": "replace"}
         return subprocess.run(command, **how, timeout=PATIENCE).stdout

@@ -1,18 +1,18 @@
-"""What others have written, made fit for a line on the terminal."""
+"""Turns text of other programs into one safe line, and finds errors in it."""
 
 import re
 
-# An exception in the thread that serves the tuner: after it the process may stay, and do nothing.
+# An exception in the tuner's thread. The process may stay afterwards, and do nothing.
 THREAD_DIED = re.compile(
     r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] ERROR \(nni\.runtime\.msg_dispatcher_base/Thread"
-    r"((?:.*\n(?!\[\d{4}-))*.*)",  # with the traceback, up to the next entry
+    r"((?:.*\n(?!\[\d{4}-))*.*)",  # the traceback, up to the next entry
     re.MULTILINE,
 )
 
-# What srun says of each task that ends, after the task's own words.
+# The line that srun prints for each task that ends, after the task's own output.
 SRUNS_END = re.compile(r"srun: error: .*: (Exited with exit code \d+|Terminated|Killed)$")
 
-# What colours a text on a terminal, or moves the cursor there (ECMA-48).
+# A terminal's escape sequences for colours and cursor movement (ECMA-48).
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 
 
@@ -21,8 +21,8 @@ def uncoloured(text):
     return ESCAPES.sub("", text)
 
 
-# NAME=VALUE, --name VALUE, "name": VALUE and name is VALUE, by names of what opens something; and
-# the user and password of an address.
+# NAME=VALUE, --name VALUE, "name": VALUE and name is VALUE, for names of secrets; and the user and
+# password in a URL.
 WORDS = "password|passwd|passphrase|secret|credential|token"
 NAME = rf"[\w-]{{0,40}}(?:(?i:{WORDS})|[a-z]Key|[_-](?i:key))"
 SECRET = re.compile(
@@ -32,9 +32,9 @@ SECRET = re.compile(
 
 
 def one_line(text, longest=1000):
-    """Return a text, or what an exception says, in one printable line, without passwords.
+    """Return a text or an exception's message as one printable line, without passwords.
 
-    Of a line longer than that many characters the middle is left out: its end often says why.
+    A line of more than longest characters loses its middle: the end often gives the reason.
     """
     words = uncoloured(str(text)).split()
     if not words and isinstance(text, Exception):
@@ -48,22 +48,22 @@ def one_line(text, longest=1000):
 
 
 def tail(path, size=100_000):
-    """Return the last bytes of a file as text. Raises OSError."""
+    """Return the last size bytes of a file as text. Raises OSError."""
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, 2) - size))
         return file.read().decode(errors="replace")
 
 
 def last_line(path):
-    """Return the last line that has been written to a file, made fit to be shown, or ""."""
+    """Return the last line of a file as one_line() shows it, or ""."""
     lines = tail(path, 1000).strip().splitlines()
     return one_line(lines[-1]) if lines else ""
 
 
 def reason(text):
-    """Return the line of what a process has printed that says why it failed.
+    """Return the line of a process's output that tells why it failed.
 
-    That is the end of its last traceback, or a later line that speaks of an error, or its last.
+    This is the end of the last traceback, or a later line with an error, or else the last line.
     """
     lines = uncoloured(text).splitlines()
     found = -1
@@ -73,11 +73,11 @@ def reason(text):
             found = ends[0] if ends else found
         elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line) and not SRUNS_END.match(line):
             found = number
-    said = [line for line in lines if line.strip()]
-    if not said:
+    printed = [line for line in lines if line.strip()]
+    if not printed:
         return "it has printed nothing"
-    line = one_line(lines[found] if found >= 0 else said[-1])
-    if re.fullmatch(r"\w+", line) and found > 0:  # an exception without words: what raised it
+    line = one_line(lines[found] if found >= 0 else printed[-1])
+    if re.fullmatch(r"\w+", line) and found > 0:  # an exception without a message: show its code
         code = [text for text in lines[:found] if text.strip(" ^~")]
         line = f"{line}: {one_line(code[-1])}"
     return line
