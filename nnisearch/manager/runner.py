@@ -1,8 +1,8 @@
 """NNI's runner of trials, with its faults mended: pace.js sends this along, for `python3 -c`.
 
 It starts in the runner's folder, on the machine that the trials are to run on. It promises: a trial
-takes a tenth of a second longer than its command; a runner that loses its manager ends its trials
-and itself, and never looks for another manager.
+ends when its command has ended; a runner that loses its manager ends its trials and itself, and
+never looks for another manager.
 """
 
 import asyncio

@@ -281,8 +281,13 @@ def test_a_machine_that_hangs_or_dies_is_noticed_and_used_again(search, machines
 
 # A manager's end of the channel: it has a runner start a trial, and says nothing more.
 MANAGERS_END = """
-import json, time
+import hmac, json, os, threading
 from websockets.sync.server import serve
+
+def prove(channel, request, response):
+    nonce = request.path.split("/")[1]
+    proof = hmac.new(b"secret", f"manager {nonce}".encode(), "sha256").hexdigest()
+    response.headers["X-Proof"] = proof
 
 def receive(channel):
     channel.recv()
@@ -291,7 +296,8 @@ def receive(channel):
     for message in channel:
         print(message, flush=True)
 
-server = serve(receive, "127.0.0.1", 0)
+threading.Timer(240, os._exit, [1]).start()  # if no runner comes
+server = serve(receive, "127.0.0.1", 0, process_response=prove)
 print(server.socket.getsockname()[1], flush=True)
 server.serve_forever()
 """
@@ -306,7 +312,8 @@ def test_a_runner_whose_manager_is_silent_ends_its_trial_and_itself(tmp_path, en
         [sys.executable, "-c", MANAGERS_END], stdout=subprocess.PIPE, text=True
     ) as manager:
         settings = {"command": command, "nniManagerIP": "127.0.0.1", "logCollection": "none"}
-        settings |= {"nniManagerPort": int(manager.stdout.readline()), "commandChannel": "web"}
+        port = int(manager.stdout.readline())
+        settings |= {"nniManagerPort": f"{port}/secret", "commandChannel": "web"}
         settings |= {"nniManagerVersion": "", "experimentId": "id", "platform": "remote"}
         settings |= {"enableGpuCollector": False}
         (folder / "settings.json").write_text(json.dumps(settings))
