@@ -1,8 +1,9 @@
-"""Time trials that srun starts, and NNI's manager, on a SLURM of two nodes on this machine.
+"""Time trials that srun starts, on a SLURM cluster of two nodes on this machine.
 
     python bench/by_srun.py         # as root, with Debian's slurm-wlm and munge; some 10 minutes
 
-Its trials sleep, and report once a second. The first row is the same trials without SLURM.
+The trials sleep, and report once a second. Before each row by srun, the same trials run without
+SLURM. The last column is the CPU time of NNI's manager.
 """
 
 import argparse
@@ -55,12 +56,12 @@ def run(command, at_a_time, trials, environment):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=int, default=10, help="that a trial sleeps")
-    parser.add_argument("--trials", type=int, default=100, help="a row; more than 50")
+    parser.add_argument("--seconds", type=int, default=10, help="how long a trial sleeps")
+    parser.add_argument("--trials", type=int, default=100, help="per row, more than 50")
     args = parser.parse_args()
     trial = TRIAL.format(seconds=args.seconds)
-    print(f"{hardware()}\n{args.trials} trials a row, which sleep {args.seconds} s each\n")
-    print("| | at a time | median trial, s | end to next start, s | manager's CPU a trial, s |")
+    print(f"{hardware()}\n{args.trials} trials per row; each sleeps {args.seconds} s\n")
+    print("| | at a time | median trial, s | end to next start, s | manager's CPU per trial, s |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder, "slurm"))

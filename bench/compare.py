@@ -6,8 +6,8 @@
     python bench/compare.py --ladder    # instead: seconds to 64.28, 70, 75 and 78 %, 25 minutes
     python bench/compare.py --busy      # instead: fast.json on idle and on busy cores
 
-They run in turn, so that a machine that grows slower is slower for all of them; the figures
-are medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
+The processes run in turn: if the machine becomes slower, it is slower for all. The figures are
+medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
 """
 
 import argparse
@@ -31,7 +31,7 @@ COMMANDS = {
     "train.py": TRAIN,
     "floor": [sys.executable, ROOT / "bench" / "floor.py"],
 }
-# By the accuracy to reach, in %: hyperparameters that do, the fastest known.
+# {accuracy in %: flags of the fastest known training that reaches it}
 LADDER = {
     64.28: ["--params", ROOT / "configs" / "params" / "fast.json"],
     70: ["--params", ROOT / "configs" / "params" / "reach70.json"],
@@ -77,12 +77,12 @@ def run_timed(command, **environment):
 def measure(command, batch_size, epochs, seed):
     """Run command and return its figures, a dict with the keys of COLUMNS.
 
-    A step's time is that from the first printed loss to the last, and the start-up what came before
-    the first step; both are not a number where only one loss is printed.
+    A step's time is measured between the first and the last printed loss. The start-up is the time
+    before the first step. Both are NaN if only one loss is printed.
     """
     flags = [f"--batch-size={batch_size}", f"--epochs={epochs}", f"--seed={seed}"]
     lines, costs = run_timed([*command, *flags])
-    losses = []  # of each loss when it was printed, and after how many steps
+    losses = []  # for each loss: seconds and steps at its print
     for seconds, line in lines:
         if printed := re.match(r"\[(\d+), +(\d+)\] loss", line):
             epoch, number = map(int, printed.groups())
@@ -99,20 +99,20 @@ def accuracy(lines):
 
 
 def with_spread(accuracies):
-    """Return the mean of accuracies, and of several their standard deviation, as a table's cell."""
+    """Return the mean of accuracies, and the standard deviation of several, as a table's cell."""
     spread = f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     return f"{mean(accuracies):.2f}{spread}"
 
 
 def ratio(ones, others, digits=2):
-    """Return the median of the ratios of figures of the same seed, and their range, as a cell."""
+    """Return the median and the range of one / other, seed by seed, as a table's cell."""
     ratios = [one / other for one, other in zip(ones, others, strict=True)]
     low, middle, high = (f"{f(ratios):.{digits}f}" for f in (min, median, max))
     return f"{middle} ({low} to {high})"
 
 
 def ladder(runs):
-    """Print what it takes to reach each accuracy of LADDER, beside the tutorial's loop."""
+    """Print the time to reach each accuracy of LADDER, and the time of the tutorial's loop."""
     commands = {"the tutorial's loop": COMMANDS["tutorial"]}
     commands |= {f"train.py for {goal} %": [*TRAIN, *flags] for goal, flags in LADDER.items()}
     figures = {name: [] for name in commands}
@@ -144,9 +144,9 @@ def busy_cores():
 
 
 def busy(runs):
-    """Print the seconds of fast.json on idle and on busy cores, by how its threads wait.
+    """Print the seconds of fast.json on idle and on busy cores, by the way its threads wait.
 
-    The numbers of threads show which is best there; for train.py as it is, train.py chooses.
+    The last rows fix the number of threads; in the others, train.py chooses it.
     """
     cores = len(os.sched_getaffinity(0))
     environments = {
@@ -186,11 +186,11 @@ def hardware():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="of each, with seeds 0, 1, ...")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each, with seeds 0, 1, ...")
     parser.add_argument("--quick", action="store_true", help="1 run of one epoch")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
-    parser.add_argument("--processes", type=int, metavar="N", help="measure 1 against N of them")
-    parser.add_argument("--ladder", action="store_true", help="measure seconds to an accuracy")
+    parser.add_argument("--processes", type=int, metavar="N", help="compare 1 process with N")
+    parser.add_argument("--ladder", action="store_true", help="measure seconds to accuracies")
     parser.add_argument("--busy", action="store_true", help="measure on idle and on busy cores")
     args = parser.parse_args()
     commands = COMMANDS
@@ -201,7 +201,7 @@ def main():
     print(f"{hardware()}\n{runs} runs of each in turn, seeds 0 to {runs - 1}")
     if not args.ladder and not args.busy:
         print(f"{epochs} epochs")
-    print("Medians; of the accuracy the mean and the standard deviation\n")
+    print("Medians; for the accuracy, mean and standard deviation\n")
     if args.ladder:
         return ladder(runs)
     if args.busy:

@@ -31,11 +31,11 @@ NNICTL = [
 ]
 
 
-MANAGER = "nni_node/main.js"  # stands in its command, and in no other's
+MANAGER = "nni_node/main.js"  # in the manager's command, and in no other
 
 
 def processes_at(home, part=""):
-    """Return the processes with this HOME whose command holds part: what a test has started."""
+    """Return the processes with this HOME whose command contains part."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it ended meanwhile, or is another user's
@@ -46,9 +46,9 @@ def processes_at(home, part=""):
 
 
 def free_port():
-    """Return an even port that is free, as is the next, which a remote search takes as well.
+    """Return a free even port whose next port is free, too: a remote search uses both.
 
-    Those that Linux gives to outgoing connections are above: none takes it before NNI does.
+    Linux gives higher ports to outgoing connections, so none of these takes it before NNI does.
     """
     while True:
         port = random.randrange(20_000, 32_000, 2)
@@ -80,11 +80,11 @@ def accuracy(trial):
 
 
 class Experiment:
-    """An experiment of a configuration with changes, in a HOME of its own, started by search.py."""
+    """An experiment, by a changed configuration, that search.py starts in a HOME of its own."""
 
     def __init__(self, path, home, environment, start=SEARCH, **changes):
         self.home = home
-        # TMPDIR is where NNI keeps what nvidia-smi says; this Python comes first for the trials.
+        # NNI keeps nvidia-smi's answers in TMPDIR. The trials run by this Python.
         folders = {"HOME": str(home), "TMPDIR": str(home)}
         paths = f"{home}:{Path(sys.executable).parent}:{environment['PATH']}"
         python_path = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
@@ -127,7 +127,7 @@ class Experiment:
         return json.loads(self.request("GET", what))
 
     def request(self, method, what, body=None):
-        """Send NNI's REST server a request, with what is to be sent as JSON; return its answer."""
+        """Send a request to NNI's REST server, with body as JSON; return the answer."""
         url = f"http://127.0.0.1:{self.port}/api/v1/nni/{what}"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         given = {"data": body and json.dumps(body).encode(), "method": method}
@@ -154,7 +154,7 @@ class Experiment:
         return path.read_text()
 
     def stop(self):
-        """Stop the experiment, kill what is still there half a minute later, and return that."""
+        """Stop the experiment; kill and return the processes that are alive 30 seconds later."""
         try:
             self.nnictl("stop", self.id)
         finally:

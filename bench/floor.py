@@ -1,6 +1,6 @@
-"""train.py, but every step takes the same batch, which lies on the device as floats: the floor.
+"""train.py with one fixed batch, as floats on the device: the time of the steps alone.
 
-What train.py takes above it is the handling of the data. The flags are train.py's.
+train.py takes longer by the handling of the data. The flags are train.py's.
 """
 
 import sys
@@ -12,7 +12,7 @@ from trial import batch
 
 
 class FixedBatch:
-    """batch.make() with the same answer to every index: the first batch that there is."""
+    """Replaces batch.make(): returns the first batch for every index."""
 
     first = None
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What README and docs/ still lack: run this on a machine with an NVIDIA GPU, in the environment of
-# CONTRIBUTING.md, and paste what it prints. It tests the GPU's part first; some half an hour.
+# Measures what README.md and docs/ still lack: run it on a machine with an NVIDIA GPU, in the
+# environment of CONTRIBUTING.md. It tests the code for GPUs first, and takes half an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

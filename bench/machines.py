@@ -1,8 +1,8 @@
-"""Measure the pace of a search over SSH beside the same trials on one machine, in turn.
+"""Compare a search on machines over SSH with the same trials on one machine, in turn.
 
     python bench/machines.py            # 18 trials of 3 s, some 2 minutes; needs sshd
 
-The machines are loopback addresses, each with an sshd of its own, as the tests have them.
+The machines are loopback addresses, each with an sshd of its own. The tests use them, too.
 """
 
 import argparse
@@ -24,21 +24,21 @@ from experiment import ROOT, UNCHECKED, Experiment
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 PASSPHRASE = "correct horse"
-TRIAL = "sleep 3"  # what a trial takes beyond that is NNI's
+TRIAL = "sleep 3"  # NNI takes the rest of a trial's time
 SPACE = {"rate": {"_type": "uniform", "_value": [0, 1]}}
 
 
 def make_key(path, passphrase=""):
-    # One round of what makes guessing a passphrase slow: NNI's Node stands still meanwhile.
+    # One round of key derivation: NNI's Node does nothing else meanwhile.
     rounds = ["-a", "1"]
     command = ["ssh-keygen", "-qt", "ed25519", *rounds, "-N", passphrase, "-f", path]
     subprocess.run(command, check=True)
 
 
 class Machine:
-    """A machine on a loopback address of its own: an sshd and what it starts.
+    """A machine on a loopback address of its own: an sshd and the processes that it starts.
 
-    settings is its entry in a configuration's machineList.
+    settings is the machine's entry in machineList.
     """
 
     def __init__(self, address, folder, key, environment):
@@ -53,7 +53,7 @@ class Machine:
             "Port": port,
             "HostKey": folder / "host",
             "AuthorizedKeysFile": key.with_suffix(".pub"),
-            "StrictModes": "no",  # pytest's folders are of no mode that it accepts for a key
+            "StrictModes": "no",  # sshd would refuse a key in pytest's folders
             "PidFile": "none",
             "PasswordAuthentication": "no",
             "PermitRootLogin": "prohibit-password",
@@ -62,7 +62,7 @@ class Machine:
         }
         (folder / "sshd").write_text("".join(f"{k} {v}\n" for k, v in settings.items()))
         if os.getuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)  # what Debian's service makes at its start
+            Path("/run/sshd").mkdir(exist_ok=True)  # Debian's service would make it
         self.settings = {
             "host": address,
             "port": port,
@@ -83,7 +83,7 @@ class Machine:
             time.sleep(0.1)
 
     def processes(self, part=""):
-        """Return the sshd and all that it has started whose command holds part."""
+        """Return the sshd and its descendants, if their command contains part."""
         found = []
         with contextlib.suppress(psutil.Error):
             this = psutil.Process(self.process.pid)
@@ -94,19 +94,19 @@ class Machine:
         return found
 
     def signal(self, number):
-        """Send a signal to the sshd and to all that it has started."""
+        """Send a signal to the sshd and its descendants."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
 
     def die(self):
-        """Kill the sshd and all that it has started, as a loss of power would."""
+        """Kill the sshd and its descendants, as a loss of power would."""
         self.signal(signal.SIGKILL)
         self.process.wait(30)
 
 
 def measure(name, trials, workers, **changes):
-    """Run a search and print a row of the table for its trials, of which workers ran at a time."""
+    """Run a search with this number of workers, and print its row of the table."""
     changes |= {"trialConcurrency": workers, "maxTrialNumber": trials, "searchSpace": SPACE}
     changes |= {"trialCommand": TRIAL, "tuner": {"name": "Random"}}
     with tempfile.TemporaryDirectory() as home:
@@ -125,8 +125,8 @@ def measure(name, trials, workers, **changes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=18, help="in each row")
-    parser.add_argument("--machines", type=int, default=3, help="and trials at a time")
+    parser.add_argument("--trials", type=int, default=18, help="per row")
+    parser.add_argument("--machines", type=int, default=3, help="machines, and trials at a time")
     args = parser.parse_args()
     print("| | seconds in all | median trial, s | end to next start, s | at most, s |")
     print("| --- | --- | --- | --- | --- |", flush=True)

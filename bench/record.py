@@ -1,12 +1,12 @@
-"""Record trainings at random places of search_space.json, in which tuners can be tried and judged.
+"""Record trainings at random places of search_space.json, for tuners.py.
 
     python bench/record.py     # 127 trainings, some 35 minutes on 2 cores
 
-The first places are trained anew for 1 epoch and for each number of epochs in the space, the others
-for one such number, drawn as well; on all but the held-out images, a thread to a training and as
-many at a time as there are cores. bench/table.json gets a row for each: its hyperparameters, its
-losses, its accuracy on the held-out and on the test images, in percent, and its CPU seconds. What
-stands there already is kept, so a recording that was interrupted goes on.
+The first places are trained for 1 epoch and for each number of epochs in the space, the others for
+one random number of epochs. A training holds out images and uses one thread; one runs per core.
+bench/table.json gets a row per training: hyperparameters, losses, accuracy in percent on the
+held-out and on the test images, and CPU seconds. Rows that are there already are kept, so an
+interrupted recording goes on.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TABLE = ROOT / "bench" / "table.json"
 def record(values, tested):
     """Train with these hyperparameters, the seed 0 and held-out images; return the table's row.
 
-    tested holds the images and the labels to test on, by the name of the row's entry.
+    tested is {key of the row: (images, labels) to test on}.
     """
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     with tempfile.TemporaryDirectory() as folder:
@@ -40,12 +40,12 @@ def record(values, tested):
     row["losses"] = [float(line.split("loss: ")[1]) for _, line in lines if " loss: " in line]
     for name, (images, labels) in tested.items():
         row[name] = 100 * train.test(model, images, labels) / len(labels)
-    # Of one thread, the CPU's seconds are the clock's, whatever else the machine does meanwhile.
+    # Other processes do not change CPU seconds. With one thread they are the training's seconds.
     return row | {"seconds": round(costs["cpu"], 2)}
 
 
 def draw(space, number, seed):
-    """Return so many random places of a search space, as NNI draws them."""
+    """Return number random places of a search space, drawn by NNI."""
     tuner = RandomTuner(seed=seed)
     tuner.update_search_space(space)
     return [tuner.generate_parameters() for _ in range(number)]
@@ -53,8 +53,8 @@ def draw(space, number, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--places", type=int, default=20, help="trained for several epochs each")
-    parser.add_argument("--others", type=int, default=47, help="places trained once each")
+    parser.add_argument("--places", type=int, default=20, help="places trained several times")
+    parser.add_argument("--others", type=int, default=47, help="places trained once")
     args = parser.parse_args()
     space = json.loads((ROOT / "search_space.json").read_text())
     others = draw(space, args.others, seed=1)

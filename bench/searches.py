@@ -1,9 +1,9 @@
-"""Run real searches by configs/cpu.yml, with its tuner and with NNI's, and print how good by when.
+"""Run real searches by configs/cpu.yml, with its tuner and with NNI's TPE; print their best.
 
     python bench/searches.py     # 90 minutes
 
-They run in turn, each with every one of the tuner's --seeds, and are stopped after --seconds. What
-the trials reported goes to files in --out, as choose.py reads them.
+They run in turn, one per tuner and seed, and are stopped after --seconds. Their results go to files
+in --out, which choose.py reads.
 """
 
 import argparse
@@ -26,7 +26,7 @@ AS_SHIPPED = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
 
 
 def search(tuner, seconds, file):
-    """Search for so long; return [(when a trial ended, in s from the first's start, accuracy)]."""
+    """Search; return [(seconds from the first trial's start to a trial's end, accuracy), ...]."""
     changes = {
         "tuner": tuner,
         "searchSpace": json.loads((ROOT / "search_space.json").read_text()),

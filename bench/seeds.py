@@ -3,7 +3,7 @@
     python bench/seeds.py                                # the baseline, seeds 0 to 4
     python bench/seeds.py --params configs/params/reach79.json     # flags of train.py
 
-Without a GPU as many seeds run at a time as there are cores, a thread each; on a GPU one.
+Without a GPU, one seed runs per core, each with one thread. On a GPU, one runs at a time.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from trial import data
 def run(seed, flags, folder):
     """Train with seed; return the trained model, and what compare.run_timed() returns."""
     path = folder / f"{seed}.pt"
-    # NNI's warning that no experiment is running is no news here.
+    # Without NNI's warning that no experiment is running.
     environment = {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
     if not torch.cuda.is_available():
         environment["OMP_NUM_THREADS"] = "1"

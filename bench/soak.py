@@ -1,10 +1,9 @@
-"""Run a search of many very short trials: is anything lost, or dearer at its end than at its start?
+"""Run a search of many very short trials; show what is lost, and whether trials become slower.
 
     python bench/soak.py            # 1,000 trials, four at a time, some 8 minutes on 2 cores
 
-Every trial's parameters, as NNI lists them, are compared with those that the trial has printed. The
-costs of the first hundred trials and of the last are those of three processes: NNI's manager, the
-tuner's, and search.py, which watches.
+Compares the parameters that NNI lists with those that each trial has printed. For the first and the
+last hundred trials, it prints the costs of NNI's manager, the tuner, and search.py, which watches.
 """
 
 import argparse
@@ -48,9 +47,9 @@ def costs(home):
 
 
 def costs_when(search, number, watcher):
-    """Wait until that many trials have started and return the costs then.
+    """Wait until this number of trials has started; return the costs then.
 
-    The trials' folders are counted: NNI, if asked, would answer with all of them.
+    Counts the trials' folders, since NNI would list all trials each time.
     """
     folder = search.home / "nni-experiments" / search.id / "trials"
     while not folder.exists() or len(list(folder.iterdir())) < number:
@@ -65,7 +64,7 @@ def report_costs(before, after, trials):
     """Print what trials have cost, given the costs before and after them."""
     for name, (size, seconds) in after.items():
         spent = (seconds - before[name][1]) / trials
-        print(f"  {name}: {size:.0f} MiB, {spent:.3f} s of CPU a trial")
+        print(f"  {name}: {size:.0f} MiB, {spent:.3f} s of CPU per trial")
 
 
 def main():
@@ -91,7 +90,7 @@ def main():
                 watch, env=search.environment, stdout=said, stderr=said, cwd=home
             )
         try:
-            # The first few trials and the last are left out: search.py starts, and ends, meanwhile.
+            # Without the first and the last 20 trials, during which search.py starts and ends.
             numbers = (20, 20 + PART, args.trials - 20 - PART, args.trials - 20)
             first, second, third, fourth = (costs_when(search, n, watcher) for n in numbers)
             trials = search.wait(600)

@@ -1,11 +1,12 @@
-"""Measure how many trials an hour a search makes: by who starts it, and by how many run at a time.
+"""Measure trials per hour: by nnictl, search.py and Optuna, and with several trials at a time.
 
     python bench/trials_per_hour.py     # some 16 minutes on 2 cores
 
-First the same trials of the demo by nnictl, by search.py and by Optuna with as many workers; then
-such trials by a tuner that thinks, GPSampler; then the write-up's best trial on CIFAR-10 by
-search.py, more of it at a time. The trials of the first and the last table differ in nothing but
-the last digits of lr: NNI ends a search whose space is used up.
+The first table has the demo's trials by nnictl, by search.py, and by Optuna with as many workers.
+The second has such trials with GPSampler, a tuner that needs time to compute. The third has the
+best trial of the 2020 write-up, on CIFAR-10, by search.py, one and several at a time. In the first
+and the third table, trials differ only in the last digits of lr: NNI ends a search whose space is
+used up.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from experiment import NNICTL, ROOT, SEARCH, Experiment, accuracy
 
 DEMO = {"batch_size": 32, "lr": 0.01, "epochs": 5, "optimizer": "SGD", "momentum": 0.9}
 BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
-# To think about: as many dimensions as the demo has, but none by which a trial takes longer.
+# For GPSampler: as many dimensions as the demo has; none changes a trial's time.
 SPACE = {key: {"_type": "choice", "_value": [DEMO[key]]} for key in ("batch_size", "epochs")} | {
     "lr": {"_type": "loguniform", "_value": [0.001, 0.1]},
     "lr_schedule": {"_type": "choice", "_value": ["constant", "cosine"]},
@@ -32,8 +33,8 @@ SPACE = {key: {"_type": "choice", "_value": [DEMO[key]]} for key in ("batch_size
     "weight_decay": {"_type": "uniform", "_value": [0, 0.001]},
     "label_smoothing": {"_type": "uniform", "_value": [0, 0.2]},
 }
-SAMPLERS = {"TPESampler": {}, "GPSampler": {"n_startup_trials": 4}}  # with arguments
-SUGGEST = {  # by a parameter's type: Optuna's way to ask for it
+SAMPLERS = {"TPESampler": {}, "GPSampler": {"n_startup_trials": 4}}  # and their arguments
+SUGGEST = {  # {type of a parameter: how Optuna draws it}
     "choice": lambda trial, key, values: trial.suggest_categorical(key, values),
     "uniform": lambda trial, key, values: trial.suggest_float(key, *values),
     "loguniform": lambda trial, key, values: trial.suggest_float(key, *values, log=True),
@@ -54,7 +55,7 @@ echo "</nvidia_smi_log>"
 
 
 def around(parameters):
-    """Return a search space that holds nothing else than these, but in the last digits of lr."""
+    """Return a search space of these values alone, where the last digits of lr vary."""
     space = {key: {"_type": "choice", "_value": [value]} for key, value in parameters.items()}
     space["lr"] = {"_type": "uniform", "_value": [parameters["lr"], parameters["lr"] + 1e-6]}
     return space
@@ -119,7 +120,7 @@ def run_optuna(command, space, trials, sampler, workers):
 
 
 def row(name, rows, workers):
-    """Print a row of the table for trials of which workers ran at a time."""
+    """Print the table's row for trials that this number of workers ran."""
     starts, ends, accuracies = (sorted(column) for column in zip(*rows, strict=True))
     gaps = [start - end for start, end in zip(starts[workers:], ends[:-workers], strict=True)]
     seconds = [end - start for start, end, _ in rows]
@@ -135,18 +136,16 @@ def row(name, rows, workers):
 
 
 def head(what, trials):
-    """Print the head of a table of that many trials a row, of parameters or of a search space."""
-    print(f"\n{trials} trials a row: {json.dumps(what)}\n")
+    """Print a table's head; what is the parameters or the search space of the trials."""
+    print(f"\n{trials} trials per row: {json.dumps(what)}\n")
     print("| | trials per hour | median trial, s | end to next start, s | busy % | accuracy % |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--demo-trials", type=int, default=12, help="in each row of the first table"
-    )
-    parser.add_argument("--trials", type=int, default=4, help="in each row of the second")
+    parser.add_argument("--demo-trials", type=int, default=12, help="per row of the first table")
+    parser.add_argument("--trials", type=int, default=4, help="per row of the third")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -1,11 +1,11 @@
-"""Replay searches by many tuners on recorded trainings, and print how good they got by when.
+"""Replay searches by many tuners on recorded trainings; print their best accuracy over time.
 
     python bench/tuners.py     # 50 searches by each, 7 minutes on 2 cores
     python bench/tuners.py --tuners random "Optuna's GPSampler" --plot docs/tuners.png     # some
 
-A search trains nothing: what a trial reports, and the seconds that it takes, come from a model of
-the trainings in bench/table.json, which bench/record.py records. The model's error is printed
-first, as predicted for trainings at places that it has not seen. Two trials run at a time.
+Nothing is trained: a model predicts the accuracy and the seconds of a trial. It has learned them
+from the trainings in bench/table.json, which bench/record.py records. Its error at places that it
+has not seen is printed first. Two trials run at a time.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a core to a process; before numpy and torch are imported
+os.environ["OMP_NUM_THREADS"] = "1"  # one core per process; before numpy and torch are imported
 
 import numpy as np
 from experiment import ROOT
@@ -38,7 +38,7 @@ GOAL = 64.28  # of the 2020 write-up, in %
 
 
 class HyperbandTuner:
-    """nnisearch.tuners.Hyperband, which talks to NNI's manager, with the methods of a tuner."""
+    """nnisearch.tuners.Hyperband with a tuner's methods: by itself it talks to NNI's manager."""
 
     def __init__(self, R, eta, seed, **arguments):
         # With this address of NNI's own tests it talks to no manager.
@@ -73,7 +73,7 @@ def tpe(jobs):
 
 
 def evolution(seed):
-    random.seed(seed)  # its other source takes no seed, so that its row differs a little each time
+    random.seed(seed)  # it also draws numbers without a seed, so its row varies a little
     return EvolutionTuner(population_size=8)
 
 
@@ -81,7 +81,7 @@ def optuna(sampler, **arguments):
     return lambda seed: OptunaTuner(sampler, arguments, seed)
 
 
-TUNERS = {  # by name: makes the tuner of a seed
+TUNERS = {  # {name: a function from a seed to a tuner}
     "random": lambda seed: RandomTuner(seed=seed),
     "NNI's GridSearch": lambda seed: GridSearchTuner(),
     "NNI's Evolution": evolution,
@@ -98,10 +98,10 @@ TUNERS = {  # by name: makes the tuner of a seed
 
 
 def features(given):
-    """Return the numbers by which trainings are alike, of their hyperparameters.
+    """Return the model's input for a training's hyperparameters, a list of numbers.
 
-    One is the learning rate as a multiple of what is usual for the optimizer and the batch size, by
-    the scaling rules: linear for SGD, by the square root for the others.
+    The usual learning rate grows with the batch size for SGD, and with its square root for the
+    others.
     """
     size, lr, name = given["batch_size"], given["lr"], given["optimizer"]
     usual = {
@@ -116,7 +116,7 @@ def features(given):
 
 
 class Model:
-    """Of trainings: from hyperparameters to the accuracy in percent and the seconds."""
+    """Predicts the accuracy in percent and the seconds of a training."""
 
     def __init__(self, rows):
         self.trees = ExtraTreesRegressor(200, max_features=0.5, random_state=0)
@@ -131,7 +131,7 @@ class Model:
         return accuracy, np.exp(logarithm)
 
     def report(self):
-        """Print how far it is off at places that it has not seen, ten folds of them."""
+        """Print the error at unseen places, by cross-validation with ten folds."""
         folds = GroupKFold(10)
         guessed = cross_val_predict(
             self.trees, self.inputs, self.targets, groups=self.groups, cv=folds
@@ -150,7 +150,7 @@ class Model:
 
 
 def replay(tuner, model, seconds, at_a_time=2):
-    """Return [(when it ended, in s, accuracy in percent), ...] of a search's trials, in order."""
+    """Return [(end in s, accuracy in percent), ...] of a search's trials, by their ends."""
     now, number, running, ended = 0, 0, [], []
     while now <= seconds:
         while len(running) < at_a_time:
@@ -166,21 +166,21 @@ def replay(tuner, model, seconds, at_a_time=2):
 
 
 def search(name, seed, seconds, model, space):
-    """Return what replay() does for the tuner of that name."""
+    """Return replay() for the tuner of that name."""
     tuner = TUNERS[name](seed)
     tuner.update_search_space(space)
     return replay(tuner, model, seconds)
 
 
 def best_so_far(ended, times):
-    """Return the best accuracy, in percent, that trials had reached by each of times."""
-    when, accuracies = np.reshape(ended, (-1, 2)).T  # of none, too
+    """Return the best accuracy, in percent, at each of times, in s."""
+    when, accuracies = np.reshape(ended, (-1, 2)).T  # also if there is none
     best = np.maximum.accumulate([10, *accuracies])  # 10: chance, before the first has ended
     return best[np.searchsorted(when, times, side="right")]
 
 
 def first(ended, goal):
-    """Return the number of the first trial, from 1, to reach goal, and when; infinite if none."""
+    """Return the number, from 1, and the end of the first trial to reach goal; infinite if none."""
     reached = [(i, when) for i, (when, accuracy) in enumerate(ended, 1) if accuracy >= goal]
     return reached[0] if reached else (np.inf, np.inf)
 
@@ -210,9 +210,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=900, help="of a search")
     names = list(TUNERS)
     parser.add_argument("--tuners", nargs="+", default=names, choices=names, help="some of them")
-    parser.add_argument("--plot", type=as_path, metavar="FILE.png", help="draw them there")
+    parser.add_argument("--plot", type=as_path, metavar="FILE.png", help="draw the searches there")
     args = parser.parse_args()
-    logging.disable()  # the tuners tell their seeds
+    logging.disable()  # the tuners log their seeds
     rows = json.loads(TABLE.read_text())["rows"]
     space = json.loads((ROOT / "search_space.json").read_text())
     model = Model(rows)

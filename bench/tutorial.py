@@ -1,8 +1,8 @@
-"""The loop of PyTorch's CIFAR-10 tutorial, in our own words: what train.py is measured against.
+"""The loop of PyTorch's CIFAR-10 tutorial, rewritten; compare.py compares train.py with it.
 
 DataLoader with two workers, images decoded and transformed one by one, torch.optim's class, and the
 loss read at every step: https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html
-Its prints are in train.py's form, and it reports short epochs, too.
+It prints as train.py does, and reports short epochs, too.
 """
 
 import argparse
