@@ -1,7 +1,7 @@
-"""What is looked at before a search starts: the mistakes that NNI takes without a word.
+"""Checks a configuration, before a search starts, for mistakes that NNI ignores.
 
-NNI is the judge of what it can run, by the rehearsal; here stands what it would do wrong silently.
-Each check raises ValueError with one line that names the key, its value and what is allowed.
+The rehearsal finds what NNI cannot run; these checks find what it would silently do wrong. Each
+check raises ValueError with one line that names the key, the value and what is allowed.
 """
 
 import grp
@@ -20,26 +20,26 @@ from nnisearch.before.config import check_code, is_local, known_algorithms, ship
 from nnisearch.before.gpus import check_gpus
 from nnisearch.before.space import check_space, deep_choices, texts
 
-# NNI's tuners whose search spaces are of another form.
+# NNI's tuners with another form of search space.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
 
-# Those that fail of options within an option that they have not drawn (KeyError).
+# Tuners that raise KeyError for a choice nested in an option that they have not drawn.
 SHALLOW_SPACES = ("TpeTuner", "RandomTuner", "GridSearchTuner")
 
-# Python, and so NNI, takes true and false for numbers.
+# Keys for which NNI accepts true and false as numbers.
 COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
 
 MANY_TRIALS = 1000  # trials at a time
 
 
 def check(config):
-    """Check a canonical configuration against this machine; return what merely looks wrong, lines.
+    """Check a canonical configuration; return a list of warnings, one line each.
 
-    Raises ValueError.
+    Raises ValueError for what cannot work on this machine.
     """
     for key in ("experiment_working_directory", "trial_code_directory"):
         folder = str(getattr(config, key))
-        if os.fsencode(folder) != folder.encode(errors="replace"):  # as NNI's manager writes it
+        if os.fsencode(folder) != folder.encode(errors="replace"):  # NNI's manager writes UTF-8
             allowed = "a name in UTF-8, under a locale such as LC_ALL=C.UTF-8"
             raise ValueError(f"{camel_case(key)} is {folder!a}; allowed: {allowed}")
     check_code(config.json(), "the configuration")
@@ -52,7 +52,7 @@ def check(config):
             check_gpus(config.training_service)
     lines = oddities(config)
     tuner = shipped_class(config.tuner)
-    if tuner and not tuner.endswith(OTHER_SPACES):  # a tuner of the user's own owns its space
+    if tuner and not tuner.endswith(OTHER_SPACES):  # a user's own tuner may take any space
         check_space(config.search_space)
         lines += texts(config.search_space, "searchSpace")
         if tuner.endswith(SHALLOW_SPACES):
@@ -61,13 +61,11 @@ def check(config):
 
 
 def oddities(config):
-    """Return a line for each value that can hardly be meant, but with which NNI runs a search."""
+    """Return a line for each value that is probably a mistake, although NNI runs with it."""
     lines = []
     for key in COUNTS:
         if isinstance(value := getattr(config, key), bool):
-            lines.append(
-                f"{camel_case(key)} is {str(value).lower()}, which NNI takes for {value:d}"
-            )
+            lines.append(f"{camel_case(key)} is {str(value).lower()}, which NNI reads as {value:d}")
     if config.trial_concurrency > MANY_TRIALS:
         what = f"so NNI asks the tuner for {config.trial_concurrency} sets before a trial starts"
         lines.append(f"trialConcurrency is {config.trial_concurrency}, {what}")
@@ -77,7 +75,7 @@ def oddities(config):
 
 
 def check_algorithms(config):
-    """Check that NNI has the tuner and the assessor, and that they can work in its version."""
+    """Check that NNI has the tuner and the assessor, and that NNI's version of them works."""
     for kind in ("tuner", "assessor"):
         algorithm = getattr(config, kind)
         if not algorithm or not algorithm.name:
@@ -90,33 +88,33 @@ def check_algorithms(config):
             allowed = "className: nnisearch.tuners.Hyperband and codeDirectory: ., under tuner"
             allowed += ", with budget: TRIAL_BUDGET among classArgs if the trial calls it that"
             allowed += ", since NNI's ends at its first result"
-            named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI takes it for either
+            named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI merges both keys
             raise ValueError(f"{named}; allowed: {allowed}")
 
 
 def check_addresses(config):
-    """Check that NNI's programs find each other. Raises ValueError, with the way on."""
+    """Check that NNI's programs can connect to each other. Raises ValueError with a solution."""
     try:
         found = {place[4][0].split("%")[0] for place in socket.getaddrinfo("localhost", None)}
     except OSError:
         found = set()
     if not found or not all(ipaddress.ip_address(each).is_loopback for each in found):
-        known = ", ".join(sorted(found)) or "no name that this machine knows"
+        known = ", ".join(sorted(found)) or "unknown to this machine"
         allowed = "127.0.0.1 or ::1, by a line `127.0.0.1 localhost` in /etc/hosts"
-        raise ValueError(f"localhost is {known}; allowed: {allowed}; NNI's programs meet there")
+        raise ValueError(f"localhost is {known}; allowed: {allowed}; NNI's programs connect there")
     if is_local(config) and config.training_service.reuse_mode and not config.nni_manager_ip:
         try:
             with socket.socket(type=socket.SOCK_DGRAM) as probe:
-                probe.connect(("192.0.2.0", 1))  # by which NNI finds this machine's address
+                probe.connect(("192.0.2.0", 1))  # NNI finds this machine's address in this way
         except OSError as error:
-            why = f"reuseMode needs this machine's address, which has no network: {error.strerror}"
+            why = f"reuseMode needs an address of this machine; no network: {error.strerror}"
             raise ValueError(f"nniManagerIp is not set; allowed: 127.0.0.1; {why}") from None
 
 
 def check_private(folder, key="experimentWorkingDirectory"):
-    """Check that no other user can replace what NNI keeps in a folder, and runs.
+    """Check that no other user can replace files in a folder: NNI runs some of them.
 
-    Raises ValueError, which names the key by which the folder was given.
+    Raises ValueError that names the folder's key in the configuration.
     """
     found = folder.stat() if folder.exists() else None
     if found is None or found.st_mode & stat.S_ISVTX:
@@ -125,14 +123,17 @@ def check_private(folder, key="experimentWorkingDirectory"):
     if found.st_mode & stat.S_IWOTH or is_open_to_group:
         who = "others" if found.st_mode & stat.S_IWOTH else "its group"
         allowed = "a folder that only you can write to, or a sticky one"
-        way = f"chmod go-w '{folder}', or a new folder in it"
-        raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {who} can write to it: {way}")
+        advice = f"chmod go-w '{folder}', or a new folder in it"
+        raise ValueError(
+            f"{key} is '{folder}'; allowed: {allowed}; {who} can write to it: {advice}"
+        )
 
 
 def is_private_group(number):
-    """Return whether a group has this user as its only member, as many systems make one per user.
+    """Return whether a group is this user's private group, which many systems create per user.
 
-    Not all systems tell who belongs to a group. Such a group has the name, or number, of its user.
+    It has the user's name and no other member. If the system has no such names, it has the user's
+    number.
     """
     with suppress(KeyError):
         group, name = grp.getgrgid(number), pwd.getpwuid(os.getuid()).pw_name
@@ -141,9 +142,9 @@ def is_private_group(number):
 
 
 def check_disk(folder, size, key="experimentWorkingDirectory"):
-    """Check that NNI can write in a folder, or make it, and that so many MB are free there.
+    """Check that NNI can write to a folder or create it, and that size MB are free there.
 
-    Raises ValueError, which names the key by which the folder was given. Nothing is left.
+    Raises ValueError that names the folder's key in the configuration.
     """
     there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     try:
@@ -153,5 +154,5 @@ def check_disk(folder, size, key="experimentWorkingDirectory"):
         raise ValueError(f"{key} is '{folder}'; allowed: a folder to write to; {why}") from None
     free = shutil.disk_usage(there).free / 1e6
     if free < size:
-        room = f"allowed: a folder with {size} MB free; {free:.0f} MB are"
-        raise ValueError(f"{key} is '{folder}'; {room}")
+        allowed = f"allowed: a folder with {size} MB free; {free:.0f} MB are free"
+        raise ValueError(f"{key} is '{folder}'; {allowed}")

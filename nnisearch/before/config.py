@@ -1,4 +1,4 @@
-"""An NNI configuration, of either version, with annotation or without, loaded as nnictl does."""
+"""Loads NNI configurations as nnictl does: version 1 or 2, with or without annotation."""
 
 import contextlib
 import difflib
@@ -22,12 +22,12 @@ from nnisearch.shared.results import DATABASE, PROFILE, opened
 from nnisearch.shared.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
-# Of its values, as NNI names them and in words.
+# Types of values: NNI's names, and ours in messages.
 TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"}
 TYPES["typing.Union[pathlib.Path, str]"] = "a path"
 CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
 LEVELS = ["fatal", "error", "warning", "info", "debug", "trace"]
-# The names of version 1, as NNI compares them, and what version 2 has instead.
+# Keys of version 1, in the form in which NNI compares keys, and their replacements in version 2.
 VERSION_1 = dict.fromkeys(
     ("authorname", "description", "multithread", "versioncheck", "logcollection"), "to leave it out"
 ) | {
@@ -56,7 +56,7 @@ VERSION_1 = dict.fromkeys(
 
 
 def seconds(value):
-    """Return how long a duration of a configuration is, 0 if NNI's manager cannot read it."""
+    """Return a configuration's duration in seconds, 0 if NNI's manager cannot read it."""
     try:
         return 0 if isinstance(value, bool) else utils.parse_time(value)
     except (ValueError, OverflowError):
@@ -76,8 +76,8 @@ GPUS = (
     lambda value: utils.validate_gpu_indices(utils.canonical_gpu_indices(value)) is None,
     "a GPU's number, or several such as 0,1 or [0, 1]",
 )
-# Keys that NNI does not name where it refuses their values, or whose values it takes but cannot
-# run with: a test, which may raise ValueError with a reason, and what is allowed.
+# Keys that NNI does not name when it refuses their values, or whose bad values it accepts. Each has
+# a test, which may raise ValueError with a reason, and the allowed values.
 LIMITS = {
     "trainingService": (
         lambda value: isinstance(value, list) or is_object(value),
@@ -101,9 +101,9 @@ LIMITS = {
 def load(path):
     """Return the configuration in the file, an ExperimentConfig in NNI's canonical form.
 
-    Raises ValueError, naming the file, if it is none, and for what NNI itself refuses.
+    Raises ValueError that names the file if NNI refuses it.
     """
-    if path.exists() and not path.is_file():  # which nnictl refuses, too; a pipe may wait for ever
+    if path.exists() and not path.is_file():  # reading a pipe may block for ever
         raise ValueError(f"{path}: it is no file; allowed: a configuration of NNI in a file")
     content = None
     try:
@@ -116,22 +116,22 @@ def load(path):
         utils.set_base_path(path.parent)
         config = ExperimentConfig(**content)
         for service in services(config):
-            if isinstance(service, dict):  # of a platform that NNI does not know
+            if isinstance(service, dict):  # NNI does not know the platform
                 platform = service.get("platform")
                 raise ValueError(f"trainingService.platform is {platform!r}; allowed: {PLATFORMS}")
         if isinstance(config.training_service, list) and len(config.training_service) == 1:
             (service,) = config.training_service
-            if hasattr(service, "reuse_mode"):  # in which NNI runs a list
+            if hasattr(service, "reuse_mode"):  # NNI runs a list in reuse mode
                 config.training_service, service.reuse_mode = service, True
         return config.canonical_copy()
-    except Exception as error:  # of the file, YAML and NNI's classes
+    except Exception as error:  # the file, YAML and NNI's classes raise many
         raise ValueError(f"{path}: {explanation(error, content)}") from None
     finally:
         utils.unset_base_path()
 
 
 def check_values(content):
-    """Check the values of LIMITS in what a file holds. Raises ValueError, naming the key.
+    """Check a file's values by LIMITS. Raises ValueError that names the key.
 
     NNI's assertions check some of them, too, but not in `python -O`.
     """
@@ -139,7 +139,7 @@ def check_values(content):
     for key, value in (item for part in objects(content) for item in part.items()):
         is_good, allowed = limits.get(utils.case_insensitive(str(key)), (bool, None))
         why = ""
-        with contextlib.suppress(TypeError):  # NNI says which type it has to have
+        with contextlib.suppress(TypeError):  # NNI reports the right type
             try:
                 if value is None or allowed is None or is_good(value):
                     continue
@@ -149,7 +149,7 @@ def check_values(content):
 
 
 def objects(content):
-    """Yield the objects in a configuration: itself, its training services, and their machines."""
+    """Yield the objects of a configuration: itself, its training services, and their machines."""
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, dict):
             yield part
@@ -159,14 +159,14 @@ def objects(content):
 
 
 def explanation(error, content):
-    """Return in one line why NNI refuses a configuration, with its keys as they are documented.
+    """Return in one line why NNI refuses a configuration, with keys in their documented spelling.
 
-    content is what the user has written, or NNI has stored, as JSON has it.
+    content is the configuration as the user has written it, or as NNI has stored it.
     """
     text = one_line(error)
     if isinstance(error, OSError):
         text = error.strerror or text
-    elif isinstance(error, AssertionError) and not error.args:  # its line is the text
+    elif isinstance(error, AssertionError) and not error.args:  # the failed line is the reason
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"allowed: {re.sub(r'^assert |self[.]', '', place.line)}"
         if place.filename.endswith("algorithm.py"):
@@ -179,19 +179,19 @@ def explanation(error, content):
         why = failed[2]
         try:
             yaml.safe_load(Path(failed[1]).read_text(encoding="utf-8"))
-        except Exception as cause:  # NNI shows it by repr(), without the line
+        except Exception as cause:  # NNI's message has its repr(), without the line number
             why = getattr(cause, "strerror", None) or one_line(cause)
         text = f"searchSpaceFile is {failed[1]}: {why}"
     text = text.replace(' in "<unicode string>",', " at")
     if wrong := re.fullmatch(r"\w+: type of (\w+) \((.*)\) is not (.*)", text):
         kind = re.sub(r"typing\.Optional\[(\w+)\]|<class '(\w+)'>", r"\1\2", wrong[3])
-        given = "of another form" if "{" in wrong[2] else wrong[2]  # passwords may be among it
+        given = "of another form" if "{" in wrong[2] else wrong[2]  # objects may hold passwords
         _, limits = LIMITS.get(utils.camel_case(wrong[1]), (None, kind))
         text = f"{wrong[1]} is {given}; allowed: {TYPES.get(kind, limits)}"
     classes = {each.__name__: each.__dataclass_fields__ for each in _all_subclasses(ConfigBase)}
     if unknown := re.search(r"([^\W_]+) does not have field\(s\) (.*)", text):
         text = misspelled(unknown[2].split(", "), unknown[1], classes, content)
-    # NNI's classes have the keys as Python writes names.
+    # NNI's classes spell the keys in snake_case.
     keys = {name for fields in classes.values() for name in fields}
     return re.sub(
         r"(?<![\w/.-])\w+(?![\w/])",
@@ -201,9 +201,10 @@ def explanation(error, content):
 
 
 def misspelled(names, where, classes, content):
-    """Return in words which keys of NNI's class where are unknown, and what is allowed.
+    """Return a text with the unknown keys of a configuration and the allowed ones.
 
-    The names are as NNI compares them. classes is {name: fields of NNI's class}.
+    names are the keys in the form in which NNI compares them. where is the name of NNI's class,
+    and classes is {name: fields of NNI's class}.
     """
     known = {
         name: {utils.case_insensitive(field): utils.camel_case(field) for field in fields}
@@ -223,9 +224,9 @@ def misspelled(names, where, classes, content):
 
 
 def load_stored(experiment, folder):
-    """Return the configuration that NNI has stored of an experiment, whose folder this is.
+    """Return the configuration that NNI has stored in an experiment's folder.
 
-    Raises ValueError if it holds what NNI's serializer would run, or cannot be read.
+    Raises ValueError if it cannot be read, or if NNI's serializer would run code in it.
     """
     database = folder / DATABASE
     try:
@@ -238,28 +239,28 @@ def load_stored(experiment, folder):
     config = from_stored(params, where)
     try:
         return config.canonical_copy()
-    except Exception as error:  # of NNI's classes
+    except Exception as error:  # NNI's classes raise many
         raise ValueError(f"{where}: {explanation(error, params)}") from None
 
 
 def from_stored(params, where):
-    """Return the configuration in what NNI has stored of an experiment; where is for errors.
+    """Return the configuration in NNI's stored params of an experiment; where is for errors.
 
-    Raises ValueError if it holds what NNI's serializer would run, or is no configuration.
+    Raises ValueError if they are no configuration, or if NNI's serializer would run code in them.
     """
     if not isinstance(params, dict):
         raise ValueError(f"{where}: its configuration is {params!r}; allowed: an object")
     check_code(params, where)
     try:
         return load_experiment_config(params)
-    except Exception as error:  # of NNI's classes
+    except Exception as error:  # NNI's classes raise many
         raise ValueError(f"{where}: {explanation(error, params)}") from None
 
 
 def check_code(value, where):
-    """Check that what is to be JSON can be, and that no key makes NNI's serializer run code.
+    """Raise ValueError for keys by which NNI's serializer runs code, and for values beyond JSON.
 
-    YAML has dates, and sets. Raises ValueError, at any depth.
+    This covers nested values, too. YAML can hold dates and sets.
     """
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     for key, part in parts:
@@ -273,38 +274,38 @@ def check_code(value, where):
 
 
 def convert_version_1(content):
-    """Return as version 2 what a file of NNI's version 1 holds.
+    """Convert a configuration of NNI's version 1 into version 2.
 
-    Raises ValueError for what nnictl does not convert, and then starts in a way of its own.
+    Raises ValueError if NNI cannot; nnictl then starts it by separate code.
     """
     platform = content["trainingServicePlatform"]
     is_old = (content.get(f"{platform}Config") or {}).get("reuse") is False
     logger = logging.getLogger(convert.__name__)
-    logger.disabled = True  # it warns of each key that version 2 no longer has
+    logger.disabled = True  # it warns of each key that version 2 has dropped
     try:
         if platform in ("kubeflow", "frameworkcontroller") and is_old:
             raise ValueError("reuse is False")
         return convert.to_v2(content)
     except Exception as error:
         why = f"{type(error).__name__}: {one_line(error)}"
-        allowed = "one of version 2, or one that NNI can convert"
+        allowed = "version 2, or what NNI can convert"
         raise ValueError(f"a configuration of version 1; allowed: {allowed}; {why}") from None
     finally:
         logger.disabled = False
 
 
 def expand(config, folder):
-    """Set an annotated project's code, expanded into the folder, and the search space in it.
+    """Expand an annotated project's code into the folder; set it and its search space in config.
 
-    Raises ValueError if it has none.
+    Raises ValueError if the code has no annotation.
     """
-    with tempfile.TemporaryDirectory() as outside:  # the folder may be below the code's
+    with tempfile.TemporaryDirectory() as outside:  # the folder may be inside the code's
         code = Path(outside, "code")
         code.mkdir()
         try:
             expand_annotations(str(config.trial_code_directory), str(code))
             config.search_space = generate_search_space(str(code))
-        except Exception as error:  # of whatever Python code there is
+        except Exception as error:  # depends on the user's code
             why = one_line(error)
             raise ValueError(f"useAnnotation: the code cannot be expanded: {why}") from None
         shutil.copytree(code, folder)
@@ -317,7 +318,7 @@ def expand(config, folder):
 
 
 def services(config):
-    """Return the list of a configuration's training services, also of a single one."""
+    """Return a configuration's training services as a list, even if there is only one."""
     found = config.training_service
     return found if isinstance(found, list) else [found]
 
@@ -328,7 +329,7 @@ def is_local(config):
 
 
 def known_algorithms(kind):
-    """Return {name in lower case: (name, class)} of the tuners or assessors that NNI lists."""
+    """Return {lower-case name: (name, class)} of the tuners or assessors that NNI knows."""
     listed = [meta for meta in get_all_algo_meta() if meta.algo_type == kind]
     names = [(meta.name, meta.class_name) for meta in listed]
     names += [(meta.alias, meta.class_name) for meta in listed if meta.alias]
@@ -336,7 +337,7 @@ def known_algorithms(kind):
 
 
 def shipped_class(algorithm):
-    """Return the class of a tuner that comes with NNI or with this package, else None."""
+    """Return the class name of a tuner of NNI or of this package, else None."""
     _, listed = known_algorithms("tuner").get((algorithm.name or "").lower(), (None, None))
     class_name = algorithm.class_name or listed or ""
     return class_name if class_name.startswith(("nni.", "nnisearch.")) else None

@@ -1,4 +1,4 @@
-"""Which GPUs this machine has, which of them a search may use, and who holds them."""
+"""Finds this machine's GPUs, the processes on them, and the GPUs that a search may use."""
 
 import os
 import re
@@ -14,29 +14,29 @@ from nnisearch.shared.text import one_line
 def gpus():
     """Return the processes on each GPU, [[description, ...], ...], or [] without nvidia-smi.
 
-    Raises ValueError, with what it has said, if nvidia-smi does not tell.
+    Raises ValueError with nvidia-smi's output if it fails.
     """
     if not shutil.which("nvidia-smi"):
         return []
-    said = ""
+    output = ""
     try:
         answer = subprocess.run(
             ["nvidia-smi", "-q", "-x"], capture_output=True, timeout=20, text=True, errors="replace"
         )
-        said = answer.stderr + answer.stdout
-        if "No devices were found" in said:
+        output = answer.stderr + answer.stdout
+        if "No devices were found" in output:
             return []
         answer.check_returncode()
         log, end, _ = answer.stdout.partition("</nvidia_smi_log>")  # a warning may follow
         listed = ElementTree.fromstring(log + end).findall("gpu")
     except (OSError, subprocess.SubprocessError, ElementTree.ParseError) as error:
-        said = f"; it says: {one_line(said, 300)}" if said else ""
+        said = f"; it says: {one_line(output, 300)}" if output else ""
         raise ValueError(f"nvidia-smi fails: {one_line(error)}{said}") from None
     return [[holder(p.findtext("pid")) for p in gpu.iter("process_info")] for gpu in listed]
 
 
 def holder(pid):
-    """Return a process's name, number and user, as far as they can be seen."""
+    """Return a process's name, PID and user, as far as they are visible."""
     try:
         process = psutil.Process(int(pid))
         return one_line(f"{process.name()} ({pid}, {process.username()})")
@@ -45,17 +45,16 @@ def holder(pid):
 
 
 def allow_visible(service):
-    """Let CUDA_VISIBLE_DEVICES stand for gpuIndices, where a local training service has none.
+    """Use CUDA_VISIBLE_DEVICES if a local training service has no gpuIndices: NNI ignores it.
 
-    Return a line that says so, or None. NNI itself schedules on all GPUs regardless. Raises
-    ValueError for a form by which NNI cannot choose.
+    Returns a line about it, or None. Raises ValueError if it is no list of GPU numbers.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not service.trial_gpu_number or service.gpu_indices is not None or visible is None:
         return None
     indices = [part.strip() for part in visible.split(",") if part.strip()]
     if not all(re.fullmatch(r"\d+", index) for index in indices) or not indices:
-        allowed = "numbers of GPUs, or gpuIndices in the configuration, where GPUs are scheduled"
+        allowed = "numbers of GPUs, or gpuIndices in the configuration, if NNI schedules GPUs"
         raise ValueError(f"CUDA_VISIBLE_DEVICES is {visible!r}; allowed: {allowed}")
     service.gpu_indices = list(dict.fromkeys(map(int, indices)))
     return f"The search may use GPU {', '.join(indices)}, as CUDA_VISIBLE_DEVICES says"
@@ -73,9 +72,9 @@ def free_gpus(service):
 
 
 def waiting_for(service):
-    """Return a line on what the GPUs of a local training service wait for, or None if one is free.
+    """Return a line with the processes on a local training service's GPUs, None if one is free.
 
-    That is who holds them, or what nvidia-smi says in place of an answer.
+    If nvidia-smi fails, the line is its error.
     """
     try:
         found = gpus_for(service)
@@ -87,7 +86,7 @@ def waiting_for(service):
 
 
 def check_gpus(service):
-    """Check that the GPUs that a local training service asks for exist. Raises ValueError."""
+    """Raise ValueError if GPUs that a local training service asks for do not exist."""
     found, wanted = len(gpus()), service.trial_gpu_number
     for index in service.gpu_indices or []:
         if index >= found:

@@ -1,4 +1,4 @@
-"""The machines that trials are to run on over SSH, each tried as NNI would use it."""
+"""Tries the machines of machineList over SSH, as NNI would use them."""
 
 import json
 import os
@@ -35,9 +35,9 @@ print("<" + json.dumps(found) + ">")
 def check_machines(config, find_port):
     """Try all machines at once, each as NNI would use it.
 
-    find_port() returns a port of this machine for their runners to call. Returns a line for each
-    machine that is left out for now, since it is off or out of reach. Raises ValueError if no
-    machine works, or if the fault is the configuration's.
+    find_port() returns a port of this machine that their runners connect to. Returns a line for
+    each machine that is off or out of reach, and so left out for now. Raises ValueError if no
+    machine works, or if the configuration is at fault.
     """
     services = config.training_service
     services = services if isinstance(services, list) else [services]
@@ -72,7 +72,7 @@ def check_machines(config, find_port):
 
 
 def fault(config, machine, found, port):
-    """Return in words which key of the configuration is at fault, and what is allowed."""
+    """Return a text with the wrong key of the configuration and what is allowed."""
     where, why = name(machine), one_line(found["message"])
     if found["stage"] == "way":
         given = f"nniManagerIp is {config.nni_manager_ip or 'not set'}"

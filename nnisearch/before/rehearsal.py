@@ -1,7 +1,7 @@
-"""The tuner and the trial, each tried in a process of its own as NNI would start it.
+"""Tries the tuner and the trial before the search, each in a process as NNI would start it.
 
-What fails here would fail in the search, and is refused in one line. What takes its time is not:
-whoever waits for more than five seconds is told for what.
+A failure here would be a failure of the search, so it is refused in one line. A slow tuner or trial
+is not refused: after five seconds a line tells the user what the command waits for.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from nnisearch.shared.processes import stop
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason, tail
 
-TUNER_PATIENCE = 120  # seconds until a search starts although its tuner has not answered
-TRIAL_PATIENCE = 600  # the same for its trial, which may have to download its data
-QUEUE_PATIENCE = 60  # the same in SLURM's queue, and then again on a node
-NOTICE = 5  # seconds until the user is told what is waited for
-RESULTS = 25  # that NNI's tuners are told of; some have a plan from the tenth or twentieth on
-RESULTS_PATIENCE = 3  # seconds for all of these
+TUNER_PATIENCE = 120  # s; then the search starts although its tuner has not answered
+TRIAL_PATIENCE = 600  # s; the same for the trial, which may have to download its data
+QUEUE_PATIENCE = 60  # s; the same in SLURM's queue, and then again on a node
+NOTICE = 5  # s until the user is told what the command waits for
+RESULTS = 25  # results for NNI's tuners; some use their model only after ten or twenty
+RESULTS_PATIENCE = 3  # s for all these results
 STEPS = 10  # intermediate results per trial, if there is an assessor
-MOST_TRIALS = 5  # that are tried if one after the other fails
-AFTER_ASKING = 2  # seconds that a trial has to go on for, with its parameters
-# By what NNI's tuners raise: what they want.
+MOST_TRIALS = 5  # tries if the trial fails with each set of parameters
+AFTER_ASKING = 2  # s; a trial that runs so long after reading its parameters is good
+# Errors of NNI's tuners: what they allow.
 HINTS = {
     "is not a valid OptimizeMode": "allowed: maximize, minimize",
     r"\{'_name': .*\} is not in list": "allowed for PBT: options that have no parameters",
@@ -52,7 +52,7 @@ IN_OPEN = 0x20  # of inotify(7)
 
 
 class Waiting:
-    """A patience of so many seconds, of which the user is told after the first few."""
+    """A time limit in seconds; after NOTICE seconds the user is told what is awaited."""
 
     def __init__(self, what, patience):
         self.what, self.patience = what, patience
@@ -60,21 +60,21 @@ class Waiting:
         self.is_said = False
 
     def goes_on(self, words=""):
-        """Return whether the patience is not over; words is what has been heard so far."""
+        """Return whether the time limit is not reached; words is the last output so far."""
         seconds = time.monotonic() - self.start
         if seconds > NOTICE and not self.is_said:
             self.is_said = True
-            heard = f"; its last words: {words}" if words else ""
-            print(f"Waiting for {self.what}, or --no-rehearsal{heard}")
+            printed = f"; its last line: {words}" if words else ""
+            print(f"Waiting for {self.what} (--no-rehearsal skips this){printed}")
         return seconds < self.patience
 
 
 @contextlib.contextmanager
 def leashed(command, leftover, **how):
-    """Run a command that ends here, or with this process; then the folder leftover goes, too.
+    """Run a command, and end it after the block.
 
-    It is in a session of its own, and out of reach of Ctrl-C. leash.py starts it, so that there is
-    no moment at which it would be left.
+    It has its own session, which Ctrl-C does not reach. If this process is killed, leash.py ends
+    the command and removes the folder leftover.
     """
     command = [sys.executable, LEASH, leftover, *command]
     with uninterrupted():
@@ -83,15 +83,15 @@ def leashed(command, leftover, **how):
         yield leash
     finally:
         with uninterrupted():
-            leash.communicate(b"It goes on.")
-            stop(leash.pid, leftover)  # what is left where the leash has failed
+            leash.communicate(b"The launcher lives.")
+            stop(leash.pid, leftover)  # in case the leash has failed
 
 
 def rehearse(config, folder, leftover):
-    """Try the tuner, and on this machine the trial with what the tuner proposes.
+    """Try the tuner and, if trials run on this machine, the trial with the tuner's parameters.
 
-    folder is a new one, for all that they write, and leftover what goes if this process is killed.
-    Raises ValueError, with the reason, if one fails.
+    folder is new, for their files; leftover is the folder to remove if this process is killed.
+    Raises ValueError with the reason if one fails.
     """
     proposals = rehearse_tuner(config, folder / "tuner", leftover)
     if not proposals or not is_local(config):
@@ -99,7 +99,7 @@ def rehearse(config, folder, leftover):
     wanted = config.trial_gpu_number
     free = free_gpus(config.training_service) if wanted else []
     if wanted and len(free) < wanted:
-        return  # it would have to wait
+        return  # the trial would have to wait
     devices = None if wanted is None else ",".join(map(str, free[:wanted])) or "-1"
     for number, proposal in enumerate(proposals):  # the first parameters may be at fault
         place = folder / f"trial{number}"
@@ -117,11 +117,11 @@ def rehearse(config, folder, leftover):
 
 
 def rehearse_tuner(config, folder, leftover):
-    """Return the tuner's first sets of parameters, each as NNI writes it to a parameter.cfg.
+    """Return the tuner's first sets of parameters, in the format of NNI's parameter.cfg.
 
-    NNI's dispatcher, with the tuner, assessor or advisor in it, is started with the command, in the
-    kind of folder and with the environment that NNI's manager would give it, and this process talks
-    to it as the manager would. Raises ValueError if it ends before it has answered.
+    NNI's dispatcher runs the tuner and the assessor, or the advisor. It gets the same command and
+    environment as from NNI's manager, and this process plays the manager. Raises ValueError if the
+    dispatcher ends before it has answered.
     """
     algorithms = config.json()
     space = algorithms.pop("searchSpace")
@@ -163,10 +163,10 @@ def rehearse_tuner(config, folder, leftover):
 
 
 def rehearse_results(manager, config, proposals, limit, has_ended):
-    """Tell NNI's tuner and assessor of results; add what it proposes then to the proposals.
+    """Send results to the tuner and the assessor; append the tuner's next parameters to proposals.
 
-    Some fail only when they have heard of several results. A tuner of the user's own is told of
-    none: it may store them. Raises EOFError if the tuner ends, TimeoutError if it thinks for long.
+    Some only fail after several results. A user's own tuner gets none: it might store them. Raises
+    EOFError if the tuner ends, TimeoutError if it takes too long.
     """
     shipped = shipped_class(config.tuner) or ""
     arguments = config.tuner.class_args or {}
@@ -187,7 +187,7 @@ def rehearse_results(manager, config, proposals, limit, has_ended):
 
 
 def as_javascript(value):
-    """Return what is of JSON as NNI's manager hands it on: it writes 1.0 as 1."""
+    """Return a JSON value as NNI's manager passes it on: JavaScript writes 1.0 as 1."""
 
     def number(text):
         return int(float(text)) if float(text).is_integer() else float(text)
@@ -196,18 +196,18 @@ def as_javascript(value):
 
 
 def read(path):
-    """Return the end of another process's file, "" while it is not there."""
+    """Return the end of another process's file, "" if it does not exist yet."""
     return tail(path) if path.exists() else ""
 
 
 def with_hint(why):
-    """Return why a tuner has failed with what is allowed instead, where that is known."""
+    """Return why a tuner has failed, and what is allowed if HINTS knows it."""
     hints = [hint for pattern, hint in HINTS.items() if re.search(pattern, why)]
     return "; ".join([why, *hints, "--no-rehearsal starts the search all the same"])
 
 
 def algorithms_in_words(config):
-    """Return a configuration's tuner, and its assessor, in words."""
+    """Return a text that names a configuration's tuner and assessor."""
     words = []
     for kind in ("tuner", "assessor"):
         if algorithm := getattr(config, kind):
@@ -217,7 +217,7 @@ def algorithms_in_words(config):
 
 
 def dispatcher_command(connection):
-    """Return the command by which guard.js starts the dispatcher, with its end of a connection."""
+    """Return guard.js's command for the dispatcher, with the dispatcher's end of a connection."""
     return [sys.executable, DISPATCHER, str(connection.fileno())]
 
 
@@ -236,7 +236,7 @@ def dispatcher_environment(config, folder):
 
 
 def events(proposal, number, has_assessor):
-    """Yield the commands and data by which NNI's manager tells the dispatcher of a trial."""
+    """Yield NNI's (command, data) pairs for the results and the end of one trial."""
     trial = {"trial_job_id": f"rehearsal{number}"}
     metric = trial | {"parameter_id": json.loads(proposal)["parameter_id"]}
     result = 0.618 * (number + 1) % 1  # all different, between 0 and 1
@@ -250,12 +250,12 @@ def events(proposal, number, has_assessor):
 
 
 class Manager:
-    """The manager's end of a web socket to NNI's dispatcher, which is given the socket other."""
+    """The manager's end of a web socket to NNI's dispatcher, which gets the socket other."""
 
     def __enter__(self):
         self.own, self.other = socket.socketpair()
         self.protocol = ServerProtocol(max_size=None)
-        self.part, self.received = b"", []  # of a message, and messages that are whole
+        self.part, self.received = b"", []  # an incomplete message, and complete ones
         return self
 
     def __exit__(self, *_):
@@ -263,12 +263,12 @@ class Manager:
         self.other.close()
 
     def begin(self, config):
-        """Send the dispatcher, which has been started, its configuration."""
+        """Send the configuration to the running dispatcher."""
         self.other.close()
         self.write(json.dumps(config).encode() + b"\n")
 
     def write(self, data):
-        with contextlib.suppress(OSError):  # it has ended, which read_on() will tell
+        with contextlib.suppress(OSError):  # it has ended, which read_on() notices
             self.own.sendall(data)
 
     def send(self, command, data, has_ended=None, waiting=None):
@@ -282,12 +282,12 @@ class Manager:
     def next(self, has_ended, waiting):
         """Return the next message. Raises what read_on() does."""
         while not self.received:
-            self.send(CommandType.Ping, "")  # a dispatcher whose worker has died ends when it hears
+            self.send(CommandType.Ping, "")  # lets a dispatcher end if its worker has died
             self.read_on(has_ended, waiting)
         return self.received.pop(0)
 
     def read_on(self, has_ended, waiting):
-        """Read what comes within 0.1 s. Raises EOFError if the tuner has ended, TimeoutError."""
+        """Read for 0.1 s. Raises EOFError if the tuner has ended, TimeoutError after the limit."""
         if not waiting.goes_on():
             raise TimeoutError
         if not select.select([self.own], [], [], 0.1)[0]:
@@ -312,7 +312,7 @@ class Manager:
         self.write(b"".join(self.protocol.data_to_send()))
 
     def parameters(self, number, has_ended, waiting):
-        """Return so many sets of parameters, as JSON, or fewer if the tuner has no more."""
+        """Return number sets of parameters, as JSON, or fewer if the tuner has no more."""
         proposals = []
         while len(proposals) < number:
             message = self.next(has_ended, waiting)
@@ -325,10 +325,10 @@ class Manager:
 
 
 def rehearse_trial(config, folder, proposal, number, devices, leftover):
-    """Run the trial command until it reports, ends, or has gone on with its parameters for a while.
+    """Run the trial command until it reports, ends, or has used its parameters for AFTER_ASKING s.
 
-    Return why it has failed, or None, and whether it had asked for its parameters. number counts
-    the trials from 0; devices is its CUDA_VISIBLE_DEVICES, or None.
+    Returns the reason of a failure, or None, and whether the trial has read its parameters. number
+    counts the trials from 0; devices is the trial's CUDA_VISIBLE_DEVICES, or None.
     """
     (folder / ".nni").mkdir(parents=True)
     parameters, metrics = folder / "parameter.cfg", folder / ".nni" / "metrics"
@@ -349,7 +349,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         given["SLURM_JOB_NAME"] = slurm.job_name(leftover.name, folder.name)
         (folder / slurm.NOTE).touch()
     output, errors = folder / "stdout", folder / "stderr"
-    script = folder / "run.sh"  # ps shows arguments, and passwords may stand there
+    script = folder / "run.sh"  # ps would show passwords among arguments
     script.write_text(config.trial_command, encoding="utf-8")
     with (
         noticing_opening(parameters) as was_opened,
@@ -368,7 +368,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         if uses_slurm and not begins(trial, folder, leftover.name, errors):
             return None, True
         patience = QUEUE_PATIENCE if uses_slurm else TRIAL_PATIENCE
-        waiting = Waiting("the trial to ask for its parameters", patience)
+        waiting = Waiting("the trial to read its parameters", patience)
         while waiting.goes_on(last_line(errors) or last_line(output)):
             if trial.poll() is not None:
                 break
@@ -389,16 +389,16 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         print(f"The search starts although its trial could not be tried: {one_line(lost[0])}")
         return None, has_asked
     if 128 < trial.returncode < 128 + signal.NSIG:
-        how = f"it is ended by signal {trial.returncode - 128}"
+        how = f"it was ended by signal {trial.returncode - 128}"
     else:
         how = f"it fails with status {trial.returncode}"
     return f"{how}: {reason(words)}", has_asked
 
 
 def begins(trial, folder, id, errors):
-    """Wait until a trial's job has begun on a node, or has ended; return whether it has.
+    """Wait until a trial's job has started on a node or has ended; return whether it has.
 
-    After a minute in the queue the user is told that the search starts without having tried it.
+    After a minute in the queue a line says that the search starts without trying the trial.
     """
     waiting = Waiting("the trial, which is in SLURM's queue", QUEUE_PATIENCE)
     while waiting.goes_on(last_line(errors)):
@@ -412,7 +412,7 @@ def begins(trial, folder, id, errors):
 
 @contextlib.contextmanager
 def noticing_opening(path):
-    """Yield a function that tells whether anybody has opened the file since, by inotify(7)."""
+    """Yield a function that returns whether a process has opened the file, by inotify(7)."""
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     libc.inotify_add_watch(watch, os.fsencode(path), IN_OPEN)

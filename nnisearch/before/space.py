@@ -1,4 +1,4 @@
-"""What a search space of NNI must hold: with less its tuners go wrong without a word."""
+"""Checks a search space for mistakes that NNI's tuners ignore."""
 
 import math
 import re
@@ -6,13 +6,16 @@ import re
 from nnisearch.shared.results import finite
 from nnisearch.shared.text import one_line
 
-# How many numbers a kind of parameter has as its _value.
+# The number of values in _value, by _type.
 NUMBERS = {"uniform": 2, "randint": 2, "loguniform": 2, "normal": 2, "lognormal": 2}
 NUMBERS |= {"quniform": 3, "qloguniform": 3, "qnormal": 3, "qlognormal": 3}
 
 
 def check_space(space, where="searchSpace"):
-    """Check a search space, and those nested in it, for what NNI's and Optuna's tuners misread."""
+    """Raise ValueError for mistakes in a search space, and in the spaces nested in it.
+
+    where names the space in the message.
+    """
     if not isinstance(space, dict):
         raise ValueError(f"{where} is {one_line(space)}; allowed: an object of parameters")
     for key, entry in space.items():
@@ -30,7 +33,7 @@ def check_space(space, where="searchSpace"):
 
 
 def check_choice(values, at):
-    """Check the values of a choice: anything, or objects that have a _name and parameters."""
+    """Check the values of a choice: any JSON, or objects with a _name and parameters."""
     if not isinstance(values, list) or not values:
         raise ValueError(f"{at} is {one_line(values)}; allowed: a list of at least one value")
     if any(isinstance(value, float) and finite(value) is None for value in values):
@@ -41,12 +44,12 @@ def check_choice(values, at):
 
 
 def check_numbers(kind, values, at):
-    """Check the bounds, or mean and deviation, and the step of a parameter that is no choice."""
+    """Check the bounds, or the mean and deviation, and the step of a numeric parameter."""
     wrong = f"{at} is {one_line(values)}; allowed for {kind}"
     if not isinstance(values, list) or len(values) != NUMBERS[kind]:
         raise ValueError(f"{wrong}: a list of {NUMBERS[kind]} numbers")
     try:
-        numbers = [float(value) for value in values]  # as NNI does, for text too
+        numbers = [float(value) for value in values]  # NNI converts text, too
     except (TypeError, ValueError):
         raise ValueError(f"{wrong}: numbers") from None
     except OverflowError:  # an integer of more than 308 digits
@@ -63,7 +66,7 @@ def check_numbers(kind, values, at):
 
 
 def is_nested(values):
-    """Return whether NNI takes the values of a choice for search spaces with names."""
+    """Return whether NNI reads the values of a choice as named search spaces."""
     return all(isinstance(value, dict) and "_name" in value for value in values)
 
 
@@ -73,27 +76,27 @@ def parameters_of(value):
 
 
 def texts(space, where):
-    """Yield a line for each number that YAML has taken for text, as it does with 1e-4."""
+    """Yield a line for each number that YAML has read as text, such as 1e-4."""
     for key, entry in space.items():
         values = entry["_value"]
         at = f"{where}: {one_line(key)}"
         for value in values:
             if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
                 number = re.sub(r"(?i)e", ".0e", value, count=1)
-                yield f"{at}: {value} is text to YAML; for a number write {number}"
+                yield f"{at}: YAML reads {value} as text; for a number write {number}"
         if entry["_type"] == "choice" and is_nested(values):
             for value in values:
                 yield from texts(parameters_of(value), f"{at}: {one_line(value['_name'])}")
 
 
 def deep_choices(space, where, is_option=False):
-    """Yield a line for each choice of named options that stands in an option of another."""
+    """Yield a line for each choice of named options inside an option of another choice."""
     for key, entry in space.items():
         if entry["_type"] != "choice" or not is_nested(entry["_value"]):
             continue
         at = f"{where}: {one_line(key)}"
         if is_option:
-            yield f"{at} has options within an option: NNI's tuner fails where that is not drawn"
+            yield f"{at} is nested in an option: NNI's tuner fails if it does not draw that option"
             continue
         for value in entry["_value"]:
             option = f"{at}: {one_line(value['_name'])}"
@@ -101,5 +104,5 @@ def deep_choices(space, where, is_option=False):
 
 
 def is_number(value):
-    """Return whether a value is a finite number; the true and the false of JSON are none."""
+    """Return whether a value is a finite number; true and false are not."""
     return not isinstance(value, bool) and finite(value) is not None

@@ -218,15 +218,15 @@ def test_numbers_that_yaml_takes_for_text(load):
     nested = {"_name": "a", "b": {"_type": "choice", "_value": ["5E-2", "text", "1.0e-4"]}}
     space = entry("loguniform", "1e-4", 0.1) | {"x": {"_type": "choice", "_value": [nested]}}
     assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
-        "searchSpace: lr: 1e-4 is text to YAML; for a number write 1.0e-4",
-        "searchSpace: x: a: b: 5E-2 is text to YAML; for a number write 5.0e-2",
+        "searchSpace: lr: YAML reads 1e-4 as text; for a number write 1.0e-4",
+        "searchSpace: x: a: b: YAML reads 5E-2 as text; for a number write 5.0e-2",
     ]
 
 
 def test_options_within_an_option_are_warned_of(load):
     inner = {"_type": "choice", "_value": [{"_name": "c"}, {"_name": "d"}]}
     space = entry("choice", {"_name": "a"}, {"_name": "b", "inner": inner})
-    line = "searchSpace: lr: b: inner has options within an option: NNI's tuner fails where that"
+    line = "searchSpace: lr: b: inner is nested in an option: NNI's tuner fails if it"
     for name in ("TPE", "Random"):
         (warning,) = checks.check(load(searchSpace=space, tuner={"name": name}))
         assert warning.startswith(line)
@@ -238,8 +238,8 @@ def test_options_within_an_option_are_warned_of(load):
 def test_what_nni_runs_but_nobody_means_is_warned_of(load):
     odd = {"trialConcurrency": True, "maxTrialNumber": True, "trialCommand": " "}
     assert checks.check(load(**odd)) == [
-        "trialConcurrency is true, which NNI takes for 1",
-        "maxTrialNumber is true, which NNI takes for 1",
+        "trialConcurrency is true, which NNI reads as 1",
+        "maxTrialNumber is true, which NNI reads as 1",
         "trialCommand is ' ', so no trial will have a result",
     ]
 

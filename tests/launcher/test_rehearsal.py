@@ -186,7 +186,7 @@ def test_no_argument_shows_what_a_trial_is_given(rehearse, tmp_path):
     [
         ("python3 trian.py", "trian.py"),
         ("cat $NNI_SYS_DIR/parameter.cfg; sleep 1; exit 3", "it fails with status 3"),
-        ("kill -9 $$", "it is ended by signal 9: it has printed nothing"),
+        ("kill -9 $$", "it was ended by signal 9: it has printed nothing"),
         ("python3 -c 'raise KeyError(1)' 2>&1", "it fails with status 1: KeyError: 1"),
     ],
 )
@@ -209,8 +209,8 @@ def test_whoever_waits_is_told_for_what(rehearse, monkeypatch, capsys):
     monkeypatch.setattr(rehearsal, "TRIAL_PATIENCE", 2)
     rehearse(trialCommand=f"echo downloading; {NEVER}")
     printed = capsys.readouterr().out
-    assert "Waiting for the trial to ask for its parameters, or --no-rehearsal" in printed
-    assert "its last words: downloading" in printed
+    assert "Waiting for the trial to read its parameters (--no-rehearsal skips this)" in printed
+    assert "its last line: downloading" in printed
 
 
 @pytest.mark.parametrize("end", ["sleep 987", "exit 0"])
