@@ -1,4 +1,4 @@
-"""Start NNI's manager on a free port, or leave nothing behind."""
+"""Starts NNI's manager on a free port; a failed start leaves nothing behind."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ UNDO = Path(__file__).with_name("undo.py")
 
 
 def is_free(port):
-    """Return whether nothing on this machine listens on the port."""
+    """Return whether no process on this machine listens on the port."""
     for place, family in (("", socket.AF_INET), ("::", socket.AF_INET6)):
         try:
             socket.create_server((place, port), family=family).close()
@@ -40,14 +40,14 @@ def is_free(port):
 
 
 def are_free(port, count):
-    """Return whether so many ports from this one on are free."""
+    """Return whether this port and the next count - 1 are free."""
     return all(is_free(port + offset) for offset in range(count))
 
 
 def find_port(wanted, count):
-    """Return wanted, or by default the first port from PORT on, with count free ports from there.
+    """Return the first of count consecutive free ports: wanted or, by default, PORT or above.
 
-    Raises ValueError, with who has it, if wanted is taken.
+    Raises ValueError if wanted is taken; it names the experiment that has it.
     """
     for port in [wanted] if wanted else itertools.count(PORT):
         if are_free(port, count):
@@ -63,7 +63,7 @@ def find_port(wanted, count):
 
 
 def prepare_environment(config, listen):
-    """Set what NNI's manager inherits: this Python for the trials, and manager.js for itself."""
+    """Set the environment of NNI's manager, so that Node loads manager.js with its settings."""
     machines = [m for one in services(config) for m in getattr(one, "machine_list", None) or []]
     found = [socket.getaddrinfo(machine.host, None) for machine in machines]
     guard = {
@@ -73,8 +73,8 @@ def prepare_environment(config, listen):
     }
     if slurm.is_used(config):
         guard["slurm"] = {"lost": slurm.LOST, "note": slurm.NOTE}
-    preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))  # its path may have spaces, too
-    # NNI's Node, of 2022, stumbles over today's openssl.cnf: then it takes no Ed25519 keys.
+    preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))
+    # NNI's Node of 2022 misreads today's openssl.cnf, and then refuses Ed25519 keys.
     options, debuggers = re.subn(r"(?<!\S)--inspect(-brk)?(=\S*)?(?!\S)", "", guard["nodeOptions"])
     if debuggers:
         reach = "all users of this machine could run commands by it"
@@ -85,13 +85,13 @@ def prepare_environment(config, listen):
 
 @contextlib.contextmanager
 def experiment_folder(experiment):
-    """Yield the folder of an experiment, for its user alone; of a new one that fails nothing stays.
+    """Create the folder (mode 700), and yield it; remove it if a new search fails to start.
 
-    Raises OSError if it cannot be made.
+    Raises OSError if it cannot be created.
     """
     folder = Path(experiment.config.experiment_working_directory, experiment.id)
     made = [parent for parent in folder.parents if not parent.exists()]
-    # NNI makes folders in it that all may write to, and runs what stands there.
+    # In it NNI creates folders that everybody may write to, and runs files in them.
     for parent in reversed([folder, *made]):
         parent.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
@@ -101,7 +101,7 @@ def experiment_folder(experiment):
         if experiment._action == "create":
             with uninterrupted():
                 remove(folder)
-                with contextlib.suppress(OSError):  # as one that another search is using, too
+                with contextlib.suppress(OSError):  # another search may use it, too
                     for parent in made:
                         parent.rmdir()
         raise
@@ -110,8 +110,8 @@ def experiment_folder(experiment):
 def launch(experiment, wanted):
     """Start an experiment on a port, wanted or the first free one; return the port.
 
-    Returns when its first trial is there, or the patience is over. Raises ValueError for a port
-    that is taken, and RuntimeError, with the manager's last words, if the start fails.
+    Waits for the first trial, at most PATIENCE seconds. Raises ValueError if the port is taken, and
+    RuntimeError with the manager's last errors if the start fails.
     """
     config = experiment.config
     folder = Path(config.experiment_working_directory, experiment.id)
@@ -122,7 +122,7 @@ def launch(experiment, wanted):
             with contextlib.ExitStack() as stack:
                 lock = Path("~/nni-experiments/.nnisearch.lock").expanduser()
                 lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                # One start at a time: of two that look for a port, one would lose it to the other.
+                # One start at a time: two at once could choose the same port.
                 with StartLock(lock):
                     if manager_of(experiment.id):
                         allowed = "one that does not run; another command has just resumed it"
@@ -138,7 +138,7 @@ def launch(experiment, wanted):
                     wait_for_trial(port)
         except Exception as error:
             if port and not wanted and not are_free(port, count):
-                return launch(experiment, wanted)  # another user has taken it at the same moment
+                return launch(experiment, wanted)  # another user has just taken the port
             if not started:
                 raise
             words = "; ".join([one_line(error), *last_words(folder / "log")])
@@ -147,17 +147,17 @@ def launch(experiment, wanted):
 
 
 def read_latest(folder):
-    """Return the ID to which NNI's link to its latest experiment leads, or ""."""
+    """Return the ID in NNI's link to its latest experiment, or ""."""
     latest = folder.with_name("_latest")
     return os.readlink(latest) if latest.is_symlink() else ""
 
 
 @contextlib.contextmanager
 def undone_if_it_fails(folder, action):
-    """Do undo() if what stands in the block fails; if this process is killed, another does it."""
+    """Call undo() if the block fails; if this process is killed, undo.py calls it."""
     latest = read_latest(folder)
     command = [sys.executable, UNDO, folder, action, latest]
-    with uninterrupted():  # and in a session of its own, out of reach of Ctrl-C
+    with uninterrupted():  # a new session, which Ctrl-C does not reach
         undoing = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
@@ -167,13 +167,13 @@ def undone_if_it_fails(folder, action):
         raise
     finally:
         with uninterrupted():
-            undoing.communicate(b"It has come to its end.")
+            undoing.communicate(b"The launcher lives.")
 
 
 def undo(folder, action, latest):
-    """End what a start has started; NNI's list and its link, latest, are as before.
+    """End the processes of a start, and restore NNI's list and its link to the latest experiment.
 
-    folder is the experiment's, and action "create" or "resume", which keeps the experiment.
+    folder is the experiment's. action is "create", or "resume", which keeps the experiment.
     """
     id = folder.name
     if manager := manager_of(id):
@@ -181,7 +181,7 @@ def undo(folder, action, latest):
     end(processes_of(id, folder))
     if action == "create":
         Experiments().remove_experiment(id)
-    elif not elsewhere(folder):  # another machine may have resumed it at the same moment
+    elif not elsewhere(folder):  # another machine may just have resumed it
         Experiments().update_experiment(id, "status", "STOPPED")
     if read_latest(folder) == id:
         folder.with_name("_latest").unlink()
@@ -190,7 +190,7 @@ def undo(folder, action, latest):
 
 
 def wait_for_trial(port):
-    """Wait until a search has its first trial, or has ended, or the patience is over.
+    """Wait at most PATIENCE seconds until a search has its first trial or has ended.
 
     Raises RuntimeError if its tuner fails.
     """
@@ -205,7 +205,7 @@ def wait_for_trial(port):
 
 
 def last_words(logs):
-    """Return the last lines of the manager's stderr, and the errors in its and the tuner's log."""
+    """Return the last lines of the manager's stderr, and the last errors of both logs."""
     words = []
     for name, pattern in (
         ("nnictl_stderr.log", r"^(?!-+$|Experiment \w+ start|Thrown at:|\s+at ).+"),

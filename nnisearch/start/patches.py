@@ -1,4 +1,4 @@
-"""What is changed of NNI from Python, each with its reason."""
+"""Changes NNI's Python code for the launcher's process, each change with its reason."""
 
 import contextlib
 import json
@@ -17,15 +17,15 @@ from nnisearch.shared.results import read_experiments
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line
 
-NOTICE = 5  # seconds until the user is told what is waited for
-PATIENCE = 120  # seconds; NNI gives its web server 3
+NOTICE = 5  # s until the user is told what the command waits for
+PATIENCE = 120  # s for NNI's web server; NNI waits for 3
 
 
 class WaitingAloud:
-    """Makes a lock of filelock's tell, after NOTICE seconds, what it waits for."""
+    """Lets a lock of filelock print, after NOTICE seconds, what it waits for."""
 
     def acquire(self, *_, **__):
-        """Wait for the lock, without a limit."""
+        """Wait for the lock, without a time limit."""
         try:
             return super().acquire(timeout=NOTICE)
         except Timeout:
@@ -34,24 +34,24 @@ class WaitingAloud:
 
 
 class StartLock(WaitingAloud, FileLock):
-    """The lock that a command holds while it starts a search."""
+    """The lock of a command that starts a search."""
 
     holder = "another start, maybe one stopped by Ctrl-Z; to see it: fuser -v {}"
 
 
 class ListLock(WaitingAloud, common_utils.SimplePreemptiveLock):
-    """NNI's lock of its list: a file that is not older than two seconds, with this name and a PID.
+    """NNI's lock on its list: a file with this name and a PID, at most two seconds old.
 
-    One that is dated in the future counts, too.
+    A date in the future counts as new.
     """
 
     holder = "the process whose number ends the name of a lock; if it has ended: rm {}.*"
 
 
 def write_list(experiments):
-    """Write NNI's list of experiments whole, or not at all, as on a full disk, silently.
+    """Write NNI's list of experiments in one step; if that fails, as on a full disk, it stays.
 
-    NNI empties it and then writes it: killed in between, it has lost them all.
+    NNI empties the file and then writes it: if it is killed in between, all experiments are lost.
     """
     with contextlib.suppress(OSError):
         content = json.dumps(experiments.experiments, indent=4)
@@ -59,14 +59,14 @@ def write_list(experiments):
 
 
 Experiments.write_file = write_list
-# NNI's own runs what the list names by __symbol__.
+# NNI's own function runs code that the list names by __symbol__.
 Experiments.read_file = lambda _: read_experiments()
 config_utils.get_file_lock = lambda path, stale: ListLock(f"{path}.lock", stale)
 
 
 @contextlib.contextmanager
 def without_remarks():
-    """Say nothing of what NNI leaves open, and Python, since 3.14, cannot close on a full disk."""
+    """Hide Python 3.14's warnings about files that NNI leaves open on a full disk."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -76,15 +76,15 @@ def without_remarks():
 
 @contextlib.contextmanager
 def patience():
-    """Let NNI's launcher wait for the web server as long as its process lives, PATIENCE at most.
+    """Let NNI's launcher wait for the web server while its process lives, at most PATIENCE seconds.
 
-    NNI has no setting for that. Yields the list of the processes that the launcher has started.
+    NNI has no setting for that. Yields the list of processes that the launcher has started.
     """
     started = []
     start, wait, timeout = launcher._start_rest_server, launcher._check_rest_server, rest.timeout
 
     def start_and_note(*args):
-        # Uninterrupted: else a process could be there that nobody knows of.
+        # Uninterrupted: otherwise the list could miss a running process.
         with uninterrupted(), without_remarks():
             started.append(start(*args))
         return started[-1]
@@ -94,9 +94,9 @@ def patience():
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and started[-1].poll() is None:
             with contextlib.suppress(psutil.Error):
-                ports = server.net_connections("tcp4")  # which it opens after IPv6's (guard.js)
+                ports = server.net_connections("tcp4")  # opened after the IPv6 port (guard.js)
                 listening = [c.laddr.port for c in ports if c.status == "LISTEN"]
-                if port in listening:  # our own server, not another's that has the port
+                if port in listening:  # our own server, not another user's
                     return
             time.sleep(0.1)
         state = "has ended" if started[-1].poll() is not None else f"is silent after {PATIENCE} s"

@@ -1,7 +1,7 @@
-"""What is done before a search is resumed, so that it goes on exactly (pace.js does the rest).
+"""Finds an experiment, and prepares it to be resumed; pace.js then restores its exact state.
 
-It promises: an experiment counts as running if its manager lives; of one that was killed nothing
-runs on beside the trials that are started anew.
+An experiment counts as running if its manager lives. If the manager was killed, its remaining
+processes are ended before trials start again.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from nnisearch.start.patches import Experiments
 
 
 def list_experiments():
-    """Return NNI's list, {ID: what it knows}, in which STOPPED is whose manager does not live.
+    """Return NNI's list, {ID: entry}; the status is STOPPED if the manager does not live.
 
-    One that runs on another machine, or in another container, keeps its status.
-    Raises OSError or ValueError if it is damaged: NNI would take it for empty, and overwrite it.
+    An experiment on another machine, or in another container, keeps its status. Raises OSError or
+    ValueError if the list is damaged: NNI would treat it as empty, and overwrite it.
     """
     listed = read_experiments(id=str, status=str, logDir=str)
     alive = managers()
@@ -33,9 +33,9 @@ def list_experiments():
 
 
 def find(id, listed, flag):
-    """Return what list_experiments() has on an experiment, also on one that NNI's list has lost.
+    """Return an experiment's entry as in list_experiments(), even if NNI's list has lost it.
 
-    Raises ValueError, which names the flag by which it was given, if there is none.
+    Raises ValueError that names the flag if there is no such experiment.
     """
     folder = find_folder(id, listed)
     if not folder:
@@ -49,14 +49,14 @@ def find(id, listed, flag):
 
 
 def close_list(home):
-    """Make NNI's folder below HOME, and its list of experiments, this user's alone."""
+    """Close NNI's folder below HOME, and its list of experiments, to other users."""
     for path in (home, home / ".experiment"):
-        with contextlib.suppress(OSError):  # there is none, or it is another user's
+        with contextlib.suppress(OSError):  # it does not exist, or belongs to another user
             path.chmod(path.stat().st_mode & 0o700)
 
 
 def note_ended(listed):
-    """Have NNI's list say, too, which experiments of list_experiments() are STOPPED."""
+    """Write to NNI's list which experiments of list_experiments() are STOPPED."""
     experiments = Experiments()
     for id, known in experiments.get_all_experiments().items():
         if known["status"] != "STOPPED" and listed.get(id, known)["status"] == "STOPPED":
@@ -64,14 +64,14 @@ def note_ended(listed):
 
 
 def is_running(known):
-    """Return whether an experiment of list_experiments() can be watched, not resumed.
+    """Return whether an experiment runs, so that it is watched; otherwise it is resumed.
 
-    Raises ValueError if it runs, but in a way that can be neither.
+    known is its entry. Raises ValueError if it runs but cannot be watched.
     """
     id, prefix = known["id"], known.get("prefixUrl")
     if where := elsewhere(Path(known["logDir"], id)):
         raise ValueError(f"--resume is {id}; allowed: one that runs here, or not at all; {where}")
-    if known["status"] in ("STOPPED", "ERROR"):  # after an error the manager may live, to no end
+    if known["status"] in ("STOPPED", "ERROR"):  # after an error the manager may stay, but is idle
         return False
     if known["status"] == "VIEWED":
         does, then = "it is only shown, by --view or nnictl view", "it can be resumed"
@@ -84,9 +84,9 @@ def is_running(known):
 
 
 def running_config(known):
-    """Return the configuration of an experiment that runs, of which its manager is asked.
+    """Return the configuration of a running experiment, from its manager.
 
-    Raises ValueError if it does not answer, as one that is stopped by a signal, or answers oddly.
+    Raises ValueError if the manager does not answer, for example because a signal has stopped it.
     """
     id = known["id"]
     try:
@@ -100,13 +100,13 @@ def running_config(known):
 
 
 def prepare(known):
-    """End what still runs of an experiment that is to be resumed."""
+    """End the remaining processes of an experiment that is to be resumed."""
     id = known["id"]
     if known.get("prefixUrl"):
-        print(f"It goes on without its URL prefix, {known['prefixUrl']}")
+        print(f"It continues without its URL prefix, {known['prefixUrl']}")
     if known["status"] == "ERROR" and (manager := manager_of(id)):
         end([manager])
     folder = Path(known["logDir"], id)
-    for _ in range(2):  # the second time what they have started while they were looked for
+    for _ in range(2):  # twice: they may have started others meanwhile
         end(processes_of(id, folder))
-    Experiments().update_experiment(id, "status", "STOPPED")  # else NNI does not resume it
+    Experiments().update_experiment(id, "status", "STOPPED")  # otherwise NNI does not resume it

@@ -1,10 +1,10 @@
-"""Undo the start of a search as soon as the standard input closes, unless that has said a word.
+"""Undoes a start if the launcher dies before it has finished.
 
     python undo.py FOLDER ACTION LATEST
 
-The command that starts a search holds the other end, so what it has started ends with it, also by
-kill -9: a manager that NNI has not listed yet would run on without anybody knowing. The arguments
-are start.undo()'s.
+The launcher holds the other end of the standard input, which closes when it dies, even by kill -9:
+otherwise a manager that NNI has not listed yet would run unnoticed. If the launcher has written
+before, nothing is undone. The arguments are those of launch.undo().
 """
 
 import sys
@@ -12,12 +12,11 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder
-    has_ended = sys.stdin.read()
-    if not has_ended:
+    if not sys.stdin.read():
         from nnisearch.shared.imports import without_pandas
         from nnisearch.shared.output import remove
 
-        with without_pandas():  # not at the top: NNI takes half a second
+        with without_pandas():  # not at the top: NNI's import takes half a second
             from nnisearch.start.launch import undo
 
         folder, action, latest = sys.argv[1:]
