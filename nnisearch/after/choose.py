@@ -1,15 +1,14 @@
-"""Choose the trial to keep from a search with NNI: good first, then short, then quick to learn.
+"""Choose the trial to keep from a search: a good result first, then a short run.
 
     nnichoose                         # the latest experiment on this machine
-    nnichoose ID --out best.json      # its choice, its hyperparameters among it
-    nnichoose --file results.json     # what --json, or nnictl's export, has written
-    nnichoose --file FOLDER           # an experiment's folder, wherever it has been moved to
+    nnichoose ID --out best.json      # write the choice with its hyperparameters
+    nnichoose --file results.json     # read a file of --json, or of nnictl's export
+    nnichoose --file FOLDER           # read an experiment's folder
 
-Of the trials whose result is within --within of the best the choice is the one that ran shortest,
-in whole seconds, and of several such the one that learned fastest, which is the one with the least
-area under the curve of its intermediate results where these fall, as losses do, and with the
-greatest where they rise. The best result is the least if the tuner minimizes. The experiment may be
-running, stopped or finished: what is read is the database that NNI keeps of it.
+Good trials have a result within --within of the best. The choice is the good trial with the
+shortest run, in whole seconds. Among equally short ones it is the trial that learned fastest: its
+curve of intermediate results has the least area if such curves fall, as losses do, and the greatest
+area if they rise. The experiment may be running, stopped or finished: its database is read.
 """
 
 import collections
@@ -34,25 +33,25 @@ from nnisearch.shared.results import (
 from nnisearch.shared.text import one_line
 
 BEST = {"minimize": "least", "maximize": "greatest"}
-MOST = 5  # strange results are named, and what else is said of trials, up to so many
+MOST = 5  # of a kind are named: unusable results, and the trials that reported one
 
 
 def rank(result, direction):
-    """Return a number that is the lower the better a result is."""
+    """Return a number for sorting, which is lower for a better result."""
     return result if direction == "minimize" else -result
 
 
 def choose(trials, within, direction="maximize"):
-    """Return the trial to keep of trials with a result, by the rule at the top of this file."""
+    """Return the trial to keep from trials with a result, by the rule at the top of this file."""
     best = min((trial.result for trial in trials), key=lambda result: rank(result, direction))
-    # Which way the intermediate results go: down as losses, or up as accuracies.
+    # Intermediate results may fall, as losses do, or rise, as accuracies do.
     curves = [trial.intermediate for trial in trials if trial.area is not None]
     fallen = sum((curve[0] > curve[-1]) - (curve[0] < curve[-1]) for curve in curves)
     is_falling = fallen > 0 or (fallen == 0 and direction == "minimize")
 
     def is_good(trial):
         gap = abs(best - trial.result)
-        return gap <= within or math.isclose(gap, within)  # 63.04 - 62.54 is above 0.5
+        return gap <= within or math.isclose(gap, within)  # 63.04 - 62.54 is greater than 0.5
 
     def cost(trial):
         seconds = math.inf if trial.seconds is None else round(trial.seconds)
@@ -65,13 +64,13 @@ def choose(trials, within, direction="maximize"):
 
 
 def rule(within, direction):
-    """Return the rule of choose() in words."""
-    near = f"within {within:g} of the" if within else "of the"
-    return f"{near} {BEST[direction]} result the shortest, then the one that learned fastest"
+    """Return the rule of choose() as text."""
+    near = f"within {within:g} of the" if within else "with the"
+    return f"the shortest one {near} {BEST[direction]} result, then the one that learned fastest"
 
 
 def cell(value):
-    """Return a hyperparameter as text for a table, short and in one line."""
+    """Return a hyperparameter as short text for a table."""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = value if isinstance(value, str) and value.strip() else json.dumps(value)
@@ -79,7 +78,7 @@ def cell(value):
 
 
 def table(trials, choice):
-    """Return a table of trials as text, the choice marked by an asterisk."""
+    """Return a table of trials as text; an asterisk marks the choice."""
     given = [as_dict(trial.hyperparameters) for trial in trials]
     keys = list(dict.fromkeys(key for values in given for key in values))
     rows = [["", "trial", "result", "seconds", "last", "area", *map(cell, keys)]]
@@ -96,7 +95,7 @@ def table(trials, choice):
 
 
 def as_csv(trials):
-    """Return trials as CSV, a column for each hyperparameter, texts in one line."""
+    """Return trials as CSV, with a column per hyperparameter and each text in one line."""
     measured = ["trial", "id", "result", "seconds", "last", "area"]
     rows = [[trial.as_json()[key] for key in measured] for trial in trials]
     given = [as_dict(trial.hyperparameters) for trial in trials]
@@ -113,17 +112,17 @@ def as_csv(trials):
 
 
 def plot(trials, choice, top, direction):
-    """Return a PNG: the best so far, results by duration, the top trials' curves, what mattered.
+    """Return a PNG: best so far, result by duration, the best trials' curves, and importances.
 
-    trials are ranked, and top is how many of them get their curve drawn. Raises ImportError
-    without matplotlib.
+    trials are sorted, the best first; curves are drawn for the first top of them. Raises
+    ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
     shares = importances(trials)
     rows, columns = (2, 2) if shares else (1, 3)
     figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
-    progress, cost, curves, *mattered = figure.subplots(rows, columns).flat
+    progress, cost, curves, *rest = figure.subplots(rows, columns).flat
     in_turn = sorted(trials, key=lambda trial: trial.number)
     better = min if direction == "minimize" else max
     best = []
@@ -141,7 +140,7 @@ def plot(trials, choice, top, direction):
     cost.set(xlabel="duration in s", ylabel="result", title="Result by duration")
 
     drawn = [trial for trial in trials[:top] if trial is not choice]
-    for trial in [*reversed(drawn), choice]:  # the best on top
+    for trial in [*reversed(drawn), choice]:  # the choice on top
         values = [math.nan if value is None else value for value in trial.intermediate]
         chosen = {"color": "#c1272d", "linewidth": 2, "label": label}
         style = chosen if trial is choice else {"color": "#4c6a92", "alpha": 0.45, "linewidth": 1}
@@ -153,12 +152,12 @@ def plot(trials, choice, top, direction):
     for axes in (progress, cost, curves):
         axes.legend(*axes.get_legend_handles_labels(), frameon=False)
         axes.grid(alpha=0.25)
-    for axes in mattered:
-        # $ would begin a formula
+    for axes in rest:
+        # $ would start a formula.
         names = [cell(key).replace("$", r"\$") for key in shares]
         axes.barh(names, [100 * share for share in shares.values()], color="#4c6a92")
         axes.invert_yaxis()
-        axes.set(xlabel="importance in %", title=f"What mattered, by {len(trials)} trials")
+        axes.set(xlabel="importance in %", title=f"Importance, by {len(trials)} trials")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
@@ -167,17 +166,17 @@ def plot(trials, choice, top, direction):
 def parse_args(argv, prog, within):
     parser = Parser(prog, __doc__)
     add = parser.add_argument
-    latest = "default: the one last started, resumed or viewed by this user"
+    latest = "default: the experiment that you last started, resumed or viewed"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
     add("--file", help="an experiment's folder, or JSON of --json or of nnictl's export")
-    equal = "results that near to the best count as equally good; in their own unit (%(default)s)"
+    equal = "results so close to the best count as equally good; in the results' unit (%(default)s)"
     add("--within", type=float, default=within, help=equal)
-    add("--top", type=int, default=10, help="how many trials are shown (%(default)s)")
+    add("--top", type=int, default=10, help="number of trials in the table (%(default)s)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print all trials as JSON")
     output.add_argument("--csv", action="store_true", help="print the trials with a result as CSV")
-    add("--out", metavar="FILE", help="write the choice there, as JSON")
-    add("--plot", metavar="FILE.png", help="draw the search there, by matplotlib")
+    add("--out", metavar="FILE", help="write the choice to this file, as JSON")
+    add("--plot", metavar="FILE.png", help="draw the search into this file (needs matplotlib)")
     args = parser.parse_args(argv)
     if not 0 <= args.within < math.inf:
         parser.error(f"--within is {args.within}; allowed: a finite number >= 0")
@@ -194,7 +193,7 @@ def parse_args(argv, prog, within):
 
 
 def left_out(trials):
-    """Return a text on the trials that do not count, "" if there are none."""
+    """Return a text that counts the trials without a result, "" if there are none."""
     states = {
         "SUCCEEDED": "without a result",
         "EARLY_STOPPED": "EARLY_STOPPED (by maxTrialDuration or an assessor)",
@@ -206,7 +205,7 @@ def left_out(trials):
 
 
 def no_results(trials):
-    """Return a line for each thing that trials have reported and that is no result."""
+    """Return a line for each reported value that is no result."""
     named = collections.defaultdict(list)
     for trial in trials:
         if trial.reported is not None:
@@ -219,19 +218,19 @@ def no_results(trials):
 
 
 def left_behind(search, folder):
-    """Return a line if NNI has noted no end of trials, and no manager of the search runs here.
+    """Return a line if trials have no end, and the search's manager does not run here.
 
     folder is the experiment's.
     """
     unended = {one_line(trial.status) for trial in search["trials"]} - ENDED
     if not unended or not search["experiment"] or manager_of(search["experiment"]):
         return []
-    left = "no manager of this search runs on this machine, so that is how it was left"
+    left = "no manager of this search runs on this machine, so this is the state it was left in"
     return [f"{' and '.join(sorted(unended))}: {elsewhere(folder) or left}"]
 
 
 def main(argv=None, prog="nnichoose", within=0.0):
-    """Print what a search has found, and write the choice where it is asked for."""
+    """Print a search's results, and write the files that the arguments name."""
     prepare_output()
     args = parse_args(argv, prog, within)
     with may_be_closed():
@@ -248,11 +247,11 @@ def main(argv=None, prog="nnichoose", within=0.0):
 
 
 def show(args):
-    """Do as the arguments say. Raises OSError, ValueError or ImportError."""
+    """Read, choose, and print or write. Raises OSError, ValueError or ImportError."""
     path = args.file or find_database(args.experiment)
     search = read_file(path)
     everything = search["trials"]
-    is_named = bool(search["name"])  # an experiment of NNI need not have a name
+    is_named = bool(search["name"])  # NNI's experimentName is optional
     title = one_line(search["name"] if is_named else search["experiment"])
     trials = [trial for trial in everything if trial.has_result]
     notes = [
@@ -292,7 +291,7 @@ def show(args):
             print(line)
         shares = [f"{cell(key)} {share:.0%}" for key, share in importances(trials).items()]
         if shares:
-            print(f"What mattered, by {len(trials)} trials: {', '.join(shares)}")
+            print(f"Importance, by {len(trials)} trials: {', '.join(shares)}")
         who = f"trial {choice.number} ({one_line(choice.id)})"
         print(f"* the choice, {who}: {rule(args.within, search['direction'])}")
         print(json.dumps(choice.hyperparameters).replace("\x7f", "\\u007f"))

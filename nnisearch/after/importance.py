@@ -1,27 +1,27 @@
-"""Which hyperparameters mattered, by Optuna's evaluators of importance."""
+"""Computes the importance of hyperparameters with Optuna."""
 
 import math
 
-LEAST = 10  # trials, below which the answer would be chance
-MOST_VALUES = 20  # of a hyperparameter that is no number
+LEAST = 10  # trials; with fewer the answer would be chance
+MOST_VALUES = 20  # different values of a hyperparameter that is no number
 
 
 def importances(trials):
     """Return {hyperparameter: its share of 1}, the greatest first, from trials with a result.
 
-    It is {} where they cannot tell: too few trials, or all alike. A number counts by its rank, so
-    that a logarithmic scale is nothing else; whatever is no number is a category, also a missing
-    one. Texts that hardly ever repeat are left out: they would explain everything.
+    It is {} if there are too few trials, or all results are equal. Numbers are replaced by their
+    ranks, so that their scale does not matter; other and missing values are categories.
+    Hyperparameters with more than MOST_VALUES categories are left out: they would explain all.
     """
     if len(trials) < LEAST or len({trial.result for trial in trials}) < 2:
         return {}
-    import optuna  # not at the top: with its trees it takes two seconds, which --json need not
+    import optuna  # not at the top: it takes two seconds, and --json does not need it
     from optuna.distributions import CategoricalDistribution, FloatDistribution
     from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Agrees with fANOVA on searches of 20 to 1,000 trials, and takes half a second for the minute
-    # that that takes of 1,000. PED-ANOVA is lost with some 20 trials.
+    # Agrees with fANOVA on searches of 20 to 1,000 trials; for 1,000 trials it takes 0.5 s, where
+    # fANOVA takes a minute. PED-ANOVA fails on some 20 trials.
     evaluator = MeanDecreaseImpurityImportanceEvaluator(seed=0)
     given = [as_dict(trial.hyperparameters) for trial in trials]
     columns, distributions = {}, {}
@@ -53,7 +53,7 @@ def importances(trials):
 
 
 def as_dict(hyperparameters):
-    """Return what a tuner has given as {key: value}: one of the user's own may give a list."""
+    """Return hyperparameters as {key: value}; a user's own tuner may give a list, for example."""
     if isinstance(hyperparameters, dict):
         return hyperparameters
     return {"parameters": hyperparameters}

@@ -1,4 +1,4 @@
-"""Whether a search's manager and its tuner live, and the last words of those that do not."""
+"""Tells if a search's manager and tuner live, and the last error of a dead one."""
 
 import contextlib
 import re
@@ -12,14 +12,14 @@ from nnisearch.shared.text import THREAD_DIED, one_line, uncoloured
 
 
 def listed(id):
-    """Return what NNI's list has on an experiment: pid, status, prefixUrl and more, else {}."""
+    """Return an experiment's entry in NNI's list: pid, status, prefixUrl and more, else {}."""
     with contextlib.suppress(OSError, ValueError):  # NNI may be writing it
         return read_json(EXPERIMENTS.expanduser()).get(id, {})
     return {}
 
 
 class Life:
-    """The processes of a search, as far as this machine shows them, and their logs."""
+    """The processes of a search, as far as they are visible here, and their logs."""
 
     def __init__(self, id, folder):
         self.id, self.logs = id, folder / "log"
@@ -28,26 +28,26 @@ class Life:
         self.passes_without = 0
         self.dispatcher = Log(self.logs / "dispatcher.log", 0)
         errors = self.logs / "nnictl_stderr.log"
-        # What stands there before is of an earlier life.
+        # Skip the lines from before a resume.
         self.errors = Log(errors, errors.stat().st_size if errors.exists() else 0)
 
     def find_manager(self):
-        """Return the process of the search's manager, or None if it is not seen here."""
+        """Return the process of the search's manager, or None if it is not visible here."""
         return manager_of(self.id)
 
     def is_over(self):
-        """Return whether the manager has ended. None is known of one that was not found."""
+        """Return whether the manager has ended; False if its process was never found."""
         self.manager = self.manager or self.find_manager()
         return self.manager is not None and not lives(self.manager)
 
     def tuner_is_dead(self):
-        """Return whether the tuner's process, or the thread in it that does the work, has ended."""
-        if self.manager is None:  # as in another container: nothing can be seen
+        """Return whether the tuner's process, or the working thread in it, has ended."""
+        if self.manager is None:  # not visible: in another container, for example
             return False
         if self.tuner is None:
             with contextlib.suppress(psutil.Error):
                 if "--tuner-command-channel" in self.manager.cmdline():
-                    return False  # the tuner is a user's program that called nni.experiment
+                    return False  # the tuner is in a user's program that called nni.experiment
                 children = self.manager.children(recursive=True)
                 found = [child for child in children if is_tuner(child)]
                 self.tuner = found[-1] if found else None
@@ -57,14 +57,14 @@ class Life:
         return not lives(self.tuner) or bool(self.fatal_entries())
 
     def fatal_entries(self):
-        """Return what the tuner's log has on the end of its thread, in this life of the search."""
+        """Return the log entries about the death of the tuner's thread since the last start."""
         self.dispatcher.read_on()
         born = int(self.manager.create_time()) if self.manager else 0
         entries = THREAD_DIED.findall(self.dispatcher.text)
         return [text for t, text in entries if datetime.fromisoformat(t).timestamp() >= born]
 
     def tuners_end(self):
-        """Return in words what ended the tuner, or the assessor in its process; None if unknown."""
+        """Return a text on what ended the tuner or the assessor; None if it is unknown."""
         for text in self.fatal_entries()[:1]:
             who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", text) else "tuner"
             last = text.split("Traceback (most recent call last):")[-1]
@@ -76,13 +76,13 @@ class Life:
         """Return the last error that the manager or the tuner has printed since, or None."""
         self.errors.read_on()
         found = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
-        # That the tuner finds no manager any more is no reason for the manager's end.
+        # The tuner's lost connection is a result of the manager's end, not the cause.
         causes = [line for line in found if not re.search("Connect call|Connection ?lost", line)]
         return one_line(causes[-1]) if causes else None
 
 
 class Log:
-    """A file that grows, of which read_on() reads what is new; text is the end of it."""
+    """A growing file; read_on() appends new content to text, which keeps the last KEPT of it."""
 
     KEPT = 100_000  # characters
 

@@ -1,8 +1,8 @@
-"""How a search goes on: a bar over its trials, or a line for each where there is no terminal.
+"""Shows a running search: a progress bar, or one line per trial without a terminal.
 
-It promises: each thing that a user should know, such as why a trial has failed or what the trials
-wait for, is said when it is known, and once; and a search that goes on no more is not waited for.
-What it reads of a search it reads once: a pass costs the same for the first and the last trial.
+It prints once what a user should know, such as why a trial has failed or what trials wait for. It
+ends when the search cannot continue. Each pass only reads new events, so its cost does not grow
+with the number of trials.
 """
 
 import collections
@@ -24,20 +24,21 @@ from nnisearch.shared.results import ENDED, NO_RESULT, Trials
 from nnisearch.shared.text import one_line, reason, tail
 from nnisearch.watch.life import Life, Log, listed
 
-# By default, tqdm makes a lock for several processes, which in Python 3.14 starts one more of them.
+# tqdm's default lock is for several processes, and starts another process in Python 3.14.
 tqdm.set_lock(threading.RLock())
 
-SILENCE = 20  # s of a manager's silence before it is said
-IDLE = 60  # s in which nothing runs and the tuner proposes nothing, before it is said
-ASK = 10  # s between two questions to SLURM's controller, which others use, too
-QUIET = 6  # s: longer than NNI's own loops, in which a trial may still wait to be started
+SILENCE = 20  # s without an answer of the manager until a line says so
+IDLE = 60  # s without a trial and without a proposal of the tuner until a line says so
+ASK = 10  # s between two queries to SLURM's controller, which serves other users, too
+NO_WORDS = "no error message; was it killed?"
+QUIET = 6  # s: longer than the pause of NNI's loop that starts waiting trials
 
 
 def watch(id, port, config, resume, choose):
-    """Show how a search goes on until its trials have ended; return whether one has a result.
+    """Show a search until all its trials have ended; return whether a trial has a result.
 
-    resume and choose are the commands to go on with it and to see its results. Raises RuntimeError
-    if the search ends in another way.
+    resume and choose are the commands that continue it and show its results. Raises RuntimeError if
+    the search ends in another way.
     """
     folder = Path(config.experiment_working_directory, id)
     with (
@@ -57,7 +58,7 @@ def watch(id, port, config, resume, choose):
 
 
 class Search:
-    """A search that is watched: its state, its trials, and whether it still goes on."""
+    """A watched search: its state and its trials; notices when it cannot continue."""
 
     def __init__(self, id, port, folder, resume, choose):
         self.id, self.port, self.resume, self.choose = id, port, resume, choose
@@ -68,10 +69,10 @@ class Search:
         self.is_silent = self.is_idle = False
 
     def ask(self):
-        """Return the manager's status and the trials of which something is new.
+        """Return the manager's status and the trials that have changed.
 
-        They are None and [] while either cannot be read. Raises RuntimeError once it has ended, or
-        its database has been removed.
+        They are None and [] while one cannot be read. Raises RuntimeError if the manager has
+        ended or the database has been removed.
         """
         try:
             status = rest.get(self.port, "/check-status", prefix=self.prefix)
@@ -87,28 +88,26 @@ class Search:
                 return self.silence(error)
             said = one_line(" ".join(status.get("errors", []))) or status["status"]
             end = f"kill {self.life.manager.pid}" if self.life.manager else "end its manager"
-            what = (
-                f"{self.trials.path} has been removed; NNI's manager says: {said}; to end it: {end}"
-            )
-            raise RuntimeError(f"search {self.id}: {what}") from None
+            what = f"{self.trials.path} has been removed; NNI's manager says: {said}"
+            raise RuntimeError(f"search {self.id}: {what}; to end it: {end}") from None
         self.heard, self.is_silent = time.monotonic(), False
         if changed:
             self.changed, self.is_idle = self.heard, False
         return status, changed
 
     def silence(self, error):
-        """Say once that the search has not been read for long; return that nothing is known."""
+        """Print once that the search has not answered for long; return None and []."""
         silence = time.monotonic() - self.heard
         if silence > SILENCE and not self.is_silent:
             self.is_silent = True
             tqdm.write(
-                f"search {self.id} has not answered for {silence:.0f} s, and is asked on:"
+                f"search {self.id} has not answered for {silence:.0f} s; still waiting:"
                 f" {one_line(error)}"
             )
         return None, []
 
     def is_done(self, status):
-        """Return whether all trials that the search will have have ended."""
+        """Return whether all trials have ended and no more will start."""
         if any(trial.status not in ENDED for trial in self.trials.known.values()):
             return False
         if status["status"] in ("DONE", "VIEWED"):
@@ -120,14 +119,14 @@ class Search:
         except OSError:
             return False
         started = [trial.number for trial in self.trials.known.values()]
-        return profile["nextSequenceId"] <= 1 + max(started, default=-1)  # else one is in the queue
+        return profile["nextSequenceId"] <= 1 + max(started, default=-1)  # no trial is queued
 
     def check(self, status):
-        """Raise RuntimeError if the search does not go on, with why and how to go on with it."""
+        """Raise RuntimeError if the search cannot continue: why, and how to continue it."""
         if status["status"] in ("STOPPING", "STOPPED"):
             raise RuntimeError(f"search {self.id} has been stopped; {self.next_steps()}")
         if status["status"] == "VIEWED":
-            how = f"to go on with it: nnictl stop {self.id}; {self.resume}"
+            how = f"to continue it: nnictl stop {self.id}; {self.resume}"
             raise RuntimeError(f"search {self.id} is shown by nnictl view, and does not run; {how}")
         is_dead = self.life.tuner_is_dead()
         if is_dead or status["status"] == "ERROR":
@@ -136,7 +135,7 @@ class Search:
             if not what:
                 who = "the tuner has died" if is_dead else "NNI's manager has given up"
                 words = self.life.last_words() or one_line(" ".join(status["errors"]))
-                what = f"{who}: {words or 'without a word; was it killed?'}"
+                what = f"{who}: {words or NO_WORDS}"
             raise RuntimeError(f"search {self.id}: {what}; {how}")
         idle = time.monotonic() - self.changed
         has_trials = any(trial.status not in ENDED for trial in self.trials.known.values())
@@ -144,32 +143,32 @@ class Search:
             self.is_idle = True
             tqdm.write(
                 f"search {self.id}: no trial runs or waits, and the tuner has proposed none for"
-                f" {idle:.0f} s; it is waited for; its log: {self.life.dispatcher.path}"
+                f" {idle:.0f} s; still waiting; the tuner's log: {self.life.dispatcher.path}"
             )
 
     def next_steps(self, before=""):
-        """Return the commands to go on with the search, and to see the results that it has."""
-        mended = ", with that mended" if self.life.tuners_end() else ""
-        words = f"to go on{mended}: {before}{self.resume}"
+        """Return the commands that continue the search, and that show the results so far."""
+        what = "fix that and continue" if self.life.tuners_end() else "to continue"
+        words = f"{what}: {before}{self.resume}"
         if any(trial.has_result for trial in self.trials.known.values()):
-            words += f"; its results so far: {self.choose}"
+            words += f"; results so far: {self.choose}"
         return words
 
     def death(self):
-        """Return what has become of a search whose manager has ended."""
+        """Return a text on the end of a search whose manager has ended."""
         if listed(self.id).get("status") == "STOPPED":
             return f"search {self.id} has been stopped; {self.next_steps()}"
         what = self.life.tuners_end()
         if not what:
             who, words = "NNI's manager has died", self.life.last_words()
-            if words and "Tuner closed connection" in words:  # of which the manager dies
+            if words and "Tuner closed connection" in words:  # this ends NNI's manager
                 who, words = "the tuner has died, and NNI's manager with it", None
-            what = f"{who}: {words or 'without a word; was it killed?'}"
+            what = f"{who}: {words or NO_WORDS}"
         return f"search {self.id}: {what}; {self.next_steps()}"
 
 
 class Shown:
-    """What has been shown of a search."""
+    """The progress bar and the lines of a search."""
 
     def __init__(self, config, folder, bar):
         found = direction(config.json(), folder)
@@ -181,7 +180,7 @@ class Shown:
         self.total = config.max_trial_number
 
     def show(self, known, changed):
-        """Show what is new, given all trials, {id: trial}, and those that have changed."""
+        """Show news, given all trials as {ID: trial}, and the changed ones as a list."""
         for line in self.notices(known.values()):
             tqdm.write(line)
         late, self.late = self.late, {}
@@ -190,7 +189,7 @@ class Shown:
                 continue
             is_missing = trial.result is None and trial.reported is None
             if trial.status == "SUCCEEDED" and is_missing and trial.id not in late:
-                self.late[trial.id] = trial  # its result may be on its way
+                self.late[trial.id] = trial  # its result may arrive in the next pass
                 continue
             self.ended[trial.id] = how = self.endings.short(trial)
             if trial.has_result:
@@ -212,7 +211,10 @@ class Shown:
         return "no result" if len(self.ended) == self.total else "no result yet"
 
     def end(self, status):
-        """Say so if there are fewer trials than asked for, or no results; return whether one is."""
+        """Print if there are fewer trials than maxTrialNumber, or no results.
+
+        Returns whether there is a result.
+        """
         if status["status"] == "TUNER_NO_MORE_TRIAL" and self.total:
             asked = f"maxTrialNumber is {self.total}"
             tqdm.write(f"The tuner has no more after {len(self.ended)} trials; {asked}")
@@ -224,14 +226,14 @@ class Shown:
 
 
 class Endings:
-    """How trials end, in words."""
+    """Texts on how trials end."""
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
         self.said = set()
 
     def news(self, trial):
-        """Return why a trial that has ended has no result, None if it has or that was said."""
+        """Return why an ended trial has no result; None if it has one, or that was said before."""
         if trial.has_result or trial.status in ("USER_CANCELED", "SYS_CANCELED"):
             return None
         if trial.status == "FAILED":
@@ -256,7 +258,7 @@ class Endings:
         return words
 
     def short(self, trial):
-        """Return the result of a trial that has ended, or what it has ended by instead."""
+        """Return an ended trial's result, or how it has ended without one."""
         if trial.has_result:
             return f"{trial.result:g}"
         if trial.status == "SUCCEEDED":
@@ -273,7 +275,7 @@ class Endings:
 
 
 def exit_status(trial, folder):
-    """Return the exit status of a trial on this machine, None where none was noted."""
+    """Return the exit status of a trial on this machine, or None if it was not noted."""
     try:
         noted = (folder / "trials" / trial.id / ".nni" / "state").read_text()
     except (OSError, ValueError):
@@ -283,7 +285,7 @@ def exit_status(trial, folder):
 
 
 class Notices:
-    """What a user should be told of a search that runs, each thing once."""
+    """Lines about a running search, each printed once."""
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
@@ -292,7 +294,7 @@ class Notices:
         self.managers = Log(folder / "log" / "notices.log", 0)
 
     def __call__(self, trials):
-        """Return the lines that are new, given all trials."""
+        """Return the new lines, given all trials."""
         found = {}
         states = {trial.status for trial in trials}
         is_waiting = "WAITING" in states and "RUNNING" not in states
@@ -311,7 +313,7 @@ class Notices:
         return [*new.values(), *map(one_line, self.managers.text.splitlines())]
 
     def queued(self, trials):
-        """Return {state: line} of the trials that are in SLURM's queue."""
+        """Return {state: line} of the trials in SLURM's queue."""
         if time.monotonic() - self.asked < ASK:
             return {}
         self.asked, id = time.monotonic(), self.folder.name
@@ -331,7 +333,7 @@ def title(trial):
 
 
 def failure(trial, folder):
-    """Return why a trial has failed: from its stderr on this machine, else where to look."""
+    """Return why a trial has failed, from its stderr; if it is not here, where its files are."""
     try:
         return one_line(reason(tail(folder / "trials" / trial.id / "stderr")))
     except OSError:

@@ -55,7 +55,7 @@ def refusal(load, **changes):
     return str(error.value)
 
 
-# Two of them are refused, without a word on the password.
+# Two of them are refused; the message does not show the password.
 MACHINE = {"host": "there", "user": "me", "password": "secret"}
 REMOTE = {"platform": "remote", "machineList": [MACHINE]}
 
@@ -66,7 +66,7 @@ def entry(kind, *values):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu.yml", "demo.yml", "wide.yml"])
-def test_the_projects_configurations_pass(name):
+def test_the_projects_configurations_are_accepted(name):
     loaded = config.load(ROOT / "configs" / name)
     assert checks.check(loaded) == []
     search.check(loaded)
@@ -117,7 +117,7 @@ def test_the_projects_configurations_pass(name):
         ({"trialCodeDirectory": "/no/such/folder"}, ["/no/such/folder"]),
     ],
 )
-def test_configurations_that_nni_refuses(load, changes, parts):
+def test_a_refusal_names_key_value_and_allowed_values(load, changes, parts):
     line = refusal(load, **changes)
     assert all(part in line for part in parts), line
     assert "config.yml: " in line
@@ -125,7 +125,7 @@ def test_configurations_that_nni_refuses(load, changes, parts):
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "\xff", "a: b: c"])
-def test_files_that_are_no_configuration(tmp_path, content):
+def test_files_without_a_configuration_are_refused(tmp_path, content):
     path = tmp_path / "broken.yml"
     path.write_bytes(content.encode("latin1"))
     for broken in (path, tmp_path / "missing.yml"):
@@ -133,7 +133,7 @@ def test_files_that_are_no_configuration(tmp_path, content):
             config.load(broken)
 
 
-def test_a_search_space_that_does_not_parse_is_named_with_its_line(load, tmp_path):
+def test_a_search_space_with_a_syntax_error_is_named_with_the_line(load, tmp_path):
     (tmp_path / "space.json").write_text('{"lr":\n  {"_type": "choice"\n   "_value": [1]}}')
     line = refusal(load, searchSpaceFile="space.json", searchSpace=None)
     assert f"searchSpaceFile is {tmp_path}/space.json: " in line
@@ -141,7 +141,7 @@ def test_a_search_space_that_does_not_parse_is_named_with_its_line(load, tmp_pat
     assert "<" not in line.replace("<scalar>", "")
 
 
-def test_values_that_nni_takes_in_several_forms(load):
+def test_other_forms_of_values_are_accepted_as_in_nni(load):
     forms = {"maxTrialDuration": 600, "maxExperimentDuration": "1.5h", "tunerGpuIndices": 1}
     service = {"platform": "local", "gpuIndices": "0, 2"}
     loaded = load(**forms, trainingService=[service])
@@ -154,7 +154,7 @@ def test_values_that_nni_takes_in_several_forms(load):
     assert [one.platform for one in config.services(loaded)] == ["local", "remote"]
 
 
-def test_a_pipe_is_no_configuration(tmp_path):
+def test_a_pipe_as_configuration_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"pipe: it is no file; allowed: "):
         config.load(tmp_path / "pipe")
@@ -195,12 +195,12 @@ def test_a_pipe_is_no_configuration(tmp_path):
         (SPACE | {"augment": {"_type": "randint", "_value": [0, 18]}}, ["augment is 17; allowed"]),
     ],
 )
-def test_search_spaces(load, space, parts):
+def test_wrong_search_spaces_are_refused(load, space, parts):
     line = refusal(load, searchSpace=space)
     assert all(part in line for part in parts), line
 
 
-def test_search_spaces_that_are_good(load):
+def test_right_search_spaces_are_accepted(load):
     space = SPACE | {"augment": {"_type": "randint", "_value": [0, 17]}}
     loaded = load(searchSpace=space)
     assert checks.check(loaded) == []
@@ -210,11 +210,11 @@ def test_search_spaces_that_are_good(load):
 
 
 @pytest.mark.parametrize("space", [{}, [1, "two"], {"lr": {"_type": "mine", "_value": 3}}])
-def test_a_tuner_of_ones_own_owns_its_space(load, space):
+def test_a_users_own_tuner_may_have_any_search_space(load, space):
     checks.check(load(searchSpace=space, tuner=MINE))
 
 
-def test_numbers_that_yaml_takes_for_text(load):
+def test_a_number_that_yaml_reads_as_text_is_warned_of(load):
     nested = {"_name": "a", "b": {"_type": "choice", "_value": ["5E-2", "text", "1.0e-4"]}}
     space = entry("loguniform", "1e-4", 0.1) | {"x": {"_type": "choice", "_value": [nested]}}
     assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
@@ -223,7 +223,7 @@ def test_numbers_that_yaml_takes_for_text(load):
     ]
 
 
-def test_options_within_an_option_are_warned_of(load):
+def test_nested_choices_are_warned_of(load):
     inner = {"_type": "choice", "_value": [{"_name": "c"}, {"_name": "d"}]}
     space = entry("choice", {"_name": "a"}, {"_name": "b", "inner": inner})
     line = "searchSpace: lr: b: inner is nested in an option: NNI's tuner fails if it"
@@ -235,7 +235,7 @@ def test_options_within_an_option_are_warned_of(load):
     assert checks.check(load(searchSpace=shallow, tuner={"name": "TPE"})) == []
 
 
-def test_what_nni_runs_but_nobody_means_is_warned_of(load):
+def test_probable_mistakes_are_warned_of(load):
     odd = {"trialConcurrency": True, "maxTrialNumber": True, "trialCommand": " "}
     assert checks.check(load(**odd)) == [
         "trialConcurrency is true, which NNI reads as 1",
@@ -244,7 +244,7 @@ def test_what_nni_runs_but_nobody_means_is_warned_of(load):
     ]
 
 
-def test_a_date_which_json_has_not(load):
+def test_a_date_is_refused_because_json_has_none(load):
     space = {"x": {"_type": "choice", "_value": [datetime.date(2020, 1, 1)]}}
     line = refusal(load, searchSpace=space)
     assert "searchSpace: x: _value: 0 is 2020-01-01; allowed: a text, a number, " in line
@@ -254,7 +254,7 @@ def test_a_date_which_json_has_not(load):
 @pytest.mark.parametrize(
     "tuner", [{"name": "TPE"}, {"className": "mine.Tuner", "codeDirectory": "."}]
 )
-def test_code_in_a_search_space(load, key, tuner):
+def test_code_in_a_search_space_is_refused(load, key, tuner):
     for space in (
         {key: "path:os.system"},
         {"x": {"_type": "choice", "_value": [1, {"_name": "a", "b": [[{key: 1}]]}]}},
@@ -278,7 +278,7 @@ def test_code_in_a_search_space(load, key, tuner):
         ({"assessor": {"name": "Median"}}, ["assessor.name is 'Median'; allowed: ", "Medianstop"]),
     ],
 )
-def test_names_of_algorithms(load, changes, parts):
+def test_unusable_algorithms_are_refused(load, changes, parts):
     line = refusal(load, **changes)
     assert all(part in line for part in parts), line
 
@@ -294,13 +294,13 @@ LOCAL = {"platform": "local", "useActiveGpu": False}
         (2, LOCAL | {"gpuIndices": [1]}, "trialGpuNumber is 2; allowed: at most 1, "),
     ],
 )
-def test_gpus_that_do_not_exist(load, tmp_path, monkeypatch, number, service, part):
+def test_missing_gpus_are_refused(load, tmp_path, monkeypatch, number, service, part):
     stand_in_nvidia_smi(tmp_path / "home", busy=[False, True])
     monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
     assert part in refusal(load, trialGpuNumber=number, trainingService=service)
 
 
-def test_without_gpus_the_refusal_says_how_to_search_without(load, monkeypatch):
+def test_without_gpus_the_refusal_names_trial_gpu_number_0(load, monkeypatch):
     monkeypatch.setattr(gpus, "gpus", list)
     line = refusal(load, trialGpuNumber=1, trainingService=LOCAL)
     assert line.startswith("trialGpuNumber is 1; allowed: at most 0, ")
@@ -314,7 +314,7 @@ def test_without_gpus_the_refusal_says_how_to_search_without(load, monkeypatch):
         ("echo '<nvidia_smi_log><gpu>'", "it says: <nvidia_smi_log><gpu>"),
     ],
 )
-def test_an_nvidia_smi_that_fails_is_not_no_gpus(load, tmp_path, monkeypatch, script, part):
+def test_a_failure_of_nvidia_smi_is_refused(load, tmp_path, monkeypatch, script, part):
     monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
     stand_in_nvidia_smi(tmp_path / "home", busy=[])
     (tmp_path / "home" / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
@@ -327,7 +327,7 @@ def test_an_nvidia_smi_that_fails_is_not_no_gpus(load, tmp_path, monkeypatch, sc
     assert part in why
 
 
-def test_an_nvidia_smi_that_hangs_or_finds_nothing_or_warns(load, tmp_path, monkeypatch):
+def test_nvidia_smi_may_hang_or_find_nothing_or_warn(load, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
     stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
     script = tmp_path / "home" / "nvidia-smi"
@@ -346,7 +346,7 @@ def test_an_nvidia_smi_that_hangs_or_finds_nothing_or_warns(load, tmp_path, monk
     ("visible", "given", "expected"),
     [("1", None, [1]), ("3, 1", None, [3, 1]), ("1", [0], [0]), (None, None, None)],
 )
-def test_visible_devices_stand_for_gpu_indices(load, monkeypatch, visible, given, expected):
+def test_cuda_visible_devices_replaces_gpu_indices(load, monkeypatch, visible, given, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -357,14 +357,14 @@ def test_visible_devices_stand_for_gpu_indices(load, monkeypatch, visible, given
 
 
 @pytest.mark.parametrize("visible", ["GPU-8932f937", "MIG-GPU-8932f937/1/0", "0,GPU-1", "", "-1"])
-def test_visible_devices_that_nni_cannot_index(load, monkeypatch, visible):
+def test_cuda_visible_devices_without_numbers_is_refused(load, monkeypatch, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match=r"^CUDA_VISIBLE_DEVICES is .*; allowed: numbers of GPUs"):
         gpus.allow_visible(load(trialGpuNumber=1, trainingService=LOCAL).training_service)
     assert gpus.allow_visible(load(trialGpuNumber=0).training_service) is None
 
 
-def test_who_holds_the_gpus(load, tmp_path, monkeypatch):
+def test_the_processes_on_busy_gpus_are_named(load, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "home"), prepend=":")
     service = load(trialGpuNumber=1, trainingService=LOCAL).training_service
     stand_in_nvidia_smi(tmp_path / "home", busy=[True, False])
@@ -375,20 +375,20 @@ def test_who_holds_the_gpus(load, tmp_path, monkeypatch):
     assert gpus.waiting_for(service) is None
 
 
-def test_a_folder_whose_name_is_not_utf_8(load):
+def test_a_folder_name_outside_utf_8_is_refused(load):
     loaded = load()
     loaded.experiment_working_directory = os.fsdecode(b"/caf\xe9")
     with pytest.raises(ValueError, match=r"^experimentWorking.* is '/caf\\udce9'; allowed: "):
         checks.check(loaded)
 
 
-def test_a_machine_without_ps(load, tmp_path, monkeypatch):
+def test_a_machine_without_ps_is_refused(load, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "home"))
     line = refusal(load)
     assert line == "PATH has no ps, by which NNI ends trials; Debian: apt install procps"
 
 
-def test_a_home_that_cannot_be_written(tmp_path):
+def test_a_read_only_home_is_refused(tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "below"
     with pytest.raises(ValueError) as error:
@@ -419,7 +419,7 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
         checks.check_private(tmp_path)
 
 
-def test_addresses_at_which_nnis_programs_do_not_meet_are_refused(load, monkeypatch):
+def test_a_localhost_that_is_no_loopback_is_refused(load, monkeypatch):
     tiny = load(trainingService={"platform": "local", "reuseMode": True})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("192.0.2.7", 0))])

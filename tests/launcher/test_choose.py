@@ -123,7 +123,7 @@ def refusal(result):
         ([trial(0, 62.53, 1), trial(1, 63.04)], 0.5, 1),
     ],
 )
-def test_the_choice(trials, within, expected):
+def test_the_choice_is_good_then_short_then_quick_to_learn(trials, within, expected):
     trials = [*map(results.imported, trials)]
     assert choose.choose(trials, within).number == expected
 
@@ -142,7 +142,7 @@ MIXED = [
 ]
 
 
-def test_the_table_ranks_what_has_a_result_and_names_the_rest(run, tmp_path):
+def test_the_table_has_trials_with_a_result_and_the_rest_is_counted(run, tmp_path):
     database(tmp_path, MIXED)
     result = run()
     assert result.returncode == 0, result.stderr
@@ -160,7 +160,9 @@ def test_the_table_ranks_what_has_a_result_and_names_the_rest(run, tmp_path):
     )
     assert strange == f"trial 9 (id9) reported NaN, {results.NO_RESULT}"
     assert left.startswith("RUNNING and WAITING: no manager of this search runs on this machine")
-    assert rule.startswith("* the choice, trial 4 (id4): within 0.5 of the greatest result")
+    assert rule.startswith(
+        "* the choice, trial 4 (id4): the shortest one within 0.5 of the greatest"
+    )
     assert json.loads(values) == {"lr": 0.05}
 
 
@@ -172,7 +174,7 @@ def test_the_latest_experiment_is_the_default(run, tmp_path):
     assert run("old").stdout.startswith("old: ")
 
 
-def test_top_shortens_the_table_only(run, tmp_path):
+def test_top_only_shortens_the_table(run, tmp_path):
     database(tmp_path, MIXED)
     result = run("--top", 1)
     assert len(result.stdout.splitlines()) == 8
@@ -180,7 +182,7 @@ def test_top_shortens_the_table_only(run, tmp_path):
     assert len(json.loads(run("--top", 1, "--json").stdout)["trials"]) == len(MIXED)
 
 
-def test_json_is_read_again(run, tmp_path):
+def test_file_reads_the_output_of_json(run, tmp_path):
     database(tmp_path, MIXED)
     printed = run("--json").stdout
     assert json.loads(printed)["choice"] == "id4"
@@ -205,7 +207,7 @@ def test_csv_has_a_column_for_each_hyperparameter(run, tmp_path):
     }
 
 
-def test_out_is_what_train_py_takes(run, tmp_path):
+def test_train_py_accepts_the_file_of_out(run, tmp_path):
     database(tmp_path, MIXED)
     assert run("--out=~/best.json").returncode == 0  # which the shell leaves as it is
     kept = json.loads((tmp_path / "best.json").read_text())
@@ -219,7 +221,7 @@ def test_out_is_what_train_py_takes(run, tmp_path):
     assert train.parse_args(["--params", str(tmp_path / "best.json")]).lr == 0.05
 
 
-def test_the_plot_is_a_picture(run, tmp_path):
+def test_plot_writes_a_png(run, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     database(tmp_path, MIXED)
     result = run("--plot", "search.png")
@@ -228,7 +230,7 @@ def test_the_plot_is_a_picture(run, tmp_path):
     assert list(tmp_path.glob("*.tmp")) == []
 
 
-def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
+def test_only_plot_needs_matplotlib(run, tmp_path):
     database(tmp_path, MIXED)
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
     line = refusal(run("--plot", "search.png", PYTHONPATH=str(tmp_path)))
@@ -255,7 +257,7 @@ def test_without_matplotlib_only_the_plot_is_refused(run, tmp_path):
         (["abc123", "--file", "list.json"], ["EXPERIMENT_ID is 'abc123'", "--file"]),
     ],
 )
-def test_refusals(run, tmp_path, args, parts):
+def test_wrong_arguments_and_files_are_refused(run, tmp_path, args, parts):
     database(tmp_path, MIXED)
     (tmp_path / "text.json").write_text("{")
     (tmp_path / "deep.json").write_text("[" * 100_000)
@@ -265,14 +267,14 @@ def test_refusals(run, tmp_path, args, parts):
     assert all(part in line for part in parts), line
 
 
-def test_an_experiment_without_a_result(run, tmp_path):
+def test_an_experiment_without_a_result_is_an_error(run, tmp_path):
     database(tmp_path, [trial(0, None, 5.0, [], "RUNNING")])
     assert "a search: none of 1 trials has a result" in refusal(run())
     database(tmp_path, [], "empty", start=5000)
     assert "a search: none of 0 trials has a result" in refusal(run())
 
 
-def test_a_machine_without_experiments(run, tmp_path):
+def test_a_machine_without_experiments_is_an_error(run, tmp_path):
     assert f"no experiment: {tmp_path}/nni-experiments/.experiment lists none" in refusal(run())
 
 
@@ -281,7 +283,7 @@ def test_a_machine_without_experiments(run, tmp_path):
     ["", [1], 3, {"abc": 3}, {"abc": {}}, {"abc": {"startTime": "now", "logDir": "/"}}],
     ids=str,
 )
-def test_a_damaged_list_of_experiments(run, tmp_path, listed):
+def test_a_damaged_list_of_experiments_is_an_error(run, tmp_path, listed):
     database(tmp_path, MIXED)
     path = tmp_path / "nni-experiments" / ".experiment"
     path.write_text(listed and json.dumps(listed))  # "": as a power cut leaves it
@@ -306,7 +308,7 @@ def test_a_search_is_found_by_its_folder(run, tmp_path):
         assert run("abc123", "--json").stdout == expected
 
 
-def test_a_database_that_is_missing_or_damaged(run, tmp_path):
+def test_a_missing_or_damaged_database_is_an_error(run, tmp_path):
     path = database(tmp_path, MIXED)
     path.write_bytes(b"not a database, but long enough to be taken for one" * 100)
     assert f"cannot read {path}" in refusal(run())
@@ -315,7 +317,7 @@ def test_a_database_that_is_missing_or_damaged(run, tmp_path):
     assert not path.exists()
 
 
-def test_a_database_in_use_is_read_and_one_that_stays_locked_is_not(run, tmp_path):
+def test_a_database_in_use_is_read_and_a_locked_one_is_an_error(run, tmp_path):
     path = database(tmp_path, MIXED)
     connection = sqlite3.connect(path, isolation_level=None)
     try:
@@ -337,7 +339,7 @@ CHOICES = {  # of the project's records, by the distance that counts as equally 
 }
 
 
-def test_the_searches_in_docs_are_read_and_chosen_from(run):
+def test_a_trial_is_chosen_from_each_search_in_docs(run):
     docs = ROOT / "docs" / "searches"
     for name, expected in CHOICES.items():
         search = results.read_file(docs / f"{name}.json")
@@ -367,7 +369,7 @@ def test_the_searches_in_docs_are_read_and_chosen_from(run):
         ([trial(0, 1, 9, [2.0]), trial(1, 1, 9, [1.0])], 0, "minimize", 1),
     ],
 )
-def test_the_choice_of_any_search(trials, within, direction, expected):
+def test_the_choice_depends_on_direction_and_curves(trials, within, direction, expected):
     trials = [*map(results.imported, trials)]
     assert choose.choose(trials, within, direction).number == expected
 
@@ -384,7 +386,7 @@ def test_a_search_that_minimizes_shows_the_least_first(run, tmp_path):
     assert json.loads(run("--file", "results.json", "--json").stdout) == record
 
 
-def test_a_record_without_a_direction_maximizes_and_another_one_is_refused(run, tmp_path):
+def test_a_file_without_direction_maximizes_and_an_unknown_direction_is_refused(run, tmp_path):
     database(tmp_path, MIXED)
     record = json.loads(run("--json").stdout)
     (tmp_path / "results.json").write_text(json.dumps(record | {"direction": "up"}))
@@ -414,13 +416,13 @@ def test_a_record_without_a_direction_maximizes_and_another_one_is_refused(run, 
         ({"default": {"default": 1}}, None),
     ],
 )
-def test_what_is_a_result(value, expected):
+def test_results_are_finite_numbers_or_objects_with_a_default(value, expected):
     assert results.number(value) == expected
     found, instead = results.read_result(json.dumps(value))
     assert (found is None) == (instead is not None)
 
 
-def test_what_nnictl_exports_is_read_as_the_database_is(run, tmp_path):
+def test_nnictls_export_is_read_like_the_database(run, tmp_path):
     values = ['"high"', "0.5", '{"default": 0.75}', "1" + "0" * 400]
     exported = [
         {
@@ -438,7 +440,7 @@ def test_what_nnictl_exports_is_read_as_the_database_is(run, tmp_path):
     assert [entry["intermediate"] for entry in trials] == [[1.0]] * 4
 
 
-def test_strange_searches_are_shown(run, tmp_path):
+def test_unusual_names_and_values_are_shown_in_one_line(run, tmp_path):
     escape = "\x1b[2J\u202e\x9b"
     odd = {
         f"key{escape}": f"value{escape}\n2",
@@ -464,7 +466,7 @@ def test_strange_searches_are_shown(run, tmp_path):
     assert json.loads((tmp_path / "best.json").read_text())["hyperparameters"] == odd | {"lr": 0.01}
 
 
-def test_parameters_of_a_tuners_own_form_are_shown(run, tmp_path):
+def test_parameters_that_are_no_object_are_shown(run, tmp_path):
     entries = [trial(0, 1.0), trial(1, 2.0)]
     for entry in entries:
         entry["hyperparameters"] = [entry["trial"], "x"]
@@ -473,7 +475,7 @@ def test_parameters_of_a_tuners_own_form_are_shown(run, tmp_path):
     assert run("--csv").stdout.splitlines()[0].endswith(",parameters")
 
 
-def test_a_closed_pipe_is_no_traceback(run, tmp_path):
+def test_a_closed_pipe_gives_no_traceback(run, tmp_path):
     database(tmp_path, [trial(number, float(number)) for number in range(3000)])
     command = f"set -o pipefail; {sys.executable} {ROOT / 'choose.py'} --top 3000 | head -1"
     result = subprocess.run(
@@ -489,7 +491,7 @@ def test_a_closed_pipe_is_no_traceback(run, tmp_path):
 # Which way is better
 
 
-def test_the_direction_is_the_tuners(tmp_path):
+def test_the_direction_is_read_from_the_tuner(tmp_path):
     def found(name=None, **tuner):
         return direction({"tuner": {"name": name} | tuner}, tmp_path)
 
@@ -510,7 +512,7 @@ def test_the_direction_is_the_tuners(tmp_path):
         (tmp_path / "log" / "direction").write_text("")
 
 
-def test_a_direction_that_nothing_tells_is_said_to_be_the_greatest(run, tmp_path):
+def test_an_unknown_direction_maximizes_with_a_line(run, tmp_path):
     tuner = {"className": "mine.Mine", "codeDirectory": "."}
     database(tmp_path, [trial(0, 0.3), trial(1, 0.1)], tuner=tuner)
     printed = run().stdout
@@ -523,10 +525,10 @@ def test_a_direction_that_nothing_tells_is_said_to_be_the_greatest(run, tmp_path
     assert "* the choice, trial 1 " in printed
 
 
-# What mattered
+# Importance
 
 
-def test_what_mattered_is_told_from_ten_trials_on(run, tmp_path):
+def test_the_importance_is_shown_from_ten_trials(run, tmp_path):
     def entry(number):
         x = number % 7 / 7
         odd = {"list": [[1], [2, 3]][number % 2], "none": None, "same": 1, "text": f"t{number}"}
@@ -544,14 +546,14 @@ def test_what_mattered_is_told_from_ten_trials_on(run, tmp_path):
     assert importance.importances(alike) == {}
 
     database(tmp_path, [entry(number) for number in range(10)])
-    assert "What mattered, by 10 trials: lr " in run("--plot", "a.png").stdout
+    assert "Importance, by 10 trials: lr " in run("--plot", "a.png").stdout
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # What is written
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_written_file_is_complete_or_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "best.json"
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -582,7 +584,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ]
 
 
-def test_what_is_no_file_is_not_replaced_by_one(run, tmp_path):
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(run, tmp_path):
     database(tmp_path, MIXED)
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
@@ -597,7 +599,7 @@ def test_what_is_no_file_is_not_replaced_by_one(run, tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
+def test_ctrl_c_gives_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(choose, "show", lambda _: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["choose.py"])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -608,7 +610,7 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_standard_output_that_is_a_file_is_not_replaced_by_another(tmp_path, monkeypatch):
+def test_a_file_as_standard_output_is_not_replaced(tmp_path, monkeypatch):
     link, path = tmp_path / "stdout", tmp_path / "file"
     with path.open("w") as file:
         monkeypatch.setattr("sys.stdout", file)

@@ -132,7 +132,7 @@ def read_until(process, part):
 # What trials report, and how they end
 
 
-def test_what_is_a_result_and_what_is_none(run_search):
+def test_each_trial_without_a_result_is_explained(run_search):
     pieces = [
         "tell(0.5)",
         "tell({'default': 0.25, 'other': 'x'})",
@@ -172,7 +172,7 @@ def test_what_is_a_result_and_what_is_none(run_search):
     assert "Traceback" not in search.stderr
 
 
-def test_the_same_failure_is_told_once_and_how_trials_failed_is_said(run_search):
+def test_a_repeated_failure_is_explained_once_and_counted(run_search):
     again = "raise ValueError('no luck')"
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
     search = run_search(f"{again} # 1", f"{again} # 2", "sys.exit(3)", kill)
@@ -186,7 +186,7 @@ def test_the_same_failure_is_told_once_and_how_trials_failed_is_said(run_search)
     assert "None of 4 trials has a result: 2 FAILED with exit status 1, " in search.stdout
 
 
-def test_trials_that_their_duration_or_an_assessor_ends_say_so(run_search):
+def test_early_stopped_trials_name_the_duration_or_the_assessor(run_search):
     search = run_search("report(1.0); time.sleep(60)", maxTrialDuration=2)
     assert search.returncode == 1
     assert search.lines[-1] == "0: was ended by maxTrialDuration (2); no result"
@@ -205,7 +205,7 @@ def test_trials_that_their_duration_or_an_assessor_ends_say_so(run_search):
     assert search.lines[-1] == "3: was ended by the assessor; best 1"
 
 
-def test_the_best_of_a_tuner_that_minimizes_is_the_least(run_search, home):
+def test_the_best_result_is_the_least_if_the_tuner_minimizes(run_search, home):
     pieces = [f"tell({number})" for number in (4, 1, 3, 2)]
     search = run_search(*pieces, tuner={"name": "TPE", "classArgs": {"seed": 1}})
     assert search.returncode == 0, search.stderr
@@ -224,14 +224,14 @@ def test_the_best_of_a_tuner_that_minimizes_is_the_least(run_search, home):
     assert chosen["result"] == min(values)
 
 
-def test_a_grid_that_is_smaller_than_asked_ends(run_search):
+def test_a_grid_smaller_than_max_trial_number_ends_the_search(run_search):
     search = run_search("tell(1)", "tell(2)", "tell(3)", maxTrialNumber=50, trialConcurrency=2)
     assert search.returncode == 0, search.stderr
     assert len(search.lines) == 3
     assert "The tuner has no more after 3 trials; maxTrialNumber is 50" in search.stdout
 
 
-def test_what_counts_of_a_trial_that_reports_twice_and_of_one_that_fails_then(run_search):
+def test_the_first_result_counts_unless_the_trial_fails(run_search):
     tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}  # NNI's dies of the second
     twice, fails = "tell(1); tell(2); time.sleep(2)", "tell(3); sys.exit(2)"
     search = run_search(f"{twice} # 1", f"{twice} # 2", tuner=tuner)
@@ -242,7 +242,7 @@ def test_what_counts_of_a_trial_that_reports_twice_and_of_one_that_fails_then(ru
     assert "(exit status 2); so its result, 3, does not count; no result" in search.lines[0]
 
 
-def test_nobody_reads_on(run_search):
+def test_a_closed_output_ends_the_command(run_search):
     pipe = ["bash", "-c", 'set -o pipefail; "$@" | head -3', "-"]  # up to the Web UI's address
     search = run_search("tell(1)", "tell(2)", before=pipe)
     assert search.returncode == 128 + signal.SIGPIPE
@@ -261,29 +261,28 @@ def test_nobody_reads_on(run_search):
         ("killed", "the tuner has died"),
     ],
 )
-def test_a_tuner_that_dies_is_noticed_with_its_last_words(run_search, when, words):
+def test_a_dead_tuner_is_noticed_and_its_error_shown(run_search, when, words):
     tuner = {"className": "dying.Dying", "codeDirectory": ".", "classArgs": {"when": when}}
     search = run_search("tell(1)", "tell(2)", "tell(3)", tuner=tuner)
     assert search.returncode == 1
     (line,) = search.stderr.splitlines()[-1:]
     assert words in line
     id = re.search(r"^Search (\w+)", search.stdout, re.MULTILINE)[1]
-    mended = ", with that mended" if when != "killed" else ""
-    assert f"; to go on{mended}: " in line
+    what = "fix that and continue" if when != "killed" else "to continue"
+    assert f"; {what}: " in line
     assert f"python search.py --resume {id}" in line
     if when == "asked":  # after a first result
-        assert line.endswith(f"; its results so far: python choose.py {id}")
+        assert line.endswith(f"; results so far: python choose.py {id}")
 
 
-def test_an_assessor_that_dies_is_not_called_the_tuner(run_search):
+def test_a_dead_assessor_is_not_called_the_tuner(run_search):
     judge = {"className": "dying.Judge", "codeDirectory": "."}
     search = run_search("report(1.0); time.sleep(60)", assessor=judge)
-    assert (
-        "the assessor has died: ValueError: no idea; to go on, with that mended: " in search.stderr
-    )
+    died = "the assessor has died: ValueError: no idea; fix that and continue: "
+    assert died in search.stderr
 
 
-def test_a_manager_that_is_killed_is_not_called_stopped(start_search, home):
+def test_a_killed_manager_is_not_called_stopped(start_search, home):
     with start_search("time.sleep(60)") as process:
         read_until(process, "Web UI")
         time.sleep(1)
@@ -291,26 +290,24 @@ def test_a_manager_that_is_killed_is_not_called_stopped(start_search, home):
             manager.kill()
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert (
-        "NNI's manager has died: without a word; was it killed?; to go on: python search.py"
-        in stderr
-    )
+    died = "NNI's manager has died: no error message; was it killed?"
+    assert f"{died}; to continue: python search.py" in stderr
 
 
-def test_what_was_stopped_is_called_stopped(start_search, home):
+def test_a_stopped_search_is_called_stopped(start_search, home):
     with start_search("time.sleep(60)") as process:
         id = read_until(process, "Web UI").split()[-1]
         nnictl(home, "stop", id)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     assert stderr.endswith(
-        f"search {id} has been stopped; to go on: python search.py --resume {id}\n"
+        f"search {id} has been stopped; to continue: python search.py --resume {id}\n"
     )
 
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
-    """A search that is watched, with a database written by hand and no manager but this process."""
+    """A watched search with a database of our own; this process stands in for the manager."""
     monkeypatch.setenv("HOME", str(tmp_path))
     database(tmp_path, [trial(0, 60.0), trial(1, None, None, [], "WAITING")])
     known = tmp_path / "nni-experiments" / ".experiment"
@@ -322,7 +319,7 @@ def watched(tmp_path, monkeypatch):
     return progress.Search("abc123", 1, folder, *commands)
 
 
-def test_a_manager_that_is_slow_to_answer_is_asked_on(watched, monkeypatch, capsys):
+def test_a_slow_manager_is_asked_again(watched, monkeypatch, capsys):
     def silent(*_, **__):
         raise ConnectionError("Read timed out.")
 
@@ -332,7 +329,7 @@ def test_a_manager_that_is_slow_to_answer_is_asked_on(watched, monkeypatch, caps
     watched.heard -= 25
     assert watched.ask() == watched.ask() == (None, [])
     assert re.fullmatch(
-        r"search abc123 has not answered for 2\d s, and is asked on: Read timed out\.\n",
+        r"search abc123 has not answered for 2\d s; still waiting: Read timed out\.\n",
         capsys.readouterr().out,
     )
     monkeypatch.setattr(life, "lives", lambda process: False)
@@ -340,7 +337,7 @@ def test_a_manager_that_is_slow_to_answer_is_asked_on(watched, monkeypatch, caps
         watched.ask()
 
 
-def test_a_search_whose_files_are_removed_ends_with_what_its_manager_says(watched, monkeypatch):
+def test_after_its_files_are_removed_a_search_ends_with_the_managers_error(watched, monkeypatch):
     said = {"status": "ERROR", "errors": ["SQLITE_READONLY"]}
     monkeypatch.setattr(rest, "get", lambda *_, **__: said)
     watched.trials.path.unlink()
@@ -348,7 +345,7 @@ def test_a_search_whose_files_are_removed_ends_with_what_its_manager_says(watche
         watched.ask()
 
 
-def test_no_more_trials_with_one_in_the_queue_is_not_the_end(watched, monkeypatch):
+def test_a_queued_trial_is_waited_for_if_the_tuner_has_no_more(watched, monkeypatch):
     answers = {"/experiment": {"nextSequenceId": 3}, "/check-status": {"status": "RUNNING"}}
     asked = []
 
@@ -370,7 +367,7 @@ def test_no_more_trials_with_one_in_the_queue_is_not_the_end(watched, monkeypatc
     assert not watched.is_done(no_more)  # NNI may be about to start one
 
 
-def test_a_search_in_which_nothing_runs_and_nothing_comes_says_so_once(watched, capsys):
+def test_an_idle_search_is_reported_once(watched, capsys):
     watched.trials.update()
     watched.life.tuner_is_dead = lambda: False
     watched.changed -= 100
@@ -384,7 +381,7 @@ def test_a_search_in_which_nothing_runs_and_nothing_comes_says_so_once(watched, 
     assert line.endswith("abc123/log/dispatcher.log")
 
 
-def test_what_is_only_viewed_says_so(watched):
+def test_a_viewed_search_is_reported_as_not_running(watched):
     with pytest.raises(RuntimeError, match=r"shown by nnictl view.*: nnictl stop abc123; nnis"):
         watched.check({"status": "VIEWED"})
 
@@ -417,7 +414,7 @@ def test_a_pass_reads_only_what_is_new(tmp_path):
     assert changed["id0"].result == 60.0
 
 
-def test_nni_can_write_while_a_search_is_read_and_a_query_is_not_stopped(tmp_path, monkeypatch):
+def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_path, monkeypatch):
     path = database(tmp_path, [trial(0, 60.0, None, [1.0] * 2500)])
     blocked, connect = [], sqlite3.connect
 

@@ -197,14 +197,14 @@ def test_trials_that_fail(rehearse, command, part):
     assert part in str(error.value)
 
 
-def test_parameters_that_one_trial_fails_with_are_no_refusal(rehearse, tmp_path):
+def test_a_failure_with_some_parameters_is_no_refusal(rehearse, tmp_path):
     third = "cat $NNI_SYS_DIR/parameter.cfg; test $NNI_TRIAL_SEQ_ID = 2"
     rehearse(trialCommand=third, maxTrialNumber=9)
     with pytest.raises(ValueError, match=r"tried with each of 5 sets of parameters, such as {"):
         rehearse(trialCommand="cat $NNI_SYS_DIR/parameter.cfg; exit 1", maxTrialNumber=9)
 
 
-def test_whoever_waits_is_told_for_what(rehearse, monkeypatch, capsys):
+def test_a_line_tells_what_the_command_waits_for(rehearse, monkeypatch, capsys):
     monkeypatch.setattr(rehearsal, "NOTICE", 0.5)
     monkeypatch.setattr(rehearsal, "TRIAL_PATIENCE", 2)
     rehearse(trialCommand=f"echo downloading; {NEVER}")

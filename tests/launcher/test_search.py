@@ -251,7 +251,7 @@ def test_a_refusal_leaves_no_folder_in_a_home(run_search, home):
     assert not missing.parent.exists()
 
 
-def test_a_home_that_cannot_be_written(run_search, home):
+def test_a_read_only_home_is_refused(run_search, home):
     (home / "file").touch()
     line = refusal(run_search(config=demo(), HOME=str(home / "file")))
     folder = f"{home}/file/nni-experiments"
