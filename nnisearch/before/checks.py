@@ -13,6 +13,7 @@ import socket
 import stat
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 from nni.experiment.config.utils import camel_case
 
@@ -114,19 +115,21 @@ def check_addresses(config):
 def check_private(folder, key="experimentWorkingDirectory"):
     """Check that no other user can replace files in a folder: NNI runs some of them.
 
+    Whoever can write to a folder above it can put another folder in its place. HOME and the folders
+    above HOME are not checked: whoever can write there can run commands as this user anyway.
     Raises ValueError that names the folder's key in the configuration.
     """
-    found = folder.stat() if folder.exists() else None
-    if found is None or found.st_mode & stat.S_ISVTX:
-        return
-    is_open_to_group = found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid)
-    if found.st_mode & stat.S_IWOTH or is_open_to_group:
-        who = "others" if found.st_mode & stat.S_IWOTH else "its group"
-        allowed = "a folder that only you can write to, or a sticky one"
-        advice = f"chmod go-w '{folder}', or a new folder in it"
-        raise ValueError(
-            f"{key} is '{folder}'; allowed: {allowed}; {who} can write to it: {advice}"
-        )
+    there, home = folder.resolve(), Path.home().resolve()
+    above = [parent for parent in there.parents if not home.is_relative_to(parent)]
+    for place in filter(Path.exists, [there, *above]):
+        found = place.stat()
+        is_open_to_group = found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid)
+        is_open = found.st_mode & stat.S_IWOTH or is_open_to_group
+        if is_open and not found.st_mode & stat.S_ISVTX:
+            who = "others" if found.st_mode & stat.S_IWOTH else "its group"
+            allowed = "a folder that only you can write to, or a sticky one, and so all above it"
+            way = f"chmod go-w '{place}', or chmod +t '{place}'"
+            raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {who} can write: {way}")
 
 
 def is_private_group(number):

@@ -407,15 +407,20 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
         tmp_path.chmod(mode)
         checks.check_private(tmp_path)
     tmp_path.chmod(0o777)
-    with pytest.raises(ValueError) as error:
-        checks.check_private(tmp_path)
-    assert str(error.value) == (
-        f"experimentWorkingDirectory is '{tmp_path}'; allowed: a folder that only you can write to,"
-        f" or a sticky one; others can write to it: chmod go-w '{tmp_path}', or a new folder in it"
-    )
+    checks.check_private(tmp_path / "home" / "nni-experiments")  # HOME is the user's to guard
+    monkeypatch.setenv("HOME", "/")
+    (tmp_path / "own").mkdir(mode=0o700)
+    for folder in (tmp_path, tmp_path / "own", tmp_path / "missing"):  # others can move it away
+        with pytest.raises(ValueError) as error:
+            checks.check_private(folder)
+        assert str(error.value) == (
+            f"experimentWorkingDirectory is '{folder}'; allowed: a folder that only you can write"
+            " to, or a sticky one, and so all above it; others can write: "
+            f"chmod go-w '{tmp_path}', or chmod +t '{tmp_path}'"
+        )
     monkeypatch.setattr(grp, "getgrgid", lambda _: shared)
     tmp_path.chmod(0o775)
-    with pytest.raises(ValueError, match="; its group can write to it: chmod go-w "):
+    with pytest.raises(ValueError, match="; its group can write: chmod go-w "):
         checks.check_private(tmp_path)
 
 
