@@ -95,19 +95,17 @@ def table(trials, choice):
 
 
 def as_csv(trials):
-    """Return trials as CSV, with a column per hyperparameter and each text in one line."""
+    """Return trials as CSV, with a column per hyperparameter and each text as it is."""
     measured = ["trial", "id", "result", "seconds", "last", "area"]
     rows = [[trial.as_json()[key] for key in measured] for trial in trials]
     given = [as_dict(trial.hyperparameters) for trial in trials]
     keys = list(dict.fromkeys(key for values in given for key in values))
     for row, values in zip(rows, given, strict=True):
         for value in map(values.get, keys):
-            is_text = isinstance(value, str)
-            is_plain = is_text or value is None or isinstance(value, (int, float))
-            row.append(one_line(value, math.inf) if is_text and value else value)
-            row[-1] = row[-1] if is_plain else json.dumps(value)
+            is_plain = value is None or isinstance(value, (str, int, float))
+            row.append(value if is_plain else json.dumps(value))
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([[*measured, *map(one_line, keys)], *rows])
+    csv.writer(file, lineterminator="\n").writerows([[*measured, *keys], *rows])
     return file.getvalue()
 
 
