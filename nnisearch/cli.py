@@ -207,7 +207,7 @@ def main(argv=None, project=Project()):  # noqa: B008 - it does not change
         print(f"\nThe search continues. To watch it again: {again}")
         return 1
     if has_result:
-        choose.main([id], within=project.within)
+        choose.main([id], within=project.within, was_watched=True)
         print(f"To keep the choice: {project.choose_command} {id} --out best.json")
     return 0 if has_result else 1
 

@@ -227,13 +227,16 @@ def left_behind(search, folder):
     return [f"{' and '.join(sorted(unended))}: {elsewhere(folder) or left}"]
 
 
-def main(argv=None, prog="nnichoose", within=0.0):
-    """Print a search's results, and write the files that the arguments name."""
+def main(argv=None, prog="nnichoose", within=0.0, was_watched=False):
+    """Print what a search has found, and write the choice where it is asked for.
+
+    was_watched: the user has been told already that the direction of the search is not known.
+    """
     prepare_output()
     args = parse_args(argv, prog, within)
     with may_be_closed():
         try:
-            show(args)
+            show(args, was_watched)
         except ImportError as error:
             sys.exit(f"{prog}: error: --plot needs matplotlib (pip install matplotlib): {error}")
         except BrokenPipeError:
@@ -244,8 +247,8 @@ def main(argv=None, prog="nnichoose", within=0.0):
             sys.exit(f"{prog}: error: {one_line(error)}")
 
 
-def show(args):
-    """Read, choose, and print or write. Raises OSError, ValueError or ImportError."""
+def show(args, was_watched):
+    """Do as the arguments say. Raises OSError, ValueError or ImportError."""
     path = args.file or find_database(args.experiment)
     search = read_file(path)
     everything = search["trials"]
@@ -262,7 +265,7 @@ def show(args):
         raise ValueError(f"{none}: {why}" if why else none)
     if search["direction"] is None:
         search["direction"] = "maximize"
-        notes.append(UNKNOWN)
+        notes += [] if was_watched else [UNKNOWN]
     trials.sort(key=lambda trial: (rank(trial.result, search["direction"]), trial.number))
     choice = choose(trials, args.within, search["direction"])
     picture = plot(trials, choice, args.top, search["direction"]) if args.plot else None
