@@ -1,10 +1,11 @@
-"""The tuner's process: `python -m nni` with mends, connected to its manager and to nobody else.
+"""Runs the tuner's process: `python -m nni` with mends, connected only to its manager.
 
     python dispatcher.py FD
 
-FD is one end of a pair of sockets. The manager holds the other end. It sends the configuration, a
-line of JSON, and then serves the connection that NNI would make to the manager's port. So nobody
-can pose as the manager, ps shows no configuration, and this process ends with the manager.
+FD is one end of a socket pair; the manager holds the other end. The manager first sends the
+configuration, one line of JSON. Then the pair replaces NNI's connection to the manager's port. So
+no other process can pose as the manager, ps does not show the configuration, and this process ends
+with the manager.
 """
 
 import base64
@@ -21,7 +22,7 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def load(path):
-    """Return the module in a file. It is not in sys.modules: all names are the user's."""
+    """Return the module in a file, without sys.modules, where it could hide a user's module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,15 +30,15 @@ def load(path):
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":  # also while the tuner is thinking
+    if sys.platform == "linux":  # so it ends with the manager even during a long computation
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    # The manager sends no more than this line before it hears from here.
+    # The buffer takes no more than this line: the manager then waits for an answer.
     config = connection.makefile("rb").readline()
-    # From here on as with `python -m nni --exp_params CONFIG`, for the sake of the user's tuner.
+    # The user's tuner finds the same arguments and path as in `python -m nni --exp_params CONFIG`.
     sys.argv[1:] = ["--exp_params", base64.b64encode(config).decode()]
-    if not getattr(sys.flags, "safe_path", False):  # Python has put this file's folder there
+    if not getattr(sys.flags, "safe_path", False):  # Python has put this file's folder first
         sys.path[0] = os.getcwd()
     imports = load(Path(__file__).parents[1] / "shared" / "imports.py")
     with imports.without_pandas():

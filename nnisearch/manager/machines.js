@@ -1,17 +1,16 @@
-// How trials go on that NNI's runners start: on machines over SSH, and with reuseMode. As shipped, the
-// next trial starts seconds later, and a machine that is lost is neither noticed nor used again.
-// Loaded by manager.js, this promises: the next trial starts within a second; a lost machine is noticed
-// within a minute, its trial is run again with the same parameters and number, and the machine is
-// used again when it is back. Each of these is said.
+// Mends NNI's runners, which start trials on machines over SSH and with reuseMode. As shipped, the next
+// trial starts seconds later, and a lost machine is neither noticed nor used again. With this file the
+// next trial starts within a second. A lost machine is noticed within a minute. Its trial runs again
+// with the same parameters and number, and the machine is used again when it is back. The user is told.
 "use strict";
 const timers = require("timers/promises");
 const { promisify } = require("util");
 
 const SECOND = 1000; // ms
-const LOOK = 5 * SECOND; // between two looks at a machine
-// Without a sign of life for so long a machine is lost. Its runner then has ended its trial (PING).
-const SILENCE = 50; // s
-const PATIENCE = 120 * SECOND; // with each step of a start
+const LOOK = 5 * SECOND; // between two checks of a machine
+// s without a message until a machine is lost. By then runner.py has ended the trial (see PING there).
+const SILENCE = 50;
+const PATIENCE = 120 * SECOND; // for each step of a start
 const [TMP_NO_AVAILABLE_GPU, REQUIRE_EXCEED_TOTAL] = [1, 2]; // NNI's ScheduleResultType
 
 function within(what, promise) {
@@ -21,7 +20,7 @@ function within(what, promise) {
     return Promise.race([promise, end]);
 }
 
-// An entry of machineList: connected to, given a runner, watched, and the same again once it is lost.
+// An entry of machineList. It is connected, gets a runner and is watched; after a loss it starts over.
 class Machine {
     constructor(config, service, search) {
         Object.assign(this, { config, service, search, state: "new" });
@@ -65,11 +64,11 @@ class Machine {
         await within("its runner's call to nniManagerIp", hasCalled);
     }
 
-    // Forget the connection and the runner, whose trials are run again.
+    // Drop the connection and the runner, and run its trials again.
     async giveUp(runner, why) {
         const { config, service, search } = this;
         const { environment } = runner;
-        runner.isLost = true; // from now on nothing of it counts
+        runner.isLost = true; // its messages are ignored from now on
         const again = environment ? await search.runAgain(environment) : [];
         if (environment) {
             search.dispatcher.environments.delete(environment.id);
@@ -80,7 +79,7 @@ class Machine {
             sshClient.destroy();
         service.machineExecutorManagerMap.delete(config);
         service.remoteMachineMetaOccupiedMap.delete(config);
-        if (this.state === "lost") return; // still, which has been said
+        if (this.state === "lost") return; // the user has been told
         this.state = "lost";
         search.say([`${this.name} is lost: ${why}`, ...again].join("; "));
         if (search.machines.every(({ state }) => state === "lost"))
@@ -88,7 +87,7 @@ class Machine {
     }
 }
 
-// What the machines share.
+// The state that all machines share.
 class Search {
     machines = [];
     turn = Promise.resolve();
@@ -97,21 +96,21 @@ class Search {
         Object.assign(this, { say, unstored });
     }
 
-    // One at a time: NNI writes each runner's script into the same file.
+    // Run one start at a time: NNI writes each runner's script to the same file.
     inTurn(work) {
         const done = this.turn.then(work);
         this.turn = done.catch(() => {});
         return done;
     }
 
-    // Have the trials of a lost runner wait again; return a line for each.
+    // Set the running trials of a lost runner to WAITING; return a line for each.
     async runAgain(environment) {
         environment.isAlive = false;
-        const trials = [...this.dispatcher.trials.values()].filter((trial) => // without those that ended
+        const trials = [...this.dispatcher.trials.values()].filter((trial) =>
             trial.environment === environment && trial.status === "RUNNING" && trial.nodes.size === 0);
         return await Promise.all(trials.map(async (trial) => {
             this.dispatcher.releaseEnvironment(trial);
-            trial.status = "MOVING"; // none of NNI's, so its loops leave it alone
+            trial.status = "MOVING"; // unknown to NNI, so its loops ignore the trial
             const { dataStore, trialJobs } = this.manager;
             while (this.unstored[trial.id]) await timers.setTimeout(50);
             const name = `trial ${trial.form.sequenceId} (${trial.id})`;
@@ -124,7 +123,7 @@ class Search {
             await change("delete from MetricData where trialJobId = ?", trial.id);
             Object.assign(trial, { url: undefined, submitTime: Date.now() });
             await dataStore.storeTrialJobEvent("WAITING", trial.id, undefined, trial);
-            trialJobs.get(trial.id).status = "WAITING"; // so that NNI notes when it is RUNNING again
+            trialJobs.get(trial.id).status = "WAITING"; // so that NNI stores the next RUNNING
             trial.status = "WAITING";
             this.dispatcher.shouldUpdateTrials = true;
             return `${name} is run again`;
@@ -134,7 +133,7 @@ class Search {
 
 module.exports = function (settings) {
     const search = new Search(settings);
-    const runners = new WeakMap(); // by NNI's name for them, environment
+    const runners = new WeakMap(); // {NNI's environment: runner}
     const reusable = "training_service/reusable";
     return {
         "core/nnimanager.js": ({ NNIManager: { prototype } }) => {
@@ -168,7 +167,7 @@ module.exports = function (settings) {
             };
             prototype.submitTrialJob = async function (form) {
                 const trial = await submitTrialJob.call(this, form);
-                this.shouldUpdateTrials = true; // NNI looks a second later
+                this.shouldUpdateTrials = true; // NNI would check a second later
                 return trial;
             };
             prototype.prefetchEnvironments = async function () {
@@ -181,29 +180,29 @@ module.exports = function (settings) {
             };
             prototype.allocateEnvironment = async function (trial, environment) {
                 if (!environment.isAlive) return; // it was lost a moment ago
-                trial.url = environment.trackingUrl; // before NNI notes that the trial runs
+                trial.url = environment.trackingUrl; // before NNI stores that the trial runs
                 const sent = allocateEnvironment.call(this, trial, environment);
-                trial.message = undefined; // it names NNI's environment only
+                trial.message = undefined; // it only names NNI's environment
                 await sent;
             };
             prototype.handleCommand = async function (command) {
                 const runner = runners.get(command.environment);
-                if (runner?.isLost) return; // what was on its way
+                if (runner?.isLost) return; // a late message
                 await handleCommand.call(this, command);
                 if (runner && command.environment.isRunnerReady) {
-                    command.environment.status = "RUNNING"; // NNI asks for it every 5 s
+                    command.environment.status = "RUNNING"; // NNI checks this every 5 s
                     runner.call();
                 }
             };
         },
         [`${reusable}/gpuScheduler.js`]: ({ GpuScheduler: { prototype } }) => {
             const { scheduleMachine } = prototype;
-            // A trial of a resumed search, or one made in the Web UI, comes without a constraint.
+            // Trials of a resumed search, and those added in the Web UI, have no constraint.
             const NONE = { type: "None", gpus: [] };
             prototype.scheduleMachine = function (machines, constraint = NONE, ...rest) {
                 const result = scheduleMachine.call(this, machines, constraint, ...rest);
                 const mayCome = search.machines.some(({ state }) => state !== "used");
-                // That no machine has so many GPUs ends NNI.
+                // NNI ends if no connected machine has enough GPUs.
                 if (result.resultType === REQUIRE_EXCEED_TOTAL && mayCome)
                     result.resultType = TMP_NO_AVAILABLE_GPU;
                 return result;
@@ -216,7 +215,7 @@ module.exports = function (settings) {
                 this.webSocketServer.on("connection", (client) => {
                     let heard = process.uptime();
                     const hear = () => { heard = process.uptime(); };
-                    client.on("message", hear).on("ping", hear); // which the runner sends every 5 s
+                    client.on("message", hear).on("ping", hear); // the runner pings every 5 s
                     const look = setInterval(() => {
                         if (process.uptime() - heard > SILENCE) client.terminate();
                     }, LOOK);
@@ -224,7 +223,7 @@ module.exports = function (settings) {
                         clearInterval(look);
                         const runner = runners.get(this.clients.get(client)?.environment);
                         this.clients.delete(client);
-                        // Later: if the runner has ended, the other connection tells why.
+                        // Later: if the runner has ended, the SSH connection tells the reason.
                         setTimeout(() => runner?.lose("its runner does not answer"), SECOND);
                     });
                 });
@@ -235,7 +234,7 @@ module.exports = function (settings) {
                 const { createEnvironmentInformation, launchRunner, prepareEnvironment } = prototype;
                 prototype.connect = prototype.initRemoteMachineOnConnected;
                 prototype.initRemoteMachineOnConnected = async () => {}; // NNI ends if one fails
-                prototype.refreshEnvironmentsStatus = async () => {}; // the connections tell it
+                prototype.refreshEnvironmentsStatus = async () => {}; // the connections show it
                 prototype.createEnvironmentInformation = function (...names) {
                     const environment = createEnvironmentInformation.apply(this, names);
                     this.runner.environment = environment;
@@ -245,7 +244,7 @@ module.exports = function (settings) {
                 prototype.prepareEnvironment = async function (environment) {
                     const isPrepared = await prepareEnvironment.call(this, environment);
                     const { gpuIndices, maxTrialNumberPerGpu } = environment.rmMachineMeta ?? {};
-                    // NNI forgets these two, and uses each GPU of the machine, for a trial at a time.
+                    // NNI ignores these two, and uses all GPUs of the machine, each for one trial.
                     Object.assign(environment, { usableGpus: gpuIndices, maxTrialNumberPerGpu });
                     return isPrepared;
                 };
@@ -264,7 +263,7 @@ module.exports = function (settings) {
                     await launchRunner.call(this, environment);
                 };
                 prototype.stopEnvironment = async function (environment) {
-                    await this.getCommandChannel.close(environment); // of which the runner ends
+                    await this.getCommandChannel.close(environment); // this ends the runner
                     await Promise.race([runners.get(environment).end, timers.setTimeout(2 * LOOK)]);
                 };
             },

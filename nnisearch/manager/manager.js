@@ -1,14 +1,14 @@
-// The launcher loads this into NNI's manager, by Node's --require: who may talk to it (guard.js), how
-// it goes on (pace.js), how SLURM's jobs are trials (slurm.js), how machines over SSH are used
-// (machines.js), and where it runs (place.js). Each changes some of NNI's modules, by their paths below
-// nni_node.
+// Mends NNI's manager, into which Node's --require loads this file. The changes are about access
+// (guard.js), speed and correctness (pace.js), SLURM jobs (slurm.js), machines over SSH (machines.js)
+// and other machines with the same HOME (place.js). Each file changes modules of NNI, which it names
+// by their paths below nni_node.
 "use strict";
 const fs = require("fs");
 const Module = require("module");
 const path = require("path");
 
-// Node's debugger takes commands from all users of this machine. SIGUSR1, which batch systems send,
-// starts it, and so may what the user's NODE_OPTIONS load.
+// Node's debugger runs commands of all users of this machine. SIGUSR1 starts it, which batch systems
+// send; a module in the user's NODE_OPTIONS may start it, too.
 process.on("SIGUSR1", () => {});
 const inspector = require("inspector");
 inspector.open = () => {};
@@ -18,7 +18,7 @@ if (inspector.url()) {
 }
 
 const { nodeOptions, ...settings } = JSON.parse(process.env.NNI_GUARD);
-Object.assign(process.env, { NODE_OPTIONS: nodeOptions, NNI_GUARD: "" }); // which trials inherit
+Object.assign(process.env, { NODE_OPTIONS: nodeOptions, NNI_GUARD: "" }); // trials inherit these
 const argument = (name) => process.argv[process.argv.indexOf(`--${name}`) + 1];
 Object.assign(settings, {
     port: Number(argument("port")),
@@ -30,13 +30,13 @@ Object.assign(settings, {
 });
 
 const root = path.dirname(fs.realpathSync(process.argv[1]));
-// What NNI keeps in /tmp, other users could read, and two searches would delete each other's.
+// In /tmp other users could read NNI's files, and two searches would delete each other's.
 require("os").tmpdir = () => settings.folder;
 const notices = path.join(settings.folder, "log", "notices.log");
-fs.rmSync(notices, { force: true }); // of its life before a resume
-settings.say = (line) => fs.appendFileSync(notices, `${line}\n`); // to whoever watches the search
-settings.unstored = {}; // trial: how many of its metrics are on their way to the database
-// What a later one changes, too, goes around what an earlier one has changed.
+fs.rmSync(notices, { force: true }); // from before a resume
+settings.say = (line) => fs.appendFileSync(notices, `${line}\n`); // progress.py prints these lines
+settings.unstored = {}; // trial: number of its metrics that are not in the database yet
+// If two change the same function, the later one wraps the earlier one.
 const changes = ["guard", "slurm", "pace", "machines", "place"].map((name) =>
     require(`./${name}`)(settings, root));
 
@@ -46,7 +46,7 @@ Module._load = function (request, parent, ...rest) {
     const file = Module._resolveFilename(request, parent);
     const name = path.relative(root, file);
     for (const change of changes) {
-        if (!change[name] || !Module._cache[file].loaded) continue; // not yet, in a circle of modules
+        if (!change[name] || !Module._cache[file].loaded) continue; // not loaded yet: a circular import
         change[name](exports);
         delete change[name];
     }

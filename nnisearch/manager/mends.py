@@ -1,6 +1,6 @@
-"""What is changed of NNI in the tuner's process, each change with its reason.
+"""Mends NNI in the tuner's process, each change with its reason.
 
-dispatcher.py loads this without a package: it imports NNI and others' packages, and not nnisearch.
+dispatcher.py loads this file outside of its package, so it must not import nnisearch.
 """
 
 import collections
@@ -23,13 +23,13 @@ from nni.runtime import msg_dispatcher, msg_dispatcher_base
 from nni.runtime.tuner_command_channel import CommandType, channel, websocket
 from nni.tools import package_utils
 
-log = logging.getLogger("nni.mends")  # below nni, whose lines reach dispatcher.log
-# Where NNI calls SciPy's minimize.
+log = logging.getLogger("nni.mends")  # the logger nni writes to dispatcher.log
+# NNI's modules that call SciPy's minimize.
 CALLING_MINIMIZE = ("gp_tuner.util", "metis_tuner.lib_acquisition_function")
 
 
 def apply(connection):
-    """Mend NNI before it begins; connection is the socket to its manager."""
+    """Mend NNI before it starts; connection is the socket to its manager."""
     stay_with(connection)
     msg_dispatcher.MsgDispatcher = Dispatcher
     msg_dispatcher_base.MsgDispatcherBase.enqueue_command = enqueue_in_order
@@ -42,52 +42,52 @@ run = msg_dispatcher_base.MsgDispatcherBase.run
 
 
 def create_with_memory(*arguments):
-    """Return one of NNI's own tuners or assessors, which can make a new one like itself."""
+    """Create one of NNI's own tuners or assessors, with a method that creates it anew."""
     algorithm = create(*arguments)
     algorithm.make_anew = functools.partial(create_with_memory, *arguments)
     return algorithm
 
 
 def prepare_and_run(dispatcher):
-    """Run the dispatcher, or the advisor that does without, whose algorithms are there by now."""
+    """Run the dispatcher or the advisor; its tuner and assessor exist by now."""
     work_with_todays_packages()
     note_direction(getattr(dispatcher, "tuner", dispatcher))
     run(dispatcher)
 
 
 def stay_with(connection):
-    """Let NNI talk through this socket only, and end with it.
+    """Let NNI only use this socket, and end when it closes.
 
-    NNI connects to a port, and again if the connection is lost. By then the port may be anybody's,
-    and what comes from there can run any command.
+    NNI connects to a port, and again after a lost connection. By then another user may have the
+    port, and could run any command here.
     """
 
     async def connect(url):
-        # No pings: a pair of sockets is never half dead, and a manager may be stopped for a while.
+        # No pings: a socket pair does not break silently, and a manager may be suspended.
         given = {"max_size": None, "open_timeout": None, "ping_interval": None}
         return await websockets.connect(url, sock=connection, **given)
 
     def end(*_):
         log.error("The manager has closed the connection.")
-        os._exit(1)  # a thread that is thinking, or is not a daemon, would hold up sys.exit()
+        os._exit(1)  # sys.exit() would wait for other threads
 
     websocket._connect_async = connect
     channel.TunerCommandChannel._retry_send = channel.TunerCommandChannel._retry_receive = end
 
 
 def enqueue_in_order(advisor, command, data):
-    """Give an advisor all commands in one thread. NNI told it of a trial's end in a second one."""
+    """Run all of an advisor's commands in one thread. NNI handles a trial's end in a second one."""
     advisor.default_command_queue.put((command, data))
 
 
 class Dispatcher(msg_dispatcher.MsgDispatcher):
-    """NNI's dispatcher, with which a tuner hears of each trial once and in order.
+    """NNI's dispatcher, which tells the tuner of each trial once and in order.
 
-    - The tuner has one thread. NNI told it of a trial's end in the assessor's thread, at any
-      moment: most tuners die of a result that comes after its trial's end.
-    - A resumed search gives out no set of parameters that it has given out before.
-    - NNI's own tuners do not hear of what they would die of: results that are no finite numbers or
-      that do not fit the search space, and the user's own trials.
+    - The tuner runs in one thread. NNI reports a trial's end in the assessor's thread, at any
+      moment, and most tuners fail if a result comes after its trial's end.
+    - A resumed search does not repeat parameters that it has tried before.
+    - NNI's own tuners do not get data that they fail on: results that are no finite numbers or do
+      not fit the search space, and trials that the user has added.
     """
 
     def __init__(self, url, tuner, assessor=None):
@@ -95,10 +95,10 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         self.is_nnis = type(tuner).__module__.startswith("nni.algorithms.")
         self.space = None
         self.ended = set()  # IDs of trials
-        self.told = set()  # (ID of a trial, ID of its parameters) with a result
+        self.told = set()  # (trial's ID, parameter ID) of the results that the tuner knows
         self.results = []  # in the form of import_data()
         self.given_out = collections.Counter()  # how often each set of parameters was given out
-        self.expected = collections.Counter()  # how often the tuner may still repeat such a set
+        self.expected = collections.Counter()  # how many repetitions of each set are still skipped
 
     def enqueue_command(self, command, data):
         is_intermediate = command is CommandType.ReportMetricData and data["type"] == "PERIODICAL"
@@ -125,7 +125,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         self.ended.add(trial)
         if id is None or self.is_created_in_previous_exp(id):
             return  # this tuner has not proposed it
-        # NNI's own tuners die of a failure after a result, and miss a success without a result.
+        # NNI's own tuners fail on a failed trial with a result, and ignore a success without one.
         has_result = (trial, id) in self.told
         self.tuner.trial_end(id, has_result if self.is_nnis else data["event"] == "SUCCEEDED")
 
@@ -134,7 +134,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
 
     def handle_report_metric_data(self, data):
         trial, id = data["trial_job_id"], data["parameter_id"]
-        if data["type"] == "PERIODICAL":  # also of a trial that a resumed search runs again
+        if data["type"] == "PERIODICAL":  # from rerun trials of a resumed search, too
             self._handle_intermediate_metric_data(data | {"value": load(data["value"])})
         elif data["type"] != "FINAL":
             super().handle_report_metric_data(data)
@@ -151,7 +151,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         if self.is_created_in_previous_exp(id):
             self.learn([{"parameter": self.get_previous_param(id), "value": value}])
             return
-        if id in msg_dispatcher._trial_params:  # else it is the user's own trial
+        if id in msg_dispatcher._trial_params:  # otherwise the user has added the trial
             parameters = msg_dispatcher._trial_params[id]
             self.results.append({"parameter": parameters, "value": value})
         metric = {"parameter_id": id, "trial_job_id": trial, "value": value}
@@ -162,16 +162,16 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         super().handle_initialize(data)
 
     def handle_update_search_space(self, data):
-        """Search another space from now on. One that the tuner does not take leaves the old one."""
+        """Search another space from now on; keep the old one if the tuner refuses the new one."""
         make_anew = getattr(self.tuner, "make_anew", None)
         tuner = make_anew() if make_anew else self.tuner
         try:
             tuner.update_search_space(data)
         except Exception:
-            log.exception("the new search space is not taken")
+            log.exception("the tuner refuses the new search space")
             return
         self.space = formatted(data)
-        if make_anew:  # NNI's own tuners mix up what they know of the old space with the new one
+        if make_anew:  # NNI's own tuners confuse the old space with the new one
             self.tuner = tuner
             self.recovered_max_param_id = msg_dispatcher._next_parameter_id - 1
             self.recovered_trial_params |= msg_dispatcher._trial_params
@@ -203,7 +203,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         super().send_trial_callback(id_, params)
 
     def handle_add_customized_trial(self, data):
-        """Note all trials of a search that is resumed, whatever has become of them."""
+        """Note all trials of a resumed search, whatever their status."""
         super().handle_add_customized_trial(data)
         proposed = [trial for trial in data if trial["parameter_id"] is not None]
         self.given_out.update(as_text(trial["parameters"]) for trial in proposed)
@@ -216,19 +216,21 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
                     record["value"] = load(record["value"])
                 except ValueError:
                     continue  # it stays text
-        if isinstance(self.tuner, BatchTuner):  # it would miss a 0, and drop what it has proposed
+        if isinstance(
+            self.tuner, BatchTuner
+        ):  # its own import_data() misses 0, and removes wrongly
             self.expected.update(as_text(record["parameter"]) for record in filter(self.fits, data))
         else:
             self.learn(data)
 
     def learn(self, records):
-        """Give results, in the form of import_data(), to the tuner; one of its own judges them."""
+        """Give results in the form of import_data() to the tuner; filter them for NNI's tuners."""
         if self.is_nnis:
             fitting = list(filter(self.fits, records))
             if len(fitting) < len(records):
                 left_out = len(records) - len(fitting)
                 log.warning("%d of %d results left out: they do not fit", left_out, len(records))
-            # NNI's own tuners take a plain 0 for the lack of a result.
+            # NNI's own tuners mistake a plain 0 for a missing result.
             records = [
                 {"parameter": r["parameter"], "value": scalar(r["value"]) or {"default": 0}}
                 for r in fitting
@@ -248,9 +250,9 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
 
 
 def scalar(value):
-    """Return a result as a finite number, None if it is none and has none as its default."""
+    """Return a result, or the default of an object, as a finite number; None if it is none."""
     value = value.get("default") if isinstance(value, dict) else value
-    value = value.item() if getattr(value, "shape", None) == () else value  # one of NumPy's
+    value = value.item() if getattr(value, "shape", None) == () else value  # a NumPy number
     try:
         return value if isinstance(value, (int, float)) and math.isfinite(value) else None
     except OverflowError:  # an integer of hundreds of digits
@@ -258,7 +260,7 @@ def scalar(value):
 
 
 def formatted(space):
-    """Return a search space as NNI's own tuners see it, None if it is another tuner's kind."""
+    """Return a search space in the format of NNI's own tuners, None if they cannot read it."""
     try:
         return format_search_space(space)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -266,22 +268,22 @@ def formatted(space):
 
 
 def as_text(parameters):
-    """Return parameters as text that is equal for equal ones: JavaScript writes 1.0 as 1."""
+    """Return parameters as text for comparison: 1.0 equals 1, since JavaScript writes 1."""
     return json.dumps(json.loads(dump(parameters), parse_int=float), sort_keys=True)
 
 
 def note_direction(tuner):
-    """Write which results the tuner takes for better, "" if it does not tell; see direction.py."""
+    """Write the tuner's optimize_mode to a file for direction.py, "" if it has none."""
     mode = getattr(tuner, "optimize_mode", None) or getattr(tuner, "_optimize_mode", None)  # GP's
     said = str(getattr(mode, "value", mode) or "")
     Path(os.environ["NNI_LOG_DIRECTORY"], "direction").write_text(said, encoding="utf-8")
 
 
 def work_with_todays_packages():
-    """Let NNI's GP, Metis and Curvefitting work with NumPy from 1.24 on and SciPy from 1.11 on.
+    """Let NNI's GP, Metis and Curvefitting work with NumPy 1.24 and SciPy 1.11 or later.
 
-    They would die after ten results, or at the first judgement. They have been imported by now if
-    the search uses them.
+    Otherwise they fail after ten results or at the first assessment. If the search uses them, they
+    have been imported by now.
     """
     np.float, np.int = float, int  # NumPy has removed these names
     for name in CALLING_MINIMIZE:
@@ -292,14 +294,14 @@ def work_with_todays_packages():
 
 
 def minimize(scipys, fun, x0, **arguments):
-    """Do as SciPy did once: take a row as the start, and let the least value be an array, too."""
+    """Call SciPy's minimize as before 1.11: x0 may be a row, and the minimum is an array."""
     found = scipys(lambda *given: np.ravel(fun(*given))[0], np.ravel(x0), **arguments)
     found.fun = np.atleast_1d(found.fun)
     return found
 
 
 def random_sample(space):
-    """Draw a point of GP's space. NNI draws an array for a randint, which is no number any more."""
+    """Draw a point of GP's space. NNI draws an array for a randint, which NumPy now refuses."""
     point = []
     for bound in space.bounds:
         draw, values = getattr(parameter_expressions, bound["_type"]), bound["_value"]

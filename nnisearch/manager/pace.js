@@ -1,9 +1,8 @@
-// How NNI's manager goes on. As shipped it takes some 11 s from a trial's end to the next one's start,
-// loses a result that comes late, and resumes a search with too few trials and results twice. Loaded
-// by manager.js, this promises: the next trial starts within a second; what a trial has reported is
-// stored before it ends, whatever ends it; a search that was killed and resumed has exactly the trials
-// asked for; no button of the Web UI ends a search; and NNI's list of all searches is whole whenever
-// the manager is killed.
+// Makes NNI's manager fast and correct. As shipped it takes some 11 s from a trial's end to the next
+// one's start, loses late results, and resumes a search with too few trials and with repeated results.
+// With this file the next trial starts within a second. All reports of a trial are stored before it
+// counts as ended. A killed and resumed search has exactly the configured number of trials. No button
+// of the Web UI ends a search. NNI's list of searches stays complete if the manager is killed.
 "use strict";
 const child_process = require("child_process");
 const fs = require("fs");
@@ -11,19 +10,20 @@ const path = require("path");
 const timers = require("timers/promises");
 const { promisify } = require("util");
 
-// The loops that see a trial's end, start the next one and read the GPUs' state: ms, for NNI's 5,000.
-// Not where NNI would note a trial before it knows its machine (machines.js).
+// Pauses in ms of the loops that notice a trial's end, start the next one and read the GPUs' state;
+// NNI has 5,000. Other training services keep NNI's: a trial must not be stored before its machine.
 const PAUSES = { manageTrials: 50, runJobLoop: 50, "GPUScheduler.run": 500 };
 
 function shortenPauses(settings, isIdle) {
     const { setTimeout: pause } = timers;
     timers.setTimeout = (ms, ...rest) => {
-        if (ms === 1) return pause(20, ...rest); // 1,000 times a second NNI looks for news of runners
+        if (ms === 1) return pause(20, ...rest); // NNI checks for news of runners 1,000 times a second
         const pauses = settings.mode === "local" || settings.hasRunners ? PAUSES : {};
         const caller = ms === 5000 && !isIdle() ? new Error().stack.split("\n")[2] : "";
-        return pause(pauses[Object.keys(pauses).find((name) => caller.includes(name))] ?? ms, ...rest);
+        const loop = Object.keys(pauses).find((name) => caller.includes(name));
+        return pause(pauses[loop] ?? ms, ...rest);
     };
-    const { setTimeout: wait } = global; // 10 s is how long NNI lets the tuner's process start
+    const { setTimeout: wait } = global; // NNI allows the tuner's process 10 s to start
     global.setTimeout = Object.assign((f, ms, ...rest) => wait(f, ms === 1e4 ? 12e4 : ms, ...rest), wait);
 }
 
@@ -31,51 +31,51 @@ const [INITIALIZED, NEW_TRIAL_JOB, REPORT_METRIC_DATA] = ["ID", "TR", "ME"]; // 
 const ENDED = ["SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"];
 const isUnended = ({ status }) => !ENDED.includes(status);
 
-// Resuming runs the trials without an end anew, from their start.
+// Resuming runs the unended trials again, from their start.
 function resumeExactly(prototype) {
     const { addRecoveredTrialJob, resumeExperiment } = prototype;
     prototype.resumeExperiment = async function (isView) {
         const database = this.dataStore.db.db;
         const forget = promisify(database.run.bind(database));
         const jobs = isView ? [] : (await this.dataStore.listTrialJobs()).filter(isUnended);
-        for (const { trialJobId } of jobs) // they will report again
+        for (const { trialJobId } of jobs) // they will report everything again
             await forget("delete from MetricData where trialJobId = ?", trialJobId);
         return resumeExperiment.call(this, isView);
     };
     prototype.addRecoveredTrialJob = function (jobs) {
-        // NNI leaves out those that it had taken up, but not started, when it was killed again.
+        // After a second kill NNI forgets trials that the first resume had queued but not started.
         const unended = jobs.filter(isUnended).map((job) => ({ ...job, status: "WAITING" }));
         addRecoveredTrialJob.call(this, unended);
-        this.currSubmittedTrialNum -= this.waitingTrials.length; // they are counted when they start
-        const numbers = jobs.map(({ sequenceId }) => sequenceId ?? -1); // NNI: of the unended only
+        this.currSubmittedTrialNum -= this.waitingTrials.length; // counted again at their start
+        const numbers = jobs.map(({ sequenceId }) => sequenceId ?? -1); // NNI only has the unended
         this.experimentProfile.nextSequenceId = Math.max(-1, ...numbers) + 1;
-        // NNI's tuner hears of the unended only, and gives out the sets of failed ones again.
+        // NNI only tells the tuner of unended trials, so it would repeat the parameters of failed ones.
         const given = jobs.flatMap(({ hyperParameters }) => hyperParameters ?? []);
         this.trialDataForResume = `[${given.join()}]`;
     };
 }
 
-// NNI counts how many sets it wants when a trial ends. It forgets that if maxTrialNumber is reached
-// at that moment, so nothing starts once the limit is raised. Here it asks for what is lacking.
-function askForWhatLacks(prototype) {
+// NNI requests a set of parameters when a trial ends, but not if maxTrialNumber is reached then. So
+// nothing starts after the limit is raised. Here the number of missing sets is computed each time.
+function requestMissingSets(prototype) {
     const { onTunerCommand, requestTrialJobs } = prototype;
     prototype.requestTrialJobs = function () {
         const { trialConcurrency } = this.experimentProfile.params;
-        const lack = trialConcurrency - this.trialJobs.size - this.waitingTrials.length - this.asked;
-        if (!(lack > 0)) return; // asked is not known before the tuner is ready
-        this.asked += lack;
-        requestTrialJobs.call(this, lack);
+        const missing = trialConcurrency - this.trialJobs.size - this.waitingTrials.length - this.asked;
+        if (!(missing > 0)) return; // NaN: asked is undefined until the tuner is ready
+        this.asked += missing;
+        requestTrialJobs.call(this, missing);
     };
     prototype.onTunerCommand = function (command, content) {
         if (command === INITIALIZED) this.asked = 0;
-        // A tuner that has no more is asked no more in that place, until a trial ends.
+        // A tuner without more sets leaves asked as it is, and is not asked until a trial ends.
         if (command === NEW_TRIAL_JOB) this.asked = Math.max(0, this.asked - 1);
         return onTunerCommand.call(this, command, content);
     };
 }
 
-// A text as one word of a shell, as NNI should write each path.
-const inQuotes = (text) => String(text).replaceAll("'", "'\\''"); // where NNI writes the quotes
+// A text as one word in a shell; NNI does not quote all paths.
+const inQuotes = (text) => String(text).replaceAll("'", "'\\''"); // if NNI writes the quotes
 const quoted = (text) => `'${inQuotes(text)}'`;
 
 const RUNNER = fs.readFileSync(`${__dirname}/runner.py`, "utf8");
@@ -89,7 +89,7 @@ function mendRunner(prototype) {
     };
 }
 
-// NNI quotes the folder of a runner on this machine in one line of four.
+// NNI quotes a local runner's folder in only one of four lines.
 function quoteRunnersFolder(prototype) {
     const { getScript } = prototype;
     prototype.getScript = function (environment) {
@@ -99,7 +99,7 @@ function quoteRunnersFolder(prototype) {
     };
 }
 
-// NNI kills a runner on this machine by asking ps for its processes, and may end before the answer.
+// NNI asks ps for a local runner's processes to kill them, and may end before the answer.
 function waitForRunnersEnd(prototype) {
     const { stopEnvironment } = prototype;
     prototype.stopEnvironment = async function (environment) {
@@ -115,33 +115,33 @@ function waitForRunnersEnd(prototype) {
 
 const isAlive = (pid) => { try { return process.kill(pid, 0); } catch { return false; } };
 
-// The processes of a trial by their environment, [] where the system does not show it.
+// The PIDs of a trial's processes, by their environment; [] without /proc.
 function processesOf(id) {
     const numbers = fs.existsSync("/proc") ? fs.readdirSync("/proc").filter(Number) : [];
     return numbers.filter((pid) => {
         try {
             const environment = fs.readFileSync(`/proc/${pid}/environ`, "latin1").split("\0");
             return environment.includes(`NNI_TRIAL_JOB_ID=${id}`);
-        } catch { // it has ended, or is another user's
+        } catch { // it has ended, or belongs to another user
             return false;
         }
     });
 }
 
-// NNI waits for the shell of a trial that it stops. The trial itself may take longer, or never end.
+// NNI only waits for the shell of a stopped trial. The trial itself may end later, or never.
 async function endProcesses(id) {
     const [left, end] = [processesOf(id), Date.now() + 5000];
     while (left.some(isAlive) && Date.now() < end) await timers.setTimeout(100);
     for (const pid of left.filter(isAlive)) process.kill(pid, "SIGKILL");
 }
 
-// NNI empties its list of experiments and then writes it: killed in between, it has lost them all.
+// NNI empties its list of experiments and then writes it: if killed in between, it loses all of them.
 function writeListWhole() {
     const { writeFileSync } = fs;
     fs.writeFileSync = (file, ...rest) => {
         if (path.basename(String(file)) !== ".experiment") return writeFileSync(file, ...rest);
         const unfinished = `${file}.${process.pid}`;
-        const sync = (name, flags, write = () => {}) => { // else a power cut empties it
+        const sync = (name, flags, write = () => {}) => { // otherwise a power cut may empty the list
             const opened = fs.openSync(name, flags, 0o600);
             write(opened);
             fs.fsyncSync(opened);
@@ -153,7 +153,7 @@ function writeListWhole() {
     };
 }
 
-// The buttons of the Web UI, and nnictl. NNI takes any value, and says nothing of one that ends it.
+// For the Web UI's buttons and nnictl: NNI accepts any value, even one that ends the manager.
 function checkButtons(prototype, python) {
     const { cancelTrialJobByUser, updateExperimentProfile } = prototype;
     const limits = {
@@ -175,7 +175,7 @@ function checkButtons(prototype, python) {
         }
         if (type === "SEARCH_SPACE") {
             const { name, className = "" } = this.config.tuner ?? this.config.advisor;
-            // A tuner of the user's own may want a space of any form.
+            // A user's own tuner may have any search space.
             if (name || className.startsWith("nnisearch."))
                 await checkSpace(profile.params.searchSpace, python);
             if (this.status.status === "TUNER_NO_MORE_TRIAL") this.asked = 0; // it may have more now
@@ -192,7 +192,7 @@ function checkButtons(prototype, python) {
 const CHECK = "import json, sys; from nnisearch.before.space import check_space\n"
     + "try: check_space(json.load(sys.stdin))\nexcept ValueError as error: sys.exit(str(error))";
 
-// Refuses, by an error in one line, what NNI's own tuners die of.
+// Rejects, with an error in one line, a search space on which NNI's own tuners fail.
 function checkSpace(space, python) {
     const env = { ...process.env, PYTHONPATH: path.resolve(__dirname, "../..") };
     return new Promise((resolve, reject) => {
@@ -202,13 +202,13 @@ function checkSpace(space, python) {
     });
 }
 
-// A reader of the database may be slow, or stopped. NNI gives up after a second, for good.
-const PATIENCE = 600_000; // ms
+// ms to wait for the database's lock: a reader may be slow or suspended. NNI ends after 1 s.
+const PATIENCE = 600_000;
 
-const LOOK = 1000; // ms between two looks at what a trial has reported
+const LOOK = 1000; // ms between two checks of a trial's reports
 
-// Read on if a trial has reported more. NNI waits for inotify, which hears of nothing that another
-// machine writes. The file is opened, since NFS looks anew at its size then only.
+// Read new reports of a trial; return whether all are read. NNI only uses inotify, which misses what
+// another machine writes. The file is opened because NFS only then updates its size.
 function readOn(stream) {
     if (!fs.existsSync(stream.path)) return true; // the trial has deleted it
     const file = fs.openSync(stream.path);
@@ -230,18 +230,18 @@ module.exports = function (settings) {
     writeListWhole();
     const reusable = "training_service/reusable";
     const environments = `${reusable}/environments`;
-    const finals = new Set(); // the sets of parameters of which there is a final result
-    const isSecondFinal = ({ id, data }) => { // of which NNI's TPE dies
+    const finals = new Set(); // "trial set" of each final result
+    const isSecondFinal = ({ id, data }) => { // NNI's TPE fails on a second one
         const { type, parameter_id: set } = JSON.parse(data);
         const isSecond = type === "FINAL" && finals.has(`${id} ${set}`);
         if (type === "FINAL") finals.add(`${id} ${set}`);
         return isSecond;
     };
-    const stopped = {}; // trial on this machine: the status that it gets by being stopped
-    const stops = {}; // the same trials: a promise that all its processes have ended
+    const stopped = {}; // local trial: its status after it was stopped
+    const stops = {}; // local trial: a promise that all its processes have ended
     return {
-        // NNI ends a search whose tuner does not answer a ping within 5 s: on a busy machine, or in
-        // a long computation. A tuner that has died is noticed by its end.
+        // NNI ends a search if its tuner does not answer a ping within 5 s, as on a busy machine or
+        // in a long computation. A dead tuner is noticed by its closed connection.
         "core/tuner_command_channel/websocket_channel.js": ({ getWebSocketChannel }) => {
             getWebSocketChannel().heartbeat = () => {};
         },
@@ -250,7 +250,7 @@ module.exports = function (settings) {
             prototype.init = function (...args) {
                 const task = init.apply(this, args);
                 this.db.configure("busyTimeout", PATIENCE);
-                this.db.serialize(); // one statement waits, not each in a thread of Node's few
+                this.db.serialize(); // otherwise waiting statements occupy all of Node's threads
                 return task;
             };
         },
@@ -262,7 +262,8 @@ module.exports = function (settings) {
                 const { submitTrialJob } = service;
                 service.submitTrialJob = async (form) => {
                     const job = await submitTrialJob.call(service, form);
-                    this.trialJobs.set(job.id, { ...job }); // NNI stores it first, and may miss reports
+                    // NNI does this after a write to the database, and may miss reports meanwhile.
+                    this.trialJobs.set(job.id, { ...job });
                     return job;
                 };
                 return manageTrials.call(this);
@@ -271,7 +272,7 @@ module.exports = function (settings) {
                 if (!this.dispatcher || !this.trialJobs.has(metric.id))
                     return onTrialJobMetrics.call(this, metric);
                 if (isSecondFinal(metric)) return;
-                // At once: the trial's end could be told while NNI stores the metric.
+                // Before the metric is stored: otherwise the tuner may hear of the trial's end first.
                 this.dispatcher.sendCommand(REPORT_METRIC_DATA, metric.data);
                 unstored[metric.id] = (unstored[metric.id] ?? 0) + 1;
                 await this.dataStore.storeMetricData(metric.id, metric.data)
@@ -283,29 +284,29 @@ module.exports = function (settings) {
                 return stopTrialIfOverMaxDurationLimit.call(Object.create(this, view));
             };
             resumeExactly(prototype);
-            askForWhatLacks(prototype);
+            requestMissingSets(prototype);
             checkButtons(prototype, python);
         },
         "training_service/local/localTrainingService.js": ({ LocalTrainingService: { prototype } }) => {
             const { cancelTrialJob, cleanUp, getScript, getTrialJob, runTrialJob } = prototype;
             const starting = {}; // trial: a promise that it has been started
             prototype.getScript = function (folder) {
-                const files = `1>${folder}/stdout 2>${folder}/stderr`; // NNI quotes neither folder
+                const files = `1>${folder}/stdout 2>${folder}/stderr`; // without quotes
                 const given = `< /dev/null 1>${quoted(`${folder}/stdout`)} 2>${quoted(`${folder}/stderr`)}`;
-                // In a shell of its own, since NNI notes no status after an `exit` or `exec`. And NNI
-                // never writes to the input: a trial that reads it would wait for ever.
+                // In a subshell, since NNI notes no status after `exit` or `exec`. Its input is empty:
+                // otherwise a trial that reads it would wait for ever.
                 return getScript.call(this, folder).map((line) =>
                     line.startsWith("eval ") && line.endsWith(files)
                         ? `(${line.slice(0, -files.length)}) ${given}`
                         : line.replace("cd $NNI_CODE_DIR", 'cd "$NNI_CODE_DIR"')
                             .replace(/>'(.*)'$/s, (_, state) => `>${quoted(state)}`));
             };
-            // A trial has ended once its process has and all that it has reported is stored.
+            // A trial counts as ended when its process has ended and all its reports are stored.
             prototype.getTrialJob = async function (id) {
                 const job = this.jobMap.get(id);
                 const stream = this.jobStreamMap.get(id);
                 if (job?.status !== "RUNNING" || !stream) return getTrialJob.call(this, id);
-                if (isAlive(job.pid) || stops[id]) { // NNI starts a shell to ask
+                if (isAlive(job.pid) || stops[id]) { // NNI would start a shell to find out
                     if (Date.now() - (stream.looked ?? 0) < LOOK) return job;
                     stream.looked = Date.now();
                     readOn(stream);
@@ -318,12 +319,12 @@ module.exports = function (settings) {
             };
             prototype.runTrialJob = function (id, ...rest) {
                 const { workingDirectory } = this.jobMap.get(id);
-                // The reports and the exit status of its run before the resume, which NNI would read.
+                // Otherwise NNI reads the reports and the exit status from before a resume.
                 fs.rmSync(`${workingDirectory}/.nni`, { recursive: true, force: true });
                 starting[id] = runTrialJob.call(this, id, ...rest);
                 return starting[id];
             };
-            // NNI calls a trial stopped at once, and hears no more of it.
+            // NNI sets the final status at once, and then ignores the trial's last reports.
             prototype.cancelTrialJob = async function (id, isEarlyStopped = false) {
                 await starting[id];
                 const job = this.jobMap.get(id);
@@ -331,7 +332,7 @@ module.exports = function (settings) {
                 if (ENDED.includes(job.status) || stopped[id]) return;
                 stopped[id] = isEarlyStopped ? "EARLY_STOPPED" : "USER_CANCELED";
                 const view = Object.create(this, { setTrialJobStatus: { value: () => {} } });
-                stops[id] = cancelTrialJob.call(view, id, isEarlyStopped) // until its shell has ended
+                stops[id] = cancelTrialJob.call(view, id, isEarlyStopped) // waits for the shell's end
                     .then(() => endProcesses(id)).finally(() => delete stops[id]);
             };
             prototype.cleanUp = async function () {
@@ -351,7 +352,7 @@ module.exports = function (settings) {
             prototype.cancelTrialJob = async function (id, isEarlyStopped) {
                 await cancelTrialJob.call(this, id, isEarlyStopped);
                 const trial = await this.getTrialJob(id);
-                if (trial.status === "WAITING") trial.status = "USER_CANCELED"; // NNI lets it start
+                if (trial.status === "WAITING") trial.status = "USER_CANCELED"; // NNI would start it
             };
         },
         [`${environments}/localEnvironmentService.js`]:
@@ -363,7 +364,7 @@ module.exports = function (settings) {
         [`${environments}/remoteEnvironmentService.js`]:
             ({ RemoteEnvironmentService: { prototype } }) => mendRunner(prototype),
         "training_service/common/util.js": (util) => {
-            const patience = "sleep = time.sleep; time.sleep = lambda _: sleep(2)"; // s, for NNI's 5
+            const patience = "sleep = time.sleep; time.sleep = lambda _: sleep(2)"; // s; NNI has 5
             const collector = `${quoted(python)} -c "import time; ${patience}; `
                 + 'from nni.tools.gpu_tool.gpu_metrics_collector import main; main([])"';
             util.runGpuMetricsCollector = (folder) => child_process.exec(

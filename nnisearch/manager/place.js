@@ -1,6 +1,6 @@
-// Tells the other machines and containers that have the same HOME where this manager runs: a note in
-// the experiment's folder, and a lock there as long as it lives. shared/place.py reads both. NNI takes
-// a manager for ended whose process number is not there, as on another machine.
+// Tells other machines and containers with the same HOME where this manager runs. A note in the
+// experiment's folder says it, and a lock there is held until the manager ends; shared/place.py reads
+// both. NNI itself believes that a manager on another machine has ended, since its PID does not exist.
 "use strict";
 const fs = require("fs");
 const net = require("net");
@@ -14,7 +14,7 @@ function valueOf(read, otherwise) {
 const here = {
     host: os.hostname(),
     boot: valueOf(() => fs.readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim(), os.hostname()),
-    namespace: valueOf(() => fs.readlinkSync("/proc/self/ns/pid"), ""), // of process numbers
+    namespace: valueOf(() => fs.readlinkSync("/proc/self/ns/pid"), ""),
 };
 
 function isElsewhere(id) {
@@ -22,7 +22,7 @@ function isElsewhere(id) {
     const note = valueOf(() => {
         const { logDir } = read(path.join(os.homedir(), "nni-experiments/.experiment"))[id];
         return read(path.join(logDir, id, "manager.json"));
-    }, here); // none: it has ended, or NNI alone has started it
+    }, here); // without a note it has ended, or was started by nnictl
     return note.boot !== here.boot || note.namespace !== here.namespace;
 }
 
@@ -36,8 +36,8 @@ module.exports = function ({ folder, action }, root) {
             };
         },
     };
-    if (action === "view") return listsOthers; // it changes nothing, and may be one of several
-    // SQLite has the locks of files that Node has not.
+    if (action === "view") return listsOthers; // several may show the same experiment
+    // Node has no file locks, but SQLite has.
     const { Database } = require(path.join(root, "node_modules/sqlite3"));
     const lock = new Database(`${folder}/manager.lock`);
     const held = new Promise((resolve) => lock.exec("BEGIN IMMEDIATE", (error) => {
@@ -50,11 +50,11 @@ module.exports = function ({ folder, action }, root) {
         resolve();
         process.on("exit", () => {
             fs.rmSync(`${folder}/manager.json`, { force: true });
-            lock.close(); // not before: closed too when nothing refers to it
+            lock.close(); // this reference also prevents an earlier close by the garbage collector
         });
     }));
     const { listen } = net.Server.prototype;
-    net.Server.prototype.listen = function (...args) { // so nothing is changed before it is held
+    net.Server.prototype.listen = function (...args) { // NNI changes nothing before this
         held.then(() => listen.apply(this, args));
         return this;
     };

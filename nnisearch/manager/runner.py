@@ -1,8 +1,8 @@
-"""NNI's runner of trials, with its faults mended: pace.js sends this along, for `python3 -c`.
+"""Mends and runs NNI's trial runner, on the machine of the trials.
 
-It starts in the runner's folder, on the machine that the trials are to run on. It promises: a trial
-ends when its command has ended; a runner that loses its manager ends its trials and itself, and
-never looks for another manager.
+pace.js sends this file to `python3 -c`, which starts in the runner's folder. A trial ends when its
+command has ended. A runner that loses its manager ends its trials and itself, and never connects
+to another manager.
 """
 
 import asyncio
@@ -23,41 +23,41 @@ import time
 import traceback
 import types
 
-import nni  # noqa: F401 - before the variables, by which it would take this for a trial
+import nni  # noqa: F401 - before the variables: with them nni behaves as in a trial
 import psutil
 import websockets
 
-# The modules want them at their import; NNI's runner sets the right ones later.
+# The modules read these on import; NNI's runner sets the right values later.
 NAMES = ("NNI_OUTPUT_DIR", "NNI_PLATFORM", "NNI_SYS_DIR", "NNI_EXP_ID", "NNI_TRIAL_JOB_ID")
 os.environ.update(dict.fromkeys((*NAMES, "MULTI_PHASE"), "runner"))
 from nni.tools.trial_tool import base_channel, log_utils, trial, web_channel  # noqa: E402
 
-PAUSE = 0.05  # s; NNI looks for commands and for a trial's end every 0.5
-# s: after 35 s of silence its manager is lost. The manager gives it up after 50 (machines.js).
+PAUSE = 0.05  # s between checks for commands and for a trial's end; NNI has 0.5
+# s: the manager is lost after 35 s of silence. It gives this runner up after 50 s (machines.js).
 PING, PATIENCE = 5, 30
 
 
 class Channel(base_channel.BaseChannel):
-    """The connection to the manager, in place of NNI's WebChannel."""
+    """The connection to the manager, which replaces NNI's WebChannel."""
 
     client, unfinished = None, b""
 
     def _inner_open(self):
         runner = sys.modules["__main__"]
-        runner.idle_timeout_seconds = float("inf")  # NNI gives a machine up that idles for 10 min
+        runner.idle_timeout_seconds = float("inf")  # NNI's runner ends after 10 idle minutes
         runner.time = types.SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, PAUSE)))
-        # Since Python 3.14 asyncio makes no event loop by itself, and NNI's channel finds none.
+        # NNI expects an event loop, and asyncio creates none by itself since Python 3.14.
         self.loop = asyncio.new_event_loop()
         try:
             self.client = self.loop.run_until_complete(self.connect())
         except Exception:
             traceback.print_exc()
-            os._exit(1)  # the threads that receive and send would keep the process
+            os._exit(1)  # sys.exit() would wait for the threads that receive and send
 
     async def connect(self):
-        """Connect, and stay only if the manager knows the secret (guard.js).
+        """Connect, and stay only if the manager proves that it knows the secret (guard.js).
 
-        Whoever has the port once the manager has ended could run any command here.
+        Otherwise another user could take the port after the manager's end, and run any command.
         """
         port, _, secret = self.args.nnimanager_port.partition("/")
         nonce = secrets.token_hex()
@@ -68,7 +68,7 @@ class Channel(base_channel.BaseChannel):
         place = f"ws://{self.args.nnimanager_ip}:{port}"
         limits = {"ping_interval": PING, "ping_timeout": PATIENCE, "close_timeout": 1}
         client = await websockets.connect(f"{place}/{nonce}/{proof('runner')}", **limits)
-        # Since version 13 of websockets the headers are those of a response.
+        # websockets has moved the headers into a response in version 13.
         response = getattr(client, "response", None)
         headers = response.headers if response else client.response_headers
         if not hmac.compare_digest(headers.get("X-Proof", ""), proof("manager")):
@@ -76,11 +76,11 @@ class Channel(base_channel.BaseChannel):
         return client
 
     def _inner_send(self, message):
-        # In the loop that receives: NNI sends in another one, which the connection does not allow.
+        # In the receiving loop: the connection does not allow NNI's second loop.
         asyncio.run_coroutine_threadsafe(self.client.send(message), self.loop).result()
 
     def _inner_receive(self):
-        if self.client is None:  # NNI starts to receive before it connects
+        if self.client is None:  # NNI receives before it connects
             return []
         try:
             received = self.loop.run_until_complete(self.client.recv())
@@ -97,14 +97,14 @@ class Channel(base_channel.BaseChannel):
 
 
 class Reader(threading.Thread):
-    """Hands on what a trial prints; NNI's waits for 6 to 11 s after the trial's end."""
+    """Passes a trial's output on. NNI's own reader waits for 6 to 11 s after the trial's end."""
 
     is_read_completed = False
 
     def __init__(self, logger, log_collection, log_level=logging.INFO):
         super().__init__(daemon=True)
         self.logger, self.level = logger, log_level
-        # "none": only what the trial reports goes to the manager.
+        # "none": only the trial's reports go to the manager.
         self.pattern = re.compile(r"NNISDK_MEb'.*'$" if log_collection == "none" else r".*")
         self.output, self.input = os.pipe()
         self.has_ended = threading.Event()
@@ -120,7 +120,7 @@ class Reader(threading.Thread):
     def run(self):
         unfinished = b""
         while True:
-            is_last = self.has_ended.is_set()  # before the look: nothing comes after it
+            is_last = self.has_ended.is_set()  # before select: after the end no output is added
             if select.select([self.output], [], [], 0 if is_last else PAUSE)[0]:
                 unfinished += os.read(self.output, 65536)
                 *lines, unfinished = unfinished.replace(b"\r", b"\n").split(b"\n")
@@ -141,7 +141,7 @@ class Reader(threading.Thread):
 
 
 class Popen(subprocess.Popen):
-    """Starts a trial by a script: ps would show its command, where passwords may stand."""
+    """Starts a trial by a script, because ps would show passwords in its command."""
 
     def __init__(self, command, *rest, shell=False, cwd=None, **how):
         if shell and cwd:
@@ -151,10 +151,10 @@ class Popen(subprocess.Popen):
         super().__init__(command, *rest, shell=shell, cwd=cwd, **how)
 
 
-class Whole(trial.Trial):
-    """A trial whose folder is made anew if its code is only half unpacked there.
+class CleanTrial(trial.Trial):
+    """A trial that first removes an incomplete folder.
 
-    A runner that ends meanwhile leaves it so, and the next one would take it for a full one.
+    If a runner ends while it unpacks the code, the next one would take the folder as complete.
     """
 
     def run(self):
@@ -166,6 +166,6 @@ class Whole(trial.Trial):
 
 base_channel.INTERVAL_SECONDS = PAUSE
 log_utils.PipeLogReader = Reader
-trial.Trial, trial.Popen = Whole, Popen
+trial.Trial, trial.Popen = CleanTrial, Popen
 web_channel.WebChannel = Channel
 runpy.run_module("nni.tools.trial_tool.trial_runner", run_name="__main__", alter_sys=True)

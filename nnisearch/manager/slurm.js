@@ -1,16 +1,16 @@
-// Trials that srun starts. As shipped, NNI counts such a trial as running while its job waits in SLURM's
-// queue, and as failed, or even as succeeded, when SLURM takes its node away. Loaded by manager.js, this
-// promises: a trial waits until its job has begun on a node, and its time counts from there; one whose
-// job SLURM has ended for reasons of its own is run again, with the same parameters and number.
+// Supports trials that srun starts. As shipped, NNI counts such a trial as running while its job is in
+// SLURM's queue, and as failed or even succeeded if SLURM ends the job. With this file a trial is
+// WAITING until its job starts on a node, and its duration counts from then. If SLURM ends the job, for
+// example because the node fails, the trial runs again with the same parameters and number.
 "use strict";
 const child_process = require("child_process");
 const fs = require("fs");
 const { promisify } = require("util");
 
 const RERUNS = 3; // of a trial, at most
-const LOOK = 500; // ms between two looks at a trial that waits
+const LOOK = 500; // ms between two checks of a waiting trial
 
-// "" where the trial has deleted it.
+// Returns "" if the trial has deleted the file.
 const read = (file) => { try { return fs.readFileSync(file, "utf8"); } catch { return ""; } };
 
 const isAlive = (pid) => {
@@ -41,25 +41,26 @@ module.exports = function ({ id, slurm }) {
             prototype.runTrialJob = function (trial, ...rest) {
                 const job = this.jobMap.get(trial);
                 fs.mkdirSync(`${job.workingDirectory}/.nni`, { recursive: true, mode: 0o700 });
-                // NFS looks anew at a file that is opened, and late for one that was not there.
+                // On NFS a new file appears late, but changes of an existing one are seen on opening.
                 fs.writeFileSync(noteOf(job), "");
                 return runTrialJob.call(this, trial, ...rest);
             };
             prototype.setTrialJobStatus = function (job, status) {
-                // NNI says RUNNING before there is a process.
-                if (status !== "RUNNING" || job.pid !== undefined) setTrialJobStatus.call(this, job, status);
+                // NNI sets RUNNING before there is a process.
+                if (status === "RUNNING" && job.pid === undefined) return;
+                setTrialJobStatus.call(this, job, status);
             };
             prototype.begin = function (job) {
                 const [time, node] = read(noteOf(job)).trim().split(/\s+/);
                 const hasReported = read(this.jobStreamMap.get(job.id).path) !== "";
                 if (!time && !hasReported && isAlive(job.pid)) return;
-                const now = Date.now(); // The node's clock may differ.
+                const now = Date.now(); // the node's clock may differ
                 job.startTime = Math.min(now, Math.max(job.startTime, Number(time) || now));
                 if (node) job.url = `file://${node}:${job.workingDirectory}`;
                 this.setTrialJobStatus(job, "RUNNING");
             };
             prototype.runAgain = async function (job, why) {
-                await this.execute( // they will be reported again; of two final results TPE dies
+                await this.execute( // except the final result, since TPE fails on a second one
                     "delete from MetricData where trialJobId = ? and type <> 'FINAL'", job.id);
                 this.jobStreamMap.get(job.id).end(0);
                 this.jobStreamMap.delete(job.id);
@@ -77,7 +78,7 @@ module.exports = function ({ id, slurm }) {
                     this.begin(job);
                     return job;
                 }
-                if (job?.status === "RUNNING") { // it has ended: pace.js answers for one that lives
+                if (job?.status === "RUNNING") { // it has ended: pace.js handles living trials
                     const why = lost.exec(read(`${job.workingDirectory}/stderr`));
                     if (why && (job.again ?? 0) < RERUNS) {
                         await this.runAgain(job, why[0]);
@@ -89,8 +90,9 @@ module.exports = function ({ id, slurm }) {
             prototype.cancelTrialJob = async function (trial, ...rest) {
                 const job = this.jobMap.get(trial);
                 await cancelTrialJob.call(this, trial, ...rest);
-                // srun ends its job itself, unless it was killed before it could.
-                await promisify(child_process.execFile)("scancel", ["--name", nameOf(job)]).catch(() => {});
+                // srun ends its job unless it was killed itself.
+                const cancel = promisify(child_process.execFile);
+                await cancel("scancel", ["--name", nameOf(job)]).catch(() => {});
             };
         },
     };

@@ -1,8 +1,9 @@
-// Tries the machines of a configuration as NNI would use them, all at once, before a search starts:
-//     echo '{"machines": [...], "address": IP or null, "port": N, "probe": CODE}' | node try_machines.js
-// On each machine the code, in Python, is run with an address to call back to as its argument. Prints
-// [{stage, message}, ...], an object for each machine: stage is "machine", "login", "python" or "way"
-// if it fails there, else null. NNI's own classes connect, so nothing differs from the search.
+// Tries the machines of a configuration before a search starts, all at once:
+//     echo '{"machines": [...], "address": IP or null, "port": N, "probe": CODE}' |
+//         node try_machines.js
+// It connects by NNI's own classes, as the search would. On each machine it runs the Python code with
+// an address to connect back to as argument. It prints [{stage, message}, ...], an object per machine:
+// stage is "machine", "login", "python" or "way" if the machine fails there, else null.
 "use strict";
 const crypto = require("crypto");
 const fs = require("fs");
@@ -13,8 +14,8 @@ require("common/globals");
 const { getIPV4Address } = require("common/utils");
 const { ShellExecutor } = require("training_service/remote_machine/shellExecutor");
 
-const PATIENCE = 60; // s, with one machine
-const OFF = /ECONN|EHOST|ENET|EPIPE|ETIMEDOUT|Timed out|Connection lost/i; // and no fault of the user's
+const PATIENCE = 60; // s for each machine
+const OFF = /ECONN|EHOST|ENET|EPIPE|ETIMEDOUT|Timed out|Connection lost/i; // errors of the network
 
 async function tryMachine(machine, probe, url) {
     const executor = new ShellExecutor();
@@ -28,7 +29,7 @@ async function tryMachine(machine, probe, url) {
     const { stdout } = await executor.execute(python, undefined, true); // as NNI starts its runner
     const answer = /^<(\{.*\})>\s*$/m.exec(stdout);
     if (answer) return JSON.parse(answer[1]);
-    const said = stdout.split(/[\r\n]+/).filter((line) => !line.includes("b64decode")); // the echo
+    const said = stdout.split(/[\r\n]+/).filter((line) => !line.includes("b64decode")); // not the echo
     const message = said.filter((line) => /python|not found|denied/i.test(line)).pop();
     return { stage: "python", message: message ?? "python3 there does not answer" };
 }

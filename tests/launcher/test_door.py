@@ -289,7 +289,7 @@ def test_a_proxy_of_another_user_is_told_how_it_is_let_in(node):
     command = ["bash", "-c", bash]
     answer = subprocess.run(command, capture_output=True, text=True, user=nobody(), cwd="/").stdout
     assert answer.startswith("HTTP/1.1 403 Forbidden\n")
-    assert "--listen 127.0.0.1 lets in all users of this machine" in answer
+    assert "--listen 127.0.0.1 admits all users of this machine" in answer
 
 
 @pytest.mark.parametrize("kernel", ["6.1.0-18-amd64", "5.15.90.1-microsoft-standard-WSL2"])

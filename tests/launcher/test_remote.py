@@ -275,7 +275,7 @@ def test_a_machine_that_hangs_or_dies_is_noticed_and_used_again(search, machines
     folder.mkdir(0o700)
     os.chown(folder, nobody(), nobody())
     demo.run(sys.executable, *SEARCH, "--resume", demo.id, "--detach")
-    wait_for(lambda: f"{folder} is not a folder of this user's alone" in notices(demo))
+    wait_for(lambda: f"{folder} is not a private folder of this user" in notices(demo))
     assert list(folder.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ const timers = require("timers/promises");
 const { setTimeout: pause } = timers;
 global.pauses = [];
 timers.setTimeout = (ms) => { pauses.push(ms); return pause(ms === 5000 ? 20 : 1); };
-const changes = require(pace)({ mode: "local", python: process.env.PYTHON });
+const changes = require(pace)({ mode: "local", python: process.env.PYTHON, unstored: {} });
 global.load = (name) => {
     const loaded = require(`${root}/${name}`);
     changes[name]?.(loaded);
