@@ -228,7 +228,7 @@ def left_behind(search, folder):
 
 
 def main(argv=None, prog="nnichoose", within=0.0, was_watched=False):
-    """Print what a search has found, and write the choice where it is asked for.
+    """Print a search's results, and write the files that the arguments name.
 
     was_watched: the user has been told already that the direction of the search is not known.
     """
@@ -248,7 +248,7 @@ def main(argv=None, prog="nnichoose", within=0.0, was_watched=False):
 
 
 def show(args, was_watched):
-    """Do as the arguments say. Raises OSError, ValueError or ImportError."""
+    """Read, choose, and print or write. Raises OSError, ValueError or ImportError."""
     path = args.file or find_database(args.experiment)
     search = read_file(path)
     everything = search["trials"]

@@ -23,8 +23,11 @@ from nnisearch.shared.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
 # Types of values: NNI's names, and ours in messages.
-TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"}
-TYPES["typing.Union[pathlib.Path, str]"] = "a path"
+TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"} | {
+    r"typing\.Union\[pathlib\.Path, str.*": "a path",
+    r"typing\.List\[nni\..*": "a list of objects",
+    r"typing\.Dict.*|nni\..*": "an object",
+}
 CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
 LEVELS = ["fatal", "error", "warning", "info", "debug", "trace"]
 # Keys of version 1, in the form in which NNI compares keys, and their replacements in version 2.
@@ -70,6 +73,11 @@ def is_object(value):
     return True
 
 
+def as_list(value):
+    """Return a list as it is, and another value in a list."""
+    return value if isinstance(value, list) else [value]
+
+
 ALGORITHM = (is_object, "an object with a name, or with className and codeDirectory")
 DURATION = (lambda value: seconds(value) > 0, "more than 0 seconds, such as 90, 90s, 30m, 2h or 1d")
 GPUS = (
@@ -80,8 +88,8 @@ GPUS = (
 # a test, which may raise ValueError with a reason, and the allowed values.
 LIMITS = {
     "trainingService": (
-        lambda value: isinstance(value, list) or is_object(value),
-        "an object with a platform",
+        lambda value: value != [] and all(map(is_object, as_list(value))),
+        "an object with a platform, or a list of such",
     ),
     "tuner": ALGORITHM,
     "assessor": ALGORITHM,
@@ -137,7 +145,9 @@ def check_values(content):
     """
     limits = {utils.case_insensitive(key): limit for key, limit in LIMITS.items()}
     for key, value in (item for part in objects(content) for item in part.items()):
-        is_good, allowed = limits.get(utils.case_insensitive(str(key)), (bool, None))
+        if not isinstance(key, str):  # YAML takes 1 for a number, and yes for true
+            raise ValueError(f"the key {key!r} is no text; allowed: NNI's keys")
+        is_good, allowed = limits.get(utils.case_insensitive(key), (bool, None))
         why = ""
         with contextlib.suppress(TypeError):  # NNI reports the right type
             try:
@@ -150,7 +160,7 @@ def check_values(content):
 
 def objects(content):
     """Yield the objects of a configuration: itself, its training services, and their machines."""
-    for part in content if isinstance(content, list) else [content]:
+    for part in as_list(content):
         if isinstance(part, dict):
             yield part
             for key, inner in part.items():
@@ -184,10 +194,12 @@ def explanation(error, content):
         text = f"searchSpaceFile is {failed[1]}: {why}"
     text = text.replace(' in "<unicode string>",', " at")
     if wrong := re.fullmatch(r"\w+: type of (\w+) \((.*)\) is not (.*)", text):
-        kind = re.sub(r"typing\.Optional\[(\w+)\]|<class '(\w+)'>", r"\1\2", wrong[3])
+        wrappings = r"typing\.Optional\[(.*)\]|<class '(.*)'>|typing\.Literal\['(.*)'\]"
+        kind = re.sub(wrappings, r"\1\2\3", wrong[3])
         given = "of another form" if "{" in wrong[2] else wrong[2]  # objects may hold passwords
         _, limits = LIMITS.get(utils.camel_case(wrong[1]), (None, kind))
-        text = f"{wrong[1]} is {given}; allowed: {TYPES.get(kind, limits)}"
+        known = [words for pattern, words in TYPES.items() if re.fullmatch(pattern, kind)]
+        text = f"{wrong[1]} is {given}; allowed: {(known or [limits])[0]}"
     classes = {each.__name__: each.__dataclass_fields__ for each in _all_subclasses(ConfigBase)}
     if unknown := re.search(r"([^\W_]+) does not have field\(s\) (.*)", text):
         text = misspelled(unknown[2].split(", "), unknown[1], classes, content)
@@ -319,8 +331,7 @@ def expand(config, folder):
 
 def services(config):
     """Return a configuration's training services as a list, even if there is only one."""
-    found = config.training_service
-    return found if isinstance(found, list) else [found]
+    return as_list(config.training_service)
 
 
 def is_local(config):

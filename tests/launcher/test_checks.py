@@ -91,7 +91,11 @@ def test_the_projects_configurations_are_accepted(name):
             {"trainingService": [{"platform": "local", "gpuIndices": [0, 0]}]},
             ["gpuIndices is [0, 0]: Duplication", "; allowed: a GPU's number"],
         ),
-        ({"trainingService": REMOTE | {"machineList": MACHINE}}, ["machineList is of another"]),
+        ({"trainingService": REMOTE | {"machineList": MACHINE}}, ["form; allowed: a list"]),
+        ({"trainingService": ["local"]}, ["trainingService is ['local']: it has no keys; "]),
+        ({"tuner": {"name": "TPE", "classArgs": [1]}}, ["classArgs is [1]; allowed: an object"]),
+        ({"tuner": MINE | {"codeDirectory": 3}}, ["codeDirectory is 3; allowed: a path"]),
+        ({"experimentType": "nas"}, ["experimentType is 'nas'; allowed: hpo"]),
         ({"trainingService": None}, ["trainingService is not set; allowed: an obj"]),
         ({"tuner": "TPE"}, ["tuner is 'TPE': it has no keys; allowed: an object with a name"]),
         ({"tuner": {"className": "a.B"}}, ["either name, or className and codeDirectory"]),
@@ -124,7 +128,7 @@ def test_a_refusal_names_key_value_and_allowed_values(load, changes, parts):
     assert "secret" not in line
 
 
-@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\xff", "a: b: c"])
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\xff", "a: b: c", "yes: 1"])
 def test_files_without_a_configuration_are_refused(tmp_path, content):
     path = tmp_path / "broken.yml"
     path.write_bytes(content.encode("latin1"))
