@@ -1,4 +1,4 @@
-"""config.py, checks.py, gpus.py: what NNI would take in silence is refused in one line."""
+"""config.py, checks.py and gpus.py refuse in one line the mistakes that NNI ignores."""
 
 import datetime
 import errno

@@ -1,4 +1,4 @@
-"""choose.py: the rule, what it reads, what it leaves out, what it writes and what it refuses."""
+"""choose.py: the choice, its sources, its output and its errors."""
 
 import csv
 import io
@@ -491,7 +491,7 @@ def test_a_closed_pipe_gives_no_traceback(run, tmp_path):
     assert (result.stdout, result.stderr) == ("abc123: a search\n", "")
 
 
-# Which way is better
+# The direction
 
 
 def test_the_direction_is_read_from_the_tuner(tmp_path):
@@ -553,7 +553,7 @@ def test_the_importance_is_shown_from_ten_trials(run, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-# What is written
+# Written files
 
 
 def test_a_written_file_is_complete_or_unchanged(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every configuration loads with NNI's own class, and its search space is one train.py accepts."""
+"""Every configuration loads with NNI's own class, and train.py accepts its search space."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def test_the_hyperparameters_of_the_ladder_are_accepted(name):
     )
 
 
-def test_what_each_is_for():
+def test_each_configuration_has_the_settings_of_its_purpose():
     settings = {path.stem: ExperimentConfig.load(path) for path in CONFIGS}
     gpu, cpu, demo = settings["config"], settings["cpu"], settings["demo"]
     assert (gpu.trial_gpu_number, gpu.trial_concurrency, gpu.max_trial_number) == (1, 1, 30)

@@ -1,4 +1,4 @@
-"""mends.py: what the tuner hears of trials, in NNI's own dispatcher, without a manager."""
+"""mends.py in NNI's own dispatcher, without a manager: the tuner hears of each trial correctly."""
 
 import json
 import threading
@@ -145,7 +145,7 @@ def test_a_resumed_search_gives_out_each_set_once(name):
     assert search.other[-1][0] is CommandType.NoMoreTrialJobs
 
 
-def test_a_resumed_batch_goes_on_where_it_was():
+def test_a_resumed_batch_tuner_continues():
     batch = BATCH["combine_params"]["_value"]
     first = Search(builtin("Batch"), BATCH)
     assert first.ask(2) == batch[:2]
@@ -154,7 +154,7 @@ def test_a_resumed_batch_goes_on_where_it_was():
 
 
 @pytest.mark.parametrize("name", ["Random", "TPE"])
-def test_a_seed_goes_on_after_a_resume(name):
+def test_a_seeded_search_continues_after_a_resume(name):
     whole = Search(builtin(name, seed=1), SEQUENCE).ask(6)
     first = Search(builtin(name, seed=1), SEQUENCE)
     before = first.ask(3)
@@ -244,7 +244,7 @@ def test_nnis_tuners_survive_each_end_of_a_trial_and_a_trial_of_the_users(name):
     assert len(search.ask(2)) == 2
 
 
-def test_a_result_of_numpys_counts():
+def test_a_numpy_number_is_a_result():
     search = Search(builtin("TPE", optimize_mode="maximize"))
     search.ask()
     metric = search.metric(search.given[0], 0) | {"value": mends.dump(np.float32(0.125))}

@@ -1,4 +1,4 @@
-"""guard.js: nobody gets at a search but programs of its own user, and no web page."""
+"""guard.js: only programs of its own user can reach a search, and no web page can."""
 
 import contextlib
 import json
@@ -93,7 +93,7 @@ def command(search, file):
     return {"path": path, "method": "PUT", "body": json.dumps(profile)}
 
 
-def test_the_user_gets_in(guarded):
+def test_this_users_process_is_accepted(guarded):
     port = guarded.port
     assert ask(port) == 200
     assert ask(port, f"Origin: http://localhost:{port}") == 200
@@ -105,7 +105,7 @@ def test_the_user_gets_in(guarded):
     assert ask(port, "Sec-Fetch-Site: none") == 200  # the address bar
 
 
-def test_the_user_gets_in_by_ipv6(guarded):
+def test_this_users_process_is_accepted_by_ipv6(guarded):
     assert ask(guarded.port, address=loopback6()) == 200
     assert ask(guarded.port, f"Host: [::1]:{guarded.port}", address=loopback6()) == 200
 
@@ -150,7 +150,7 @@ def test_the_proxy_to_the_internet_is_closed(guarded, path):
     not (SSHD and shutil.which("ssh")),
     reason="needs sshd and ssh, Debian's openssh-server and openssh-client",
 )
-def test_a_tunnel_gets_in(guarded, tmp_path):
+def test_a_tunnel_of_this_user_is_accepted(guarded, tmp_path):
     key = tmp_path / "key"
     make_key(key)
     server = Machine("127.0.0.2", tmp_path / "server", key, {"HOME": tmp_path})
@@ -277,13 +277,13 @@ require("http").createServer((_, answer) => answer.end("here")).listen(
         (403, ["Origin: https://lab.example"]),
     ],
 )
-def test_what_listen_has_opened_may_be_behind_a_proxy(node, status, headers):
+def test_with_listen_a_proxy_may_be_in_front(node, status, headers):
     """It speaks TLS to the browser, and may change Host; mostly it is another user's process."""
     port = int(node(SERVER, listen="127.0.0.1").stdout.readline())
     assert ask(port, *headers, user=nobody()) == status
 
 
-def test_a_proxy_of_another_user_is_told_how_it_is_let_in(node):
+def test_a_proxy_of_another_user_is_told_of_listen(node):
     port = int(node(SERVER).stdout.readline())
     bash = f"exec 3<>/dev/tcp/127.0.0.1/{port}; cat <&3"
     command = ["bash", "-c", bash]
@@ -293,7 +293,7 @@ def test_a_proxy_of_another_user_is_told_how_it_is_let_in(node):
 
 
 @pytest.mark.parametrize("kernel", ["6.1.0-18-amd64", "5.15.90.1-microsoft-standard-WSL2"])
-def test_in_wsl_root_gets_in(node, kernel):
+def test_in_wsl_a_process_of_root_is_accepted(node, kernel):
     nobody()  # only root can pose as the user whose search another's is
     prelude = f"process.getuid = () => 1000; require('os').release = () => '{kernel}'"
     port = int(node(SERVER, prelude=prelude).stdout.readline())
@@ -342,7 +342,7 @@ server.listen(settings.port, () => {
 
 
 @pytest.mark.parametrize("closes", [False, True], ids=["manager killed", "connection closed"])
-def test_a_tuner_that_is_thinking_ends_with_its_manager(node, tmp_path, closes):
+def test_a_computing_tuner_ends_with_its_manager(node, tmp_path, closes):
     """It never connects to the port, which by then may be another user's."""
     (tmp_path / "thinking.py").write_text(TUNER)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
@@ -365,12 +365,12 @@ def test_a_tuner_that_is_thinking_ends_with_its_manager(node, tmp_path, closes):
         ["python", "-m", "nni", "--exp_params", "e30="],
     ],
 )
-def test_a_tuner_is_found_whoever_has_started_it(command):
+def test_a_tuner_is_found_after_nnisearch_and_after_nnictl(command):
     assert is_tuner(SimpleNamespace(cmdline=lambda: command))
     assert not is_tuner(SimpleNamespace(cmdline=lambda: ["/bin/sh", "-c", " ".join(command)]))
 
 
-def test_a_runner_stays_only_with_who_knows_the_secret():
+def test_a_runner_leaves_a_manager_without_the_secret():
     """What comes from the port of a manager that has ended could run any command."""
     runner = (ROOT / "nnisearch" / "manager" / "runner.py").read_text()
     paths = []
@@ -392,7 +392,7 @@ def test_a_runner_stays_only_with_who_knows_the_secret():
     assert "secret" not in paths[0]
 
 
-# Where localhost is something else
+# Other addresses of localhost
 
 
 @contextlib.contextmanager
@@ -446,7 +446,7 @@ def start(home, environment):
     return start
 
 
-def test_a_port_that_another_has_in_ipv6_is_not_taken(start):
+def test_a_port_in_use_on_ipv6_is_skipped(start):
     loopback6()
     port = free_port()
     with another_user_listens(port) as other:
@@ -457,7 +457,7 @@ def test_a_port_that_another_has_in_ipv6_is_not_taken(start):
     assert f"--port is {port}; allowed: a free one" in result.stderr
 
 
-# As if another took the port after the search had looked whether it is free.
+# Takes the port after the search has found it free.
 RACE = [
     "-c",
     "import sys; from nnisearch import cli; from nnisearch.before import checks;"
@@ -498,7 +498,7 @@ def namespace(tmp_path, hosts, *commands):
     ],
     ids=["::1 alone", "::1 first", "no IPv6"],
 )
-def test_a_search_runs_whatever_localhost_is(start, tmp_path, hosts, commands):
+def test_localhost_may_be_ipv4_or_ipv6(start, tmp_path, hosts, commands):
     result = start("-p", free_port(), before=namespace(tmp_path, hosts, *commands))
     assert result.returncode == 0, result.stderr
     assert "1 of 1 trials have a result" in result.stdout

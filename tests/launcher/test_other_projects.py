@@ -106,7 +106,7 @@ def project(tmp_path, environment):
 pytestmark = pytest.mark.slow
 
 
-def test_names_by_which_nni_knows_its_tuners_too(project):
+def test_aliases_of_nnis_tuners_are_accepted(project):
     values = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
     space = {"combine_params": {"_type": "choice", "_value": values}}
     _, given = project.succeeds(tuner={"name": "BatchTuner"}, searchSpace=space)
@@ -119,7 +119,7 @@ def test_pbt_without_a_folder(project):
 
 
 @pytest.mark.parametrize("name", ["tuner", "checks", "progress", "config", "text"])
-def test_a_tuner_of_ones_own_in_a_module_of_any_name(project, name):
+def test_a_users_own_tuner_may_be_in_a_module_of_any_name(project, name):
     project.write("helper.py", "VALUE = 7\n")
     project.write(
         f"{name}.py",
@@ -147,7 +147,7 @@ def test_a_tuner_of_ones_own_in_a_module_of_any_name(project, name):
     assert out.count("The greatest result counts as the best: ") == (name != "tuner")
 
 
-def test_an_advisor_of_ones_own(project):
+def test_a_users_own_advisor_runs(project):
     project.write(
         "mine.py",
         """
@@ -178,7 +178,7 @@ def test_an_advisor_of_ones_own(project):
     assert given == [{"x": 0}, {"x": 1}]
 
 
-def test_an_assessor_of_ones_own(project):
+def test_a_users_own_assessor_runs(project):
     project.write(
         "mine.py",
         """
@@ -253,7 +253,7 @@ def test_choices_of_lists_and_objects_and_nothing(project):
         'test "$(pwd)" = $NNI_CODE_DIR && python3 trial.py --data-dir ~/d "it\'s"',
     ],
 )
-def test_whatever_bash_takes(project, command):
+def test_a_trial_command_may_be_any_bash_script(project, command):
     project.succeeds(trialCommand=command)
 
 
@@ -295,7 +295,7 @@ def test_version_1(project):
     assert len(project.trials()) == 2
 
 
-def test_a_version_1_that_nni_does_not_convert_is_called_that(project):
+def test_a_version_1_that_nni_cannot_convert_is_refused(project):
     project.write("config.yml", "trainingServicePlatform: adl\ntrialConcurrency: 1\n")
     result = project.run("config.yml")
     assert result.returncode == 1
@@ -320,5 +320,5 @@ def test_a_version_1_that_nni_does_not_convert_is_called_that(project):
         ({"tuner": {"name": "TPE", "classArgs": {"optimize_mode": "max"}}}, "; allowed: maximize"),
     ],
 )
-def test_what_cannot_run(project, changes, part):
+def test_projects_that_nni_cannot_run_are_refused(project, changes, part):
     assert part in project.refused(**changes)

@@ -1,4 +1,4 @@
-"""pace.js in NNI's own manager and local training service, with stand-ins for all around them."""
+"""pace.js in NNI's own manager and local training service; all other parts are stand-ins."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_the_tuner_is_asked_when_a_limit_rises_and_the_pauses_are_nnis_when_noth
     assert asked == ["GE 2", "GE 2", "GE 3"]
 
 
-def test_a_tuner_that_has_no_more_is_asked_at_a_trials_end_and_in_another_space():
+def test_a_tuner_without_more_sets_is_asked_after_a_trials_end_or_a_new_space():
     script = """
         await until(() => manager.status.status === "TUNER_NO_MORE_TRIAL");
         await pause(100);
@@ -114,7 +114,7 @@ def test_a_tuner_that_has_no_more_is_asked_at_a_trials_end_and_in_another_space(
     assert run(start(more=1, trialConcurrency=2, maxTrialNumber=9) + script) == [1, 2]
 
 
-def test_what_a_button_must_not_be_given_is_refused_in_a_line():
+def test_wrong_values_for_a_button_are_refused_in_one_line():
     script = """
         const refused = [];
         for (const [type, params] of [

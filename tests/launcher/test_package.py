@@ -63,7 +63,7 @@ def test_the_wheel_searches_from_another_projects_folder(tmp_path, environment, 
     assert len(chosen.stdout.splitlines()) == 3
 
 
-def test_without_the_launcher_there_is_still_a_trial_that_nnictl_runs(tmp_path, environment, home):
+def test_without_the_launcher_nnictl_still_runs_the_trial(tmp_path, environment, home):
     project = tmp_path / "project"
     project.mkdir()
     shutil.copy(ROOT / "train.py", project)

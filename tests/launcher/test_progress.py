@@ -1,4 +1,4 @@
-"""progress.py: what is shown of a search, what is said of its trials, and of its own end."""
+"""progress.py: the lines and the bar of a running search, and its end."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from test_choose import database, trial
 from nnisearch.shared import results
 from nnisearch.watch import life, progress
 
-# A trial that imports nothing heavy: what its tuner has chosen is Python that it runs.
+# A light trial: it runs the Python code that its tuner has chosen.
 TRIAL = """
 import json, os, signal, sys, time
 import nni
@@ -250,7 +250,7 @@ def test_a_closed_output_ends_the_command(run_search):
     assert search.stderr == ""
 
 
-# How a search ends otherwise
+# Other ends of a search
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""rehearsal.py: tuner and trial, tried as NNI would start them, and ended with the search."""
+"""rehearsal.py tries the tuner and the trial as NNI would start them, and ends them."""
 
 import base64
 import contextlib
@@ -82,7 +82,7 @@ def test_a_trial_gets_the_tuners_own_parameters_and_what_nni_sets(rehearse, tmp_
         ({"generate": "import os; os._exit(3)"}, "tuner is mine.Mine: "),
     ],
 )
-def test_what_a_tuner_raises_is_the_refusal(rehearse, tmp_path, change, part):
+def test_a_tuners_exception_is_the_refusal(rehearse, tmp_path, change, part):
     with pytest.raises(ValueError) as error:
         rehearse(tuner=write_tuner(tmp_path, **change))
     assert part in str(error.value)
@@ -100,7 +100,7 @@ NESTED = {"_type": "choice", "_value": [{"_name": "a", "k": CONFIG["searchSpace"
         ({"name": "GP", "classArgs": GP}, "Received trial result."),
     ],
 )
-def test_nnis_tuners_are_told_of_results(rehearse, monkeypatch, tuner, said):
+def test_nnis_tuners_are_tried_with_results(rehearse, monkeypatch, tuner, said):
     monkeypatch.setattr(rehearsal, "RESULTS_PATIENCE", 60)
     monkeypatch.setattr(rehearsal, "RESULTS", 5)
     space = CONFIG["searchSpace"] | {"y": {"_type": "randint", "_value": [0, 9]}}
@@ -110,7 +110,7 @@ def test_nnis_tuners_are_told_of_results(rehearse, monkeypatch, tuner, said):
     assert "ERROR" not in log
 
 
-def test_what_nnis_tuners_die_of_after_results_is_the_refusal(rehearse):
+def test_a_tuners_exception_after_results_is_the_refusal(rehearse):
     tuner = {"name": "PBT", "classArgs": {"optimize_mode": "maximize", "population_size": 3}}
     with pytest.raises(ValueError, match="is not in list; allowed for PBT: options that have no"):
         rehearse(tuner=tuner, searchSpace={"x": NESTED}, maxTrialNumber=99)
@@ -127,7 +127,7 @@ def test_the_tuner_sees_numbers_as_nnis_manager_writes_them():
     ("base", "call", "expected"),
     [("TpeTuner", "'maximize'", "maximize"), ("TpeTuner", "", "minimize"), ("Tuner", "", "")],
 )
-def test_the_tuner_itself_says_its_direction(rehearse, tmp_path, base, call, expected):
+def test_the_direction_is_noted_from_the_tuner(rehearse, tmp_path, base, call, expected):
     (tmp_path / "mine.py").write_text(
         "from nni.tuner import Tuner\nfrom nni.algorithms.hpo.tpe_tuner import TpeTuner\n"
         f"class Mine({base}):\n    def __init__(self): super().__init__({call})\n"
@@ -138,7 +138,7 @@ def test_the_tuner_itself_says_its_direction(rehearse, tmp_path, base, call, exp
     assert (folder / "tuner" / "direction").read_text() == expected
 
 
-def test_a_tuner_sees_what_nnis_manager_gives_it(rehearse, tmp_path):
+def test_a_tuner_gets_the_environment_of_nnis_manager(rehearse, tmp_path):
     (tmp_path / "nni.txt").touch()
     sees = (
         "import __main__, multiprocessing, os, sys; from pathlib import Path; "
@@ -171,11 +171,11 @@ def test_no_password_is_in_the_tuners_command_line(rehearse, tmp_path):
         "true",
     ],
 )
-def test_trials_that_work(rehearse, command):
+def test_working_trials_are_accepted(rehearse, command):
     rehearse(trialCommand=command)
 
 
-def test_no_argument_shows_what_a_trial_is_given(rehearse, tmp_path):
+def test_no_argument_shows_the_trial_command(rehearse, tmp_path):
     shows = "ps axww -o args | grep [x]yz98765 > shown"
     rehearse(trialCommand=f"export API_KEY=xyz98765; {shows}; cat $NNI_SYS_DIR/parameter.cfg")
     assert (tmp_path / "shown").read_text() == ""
@@ -190,7 +190,7 @@ def test_no_argument_shows_what_a_trial_is_given(rehearse, tmp_path):
         ("python3 -c 'raise KeyError(1)' 2>&1", "it fails with status 1: KeyError: 1"),
     ],
 )
-def test_trials_that_fail(rehearse, command, part):
+def test_failing_trials_are_refused_with_the_reason(rehearse, command, part):
     with pytest.raises(ValueError) as error:
         rehearse(trialCommand=command)
     assert str(error.value).startswith("trialCommand is ")
@@ -338,5 +338,5 @@ def test_a_command_does_not_outlive_a_launcher_that_dies_at_once(tmp_path):
         (f"IndexError: {'x' * 60_000} is wrong", f"IndexError: {'x' * 321}...{'x' * 655} is wrong"),
     ],
 )
-def test_the_reason_in_what_a_process_has_printed(text, expected):
+def test_the_reason_of_a_failure_is_found_in_the_output(text, expected):
     assert rehearsal.reason(text) == expected

@@ -1,4 +1,4 @@
-"""Searches over SSH: machines on loopback addresses, and what happens when they are lost."""
+"""Searches over SSH: machines on loopback addresses are tried, lost and used again."""
 
 import hmac
 import json
@@ -33,7 +33,7 @@ GPU = (  # as nvidia-smi shows one that is free
     "</fb_memory_usage></gpu>"
 )
 RUNNER = ROOT / "nnisearch" / "manager" / "runner.py"
-# As Debian has it since 13. NNI's Node has OpenSSL 1.1.1, which knows no providers.
+# From Debian 13. NNI's Node has OpenSSL 1.1.1, which has no providers.
 OPENSSL_CNF = """
 openssl_conf = openssl_init
 [openssl_init]
@@ -158,7 +158,7 @@ def test_the_machines_are_tried_before_the_start(machines, tmp_path):
         check(on, address="255.255.255.255")
 
 
-def test_a_search_on_machines_of_which_one_is_off(search, machines, tmp_path):
+def test_a_search_runs_on_its_machines_although_one_is_off(search, machines, tmp_path):
     before = set(Path("/tmp").iterdir())
     gate = tmp_path / "gate"  # until it is there no trial ends
     command = f"API_KEY=xyz98765; echo on GPU $CUDA_VISIBLE_DEVICES; {LIGHT_TRIAL}"
@@ -279,7 +279,7 @@ def test_a_machine_that_hangs_or_dies_is_noticed_and_used_again(search, machines
     assert list(folder.iterdir()) == []
 
 
-# A manager's end of the channel: it has a runner start a trial, and says nothing more.
+# A manager that lets a runner start a trial, and is silent afterwards.
 MANAGERS_END = """
 import hmac, json, os, threading
 from websockets.sync.server import serve

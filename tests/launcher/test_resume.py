@@ -1,4 +1,4 @@
-"""A search whose manager or tuner was killed, at any moment, and that is resumed: it is exact."""
+"""A search is resumed exactly, whenever its manager or tuner was killed."""
 
 import ast
 import contextlib
@@ -121,7 +121,7 @@ def assert_is_exact(search):
     assert [reports(search, trial) for trial in trials] == [once] * TRIALS
 
 
-# When the search is broken off: how many trials have ended, and whether one under way has reported.
+# The moment of the kill: the number of ended trials, and if a running one has reported.
 MOMENTS = {
     "at its first trial": lambda ended, has_reported: True,
     "in the middle of a trial": lambda ended, has_reported: has_reported,
@@ -186,7 +186,7 @@ def events(search):
         return [event for (event,) in rows]
 
 
-# So that the manager waits for it, when it has taken up the trials and not started them.
+# Lets the manager wait at a moment when it has queued the trials but not started them.
 SLOW_TUNER = "import sys, time; time.sleep(5 * ('dispatcher.py' in ' '.join(sys.orig_argv)))"
 
 
@@ -211,7 +211,7 @@ def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search, tmp_path):
     assert one.stop() == []
 
 
-def test_of_two_that_resume_a_search_at_once_one_does(search):
+def test_only_one_of_two_concurrent_resumes_succeeds(search):
     one = search()
     manager(one).kill()
     command, how = resuming(one)
@@ -284,7 +284,7 @@ def statuses(home, environment, numbers):
     return {id: known["status"] for id, known in ast.literal_eval(printed).items()}
 
 
-def test_alive_is_an_experiment_whose_manager_is(start_sleeper, tmp_path, environment):
+def test_an_experiment_runs_if_its_manager_lives(start_sleeper, tmp_path, environment):
     zombie = start_sleeper(*manager_arguments("zombie"))
     zombie.kill()
     while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
@@ -300,13 +300,13 @@ def test_alive_is_an_experiment_whose_manager_is(start_sleeper, tmp_path, enviro
     assert found == dict.fromkeys(numbers, "STOPPED") | {"alive": "RUNNING"}
 
 
-def test_alive_is_not_what_another_user_calls_so(start_sleeper, tmp_path, environment):
+def test_another_users_process_is_no_manager(start_sleeper, tmp_path, environment):
     change = f"os.setuid({nobody()})"
     numbers = {"feigned": start_sleeper(*manager_arguments("feigned"), change=change).pid}
     assert statuses(tmp_path, environment, numbers) == {"feigned": "STOPPED"}
 
 
-def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line(tmp_path):
+def test_a_viewed_or_prefixed_search_is_not_resumed(tmp_path):
     known = {"id": "abc", "port": 8090, "status": "VIEWED", "prefixUrl": None}
     known["logDir"] = str(tmp_path)
     with pytest.raises(
@@ -320,7 +320,7 @@ def test_what_can_be_neither_watched_nor_resumed_is_refused_in_one_line(tmp_path
     assert recovery.is_running(known | {"prefixUrl": None})
 
 
-def test_not_ended_is_what_only_reads_an_experiments_files(start_sleeper, tmp_path):
+def test_a_process_that_only_reads_an_experiments_files_is_not_ended(start_sleeper, tmp_path):
     folder = tmp_path / "abc"
     start_sleeper("less", f"{folder}/log/nnimanager.log")
     start_sleeper(NNI_EXP_ID="abcd")
@@ -408,7 +408,7 @@ process.stdin.on("end", () => process.exit(0)).resume();
 """
 
 
-def test_what_runs_elsewhere_is_not_touched(tmp_path, environment, monkeypatch):
+def test_a_search_on_another_machine_is_not_touched(tmp_path, environment, monkeypatch):
     home = tmp_path / "nni-experiments"
     known = {id: ENTRY | {"id": id, "logDir": str(home)} for id in ("abc", "other")}
     write_list(tmp_path, known)
@@ -450,7 +450,7 @@ def test_what_runs_elsewhere_is_not_touched(tmp_path, environment, monkeypatch):
     assert place.elsewhere(home / "other") is None  # this machine has been started anew
 
 
-def test_whoever_waits_for_a_lock_is_told_for_what(tmp_path, monkeypatch):
+def test_a_line_tells_which_lock_the_command_waits_for(tmp_path, monkeypatch):
     start, path = tmp_path / "start.lock", tmp_path / "list.lock"
     (dated := tmp_path / "list.lock.7").touch()
     os.utime(dated, (2**32, 2**32))  # in the future
@@ -489,7 +489,7 @@ def test_a_list_that_is_a_pipe_is_refused(tmp_path, monkeypatch):
         recovery.list_experiments()
 
 
-def test_a_damaged_list_is_kept_as_it_is(tmp_path, environment):
+def test_a_damaged_list_is_not_changed(tmp_path, environment):
     path = write_list(tmp_path, {})
     path.write_text(damaged := '{"abc": {"id": "abc"')
     command = [sys.executable, "-m", "nnisearch.cli", "--resume", "abc"]
@@ -533,7 +533,7 @@ def test_an_experiment_whose_configuration_is_damaged(tmp_path, params, part):
     assert part in str(error.value)
 
 
-def test_a_manager_that_does_not_answer_is_said(monkeypatch):
+def test_a_manager_that_does_not_answer_is_reported(monkeypatch):
     monkeypatch.setattr(rest, "timeout", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         known = {"id": "abc", "pid": 4000000, "port": silent.getsockname()[1]}

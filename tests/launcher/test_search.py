@@ -1,4 +1,4 @@
-"""search.py: a start that waits and leaves nothing if it fails, what it chooses and shows."""
+"""search.py: starts, failed starts that leave nothing, and the default configuration."""
 
 import contextlib
 import json
@@ -129,7 +129,7 @@ def test_a_search_in_the_foreground(run_search, home):
     nnictl(home, "stop", id)
 
 
-# What Node loads before NNI's manager, as a user may have asked for in NODE_OPTIONS.
+# Node loads this before NNI's manager, if a user names it in NODE_OPTIONS.
 PRELOADS = {
     "slow": "Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 20000)",
     "dead": "console.error('the library is broken'); process.exit(3)",
@@ -184,7 +184,7 @@ def test_a_resume_that_fails_keeps_the_search(run_search, home):
     assert path.exists()
 
 
-# A search that has started, with a name that would make the terminal red.
+# A started search with a name that would turn the terminal red.
 NAMED = """
 from types import SimpleNamespace
 from nnisearch import cli
@@ -193,7 +193,7 @@ cli.main(["config.yml", "--detach"])
 """
 
 
-def test_names_and_errors_do_not_reach_the_terminal_as_they_are(run_search, home):
+def test_names_and_errors_are_printed_without_control_characters(run_search, home):
     result = run_search(how=["-c", NAMED])
     assert result.stdout.startswith("Search abc: red\n"), result.stderr
     (home / "\x1b[31mred.yml").write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
@@ -203,7 +203,7 @@ def test_names_and_errors_do_not_reach_the_terminal_as_they_are(run_search, home
     assert "\x1b" not in result.stdout + result.stderr
 
 
-def test_a_start_that_fails_keeps_the_latest_search_the_latest(run_search, home):
+def test_a_failed_start_keeps_nnis_link_to_the_latest_search(run_search, home):
     (home / "nni-experiments").mkdir()
     (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
     run_search("-p", free_port(), config=demo(), NODE_OPTIONS=preload(home, "dead"))
@@ -222,7 +222,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(start_search, home):
     assert_nothing_is_left(home)
 
 
-# What a user's Ctrl-C does while NNI is imported, which no test can hit by chance.
+# Simulates Ctrl-C during the import of NNI, which a test could not time.
 IMPORTING = """
 import os, signal, sys
 class CtrlC:
@@ -235,7 +235,7 @@ import search
 """
 
 
-def test_ctrl_c_while_nni_is_imported_ends_without_a_word(environment):
+def test_ctrl_c_during_the_import_of_nni_is_silent(environment):
     command = [sys.executable, "-c", IMPORTING]
     result = subprocess.run(command, env=environment, capture_output=True)
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
@@ -258,7 +258,7 @@ def test_a_read_only_home_is_refused(run_search, home):
     assert f"NNI's folder below HOME is '{folder}'; allowed: a folder to write to; Not a" in line
 
 
-def test_a_start_that_is_killed_leaves_no_manager(start_search, home):
+def test_a_killed_start_leaves_no_manager(start_search, home):
     (home / "nni-experiments").mkdir()
     (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
     with start_search(config=demo(), how=UNCHECKED, NODE_OPTIONS=preload(home, "slow")) as process:
@@ -275,7 +275,7 @@ def test_a_start_that_is_killed_leaves_no_manager(start_search, home):
     assert_nothing_is_left(home)
 
 
-def test_a_full_disk_refuses_a_search_and_one_that_fills_leaves_nothing(run_search, home, tmpfs):
+def test_a_full_disk_refuses_a_search_and_leaves_nothing(run_search, home, tmpfs):
     folder = tmpfs(400, "disk")
     config = demo(experimentWorkingDirectory=str(folder))
     line = refusal(run_search(config=config))
@@ -302,7 +302,7 @@ def test_a_disk_that_fills_during_the_rehearsal_is_named(run_search, home, tmpfs
 AT_ONCE = 4  # searches; more show how the time grows with their number
 
 
-def test_those_that_start_at_the_same_moment_get_a_port_each(start_search, home):
+def test_concurrent_starts_get_different_ports(start_search, home):
     config = demo(maxTrialNumber=1, trialCommand="sleep 600")
     other = home / "of another user"  # who has a lock of his own
     homes = [home, other] * (AT_ONCE // 2)
@@ -334,7 +334,7 @@ def test_a_full_home_refuses_a_search_and_keeps_nnis_list(run_search, home, tmpf
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_search_goes_on_when_its_command_ends(start_search, run_search, home, number):
+def test_a_search_continues_when_its_command_ends(start_search, run_search, home, number):
     config = demo(maxTrialNumber=1, searchSpace=ENDLESS)
     port = free_port()
     with start_search("-p", port, config=config, how=UNCHECKED) as process:
@@ -354,7 +354,7 @@ def test_a_search_goes_on_when_its_command_ends(start_search, run_search, home, 
     nnictl(home, "stop", id)
 
 
-def test_the_door_is_opened_only_by_listen(home, start_search):
+def test_only_listen_opens_the_web_ui_to_other_machines(home, start_search):
     address = outside_address()
     config = demo(maxTrialNumber=1, searchSpace=ENDLESS)
     port = free_port()
@@ -371,7 +371,7 @@ def test_the_door_is_opened_only_by_listen(home, start_search):
     nnictl(home, "stop", "--all")
 
 
-# What it chooses, whom it tells, and trials of other projects
+# The default configuration, notices, and trials of other projects
 
 
 def test_the_default_is_config_yml_with_gpus_and_says_who_holds_them(

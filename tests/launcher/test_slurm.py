@@ -23,7 +23,7 @@ CONFIG = yaml.safe_load((ROOT / "configs" / "slurm.yml").read_text())
 SRUN = CONFIG["trialCommand"].replace("python3 train.py", LIGHT_TRIAL)
 LOSES_ITS_NODE = "echo 'srun: error: Node failure on n1' >&2 && exit 1"
 EPOCHS = 15
-# As on NFS, where inotify hears of nothing that another machine writes.
+# As on NFS: inotify does not notice what another machine writes.
 DEAF = "require('fs').watch = () => ({ close() {} });"
 
 
@@ -192,7 +192,9 @@ def test_a_search_does_not_wait_for_a_rehearsal_in_the_queue(
         ("python3 srun.py", "", False),
     ],
 )
-def test_what_starts_trials_by_srun_is_known(tmp_path, monkeypatch, command, script, is_used):
+def test_srun_is_found_in_the_command_or_its_script(
+    tmp_path, monkeypatch, command, script, is_used
+):
     (tmp_path / "srun").touch(mode=0o700)
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("run.sh", "run.py"):
@@ -214,5 +216,5 @@ LIMIT = "slurmstepd: error: *** STEP 2.0 ON n1 CANCELLED AT 2026-11-27 DUE TO TI
         (f"{TRACEBACK}srun: error: n1: task 0: Exited with exit code 1", "ValueError: lr is nan"),
     ],
 )
-def test_why_a_job_has_failed_is_said_in_slurms_words_if_it_was_slurm(printed, why):
+def test_slurms_error_is_the_reason_if_slurm_ended_the_job(printed, why):
     assert reason(printed) == why

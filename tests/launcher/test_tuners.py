@@ -120,7 +120,7 @@ def test_a_seed_repeats_the_parameters():
 
 @pytest.mark.parametrize(("optimize_mode", "sign"), [("maximize", -1), ("minimize", 1)])
 @pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
-def test_it_learns(sampler, optimize_mode, sign):
+def test_the_sampler_learns(sampler, optimize_mode, sign):
     tuner = make(sampler=sampler, optimize_mode=optimize_mode)
     drawn = search(tuner, 30, lambda values: {"default": sign * (values["x"] - 0.3) ** 2})
     assert min(abs(values["x"] - 0.3) for values in drawn) < 0.05
@@ -205,7 +205,7 @@ def test_a_space_that_cannot_be_searched_is_refused_in_a_line(kind, values, part
 
 
 @pytest.mark.parametrize("space", [{}, [1], None, {"x": 1}, {"x": {"_type": "uniform"}}])
-def test_what_is_no_space_is_refused_in_a_line(space):
+def test_a_search_space_of_a_wrong_form_is_refused_in_a_line(space):
     with pytest.raises(ValueError, match=r"^searchSpace[^\n]*$"):
         make(space)
 
@@ -278,7 +278,7 @@ def test_a_sampler_that_has_tried_everything_ends_the_search(sampler):
 
 
 @pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler"])
-def test_results_of_before_come_back_in(sampler):
+def test_earlier_results_are_imported(sampler):
     first = make(KINDS, sampler=sampler)
     drawn = search(first, 12, lambda values: values["uniform"])
     records = [{"parameter": values, "value": values["uniform"]} for values in drawn]
@@ -358,7 +358,7 @@ print(sys.modules["torch"].get_num_threads() if "torch" in sys.modules else "no 
     ("sampler", "printed"),
     [("GPSampler", "1"), ("TPESampler", "no torch"), ("RandomSampler", "no torch")],
 )
-def test_a_tuner_that_thinks_has_one_thread_and_the_others_no_torch(environment, sampler, printed):
+def test_gp_sampler_has_one_thread_and_other_samplers_no_torch(environment, sampler, printed):
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "-W", "error", "-c", THINK, sampler]
     thought = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -482,7 +482,7 @@ def run_next(advisor, **reported):
     return job
 
 
-def test_hyperband_calls_its_budget_as_the_trial_does(hyperband):
+def test_hyperbands_budget_has_the_name_that_the_trial_expects(hyperband):
     assert run_next(hyperband(), value="1")["parameters"].keys() == {"x", "epochs"}
     advisor = hyperband(budget="TRIAL_BUDGET")
     assert run_next(advisor, value="1")["parameters"].keys() == {"x", "TRIAL_BUDGET"}
@@ -497,7 +497,7 @@ def test_hyperband_survives_a_round_in_which_nothing_was_reported(hyperband):
     assert second[0]["parameters"]["x"] == jobs[3]["parameters"]["x"]
 
 
-def test_hyperband_resumed_takes_the_trials_of_before_for_no_ones(hyperband):
+def test_a_resumed_hyperband_ignores_earlier_trials(hyperband):
     advisor = hyperband()
     old = {"parameter_id": "0-2_1_3", "parameters": {"x": 0.5, "epochs": 2}}
     advisor.handle_add_customized_trial([old, {"parameter_id": None, "parameters": {"x": 0}}])

@@ -1,4 +1,4 @@
-"""NNI's Web UI in a real browser: what a user looks for after a search.
+"""NNI's Web UI in a real browser shows the results of a search.
 
 docs/web-ui.md's pictures are taken of a search that is on a port, running or at nnictl view. The
 icons come from the Internet, or from a folder that `npm pack @fluentui/font-icons-mdl2` has filled:
@@ -84,7 +84,7 @@ def page():
 
 
 @needs_browser
-def test_what_a_user_looks_for_after_a_search(experiment, page):
+def test_the_web_ui_shows_the_results_of_a_search(experiment, page):
     demo = experiment(
         "configs/demo.yml", trialCommand=LIGHT_TRIAL, maxTrialNumber=3, searchSpace=SPACE
     )

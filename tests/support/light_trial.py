@@ -1,4 +1,4 @@
-"""A trial that reports and prints as train.py does, but computes nothing: for tests of searches.
+"""A trial for tests of searches: it reports and prints like train.py, but computes nothing.
 
 light_trial.py [EPOCHS]     # where the search space has no epochs
 """

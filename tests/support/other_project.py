@@ -1,4 +1,4 @@
-"""A trial of another project, which imports nothing heavy: what a trial of NNI comes down to."""
+"""A minimal trial of another project."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-// NNI's own manager and local training service with pace.js, and stand-ins for all around them. A
-// test's script gets them as globals; what NNI does is noted in `events`.
+// NNI's own manager and local training service with pace.js; all other parts are stand-ins. A test's
+// script gets them as globals; `events` lists NNI's actions.
 "use strict";
 const [root, pace] = [process.env.NNI_NODE, process.env.PACE];
 process.chdir(root);
