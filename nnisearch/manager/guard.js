@@ -16,6 +16,7 @@ const os = require("os");
 const { listen: bind } = net.Server.prototype;
 const SYN_SENT = "02"; // a state in /proc/net/tcp: not connected yet
 const DISPATCHER = `${__dirname}/dispatcher.py`;
+const MOST = 100; // strangers' connections at a time: each is an open file of the manager
 const USER = process.getuid();
 // In WSL a process of root relays the connections of Windows' browser.
 const WELCOME = /microsoft/i.test(os.release()) ? [USER, 0] : [USER];
@@ -38,25 +39,50 @@ function entries(address, port) {
     return [[0, 4, 8, 12].map((at) => word(bytes.slice(at, at + 4))).join("") + end];
 }
 
-// The UID of the process at the other end, or undefined if it is not on this machine.
-function ownerOf(socket) {
-    const { remoteAddress, remotePort, localAddress, localPort } = socket;
-    if (!remoteAddress || !localAddress) return undefined; // it has hung up
+// The UIDs of the processes at the other ends of connections, by both addresses; undefined without /proc.
+function readOwners() {
     const tables = ["/proc/net/tcp", "/proc/net/tcp6"].filter((file) => fs.existsSync(file));
-    const isLocal = ipv4(remoteAddress).startsWith("127.") || remoteAddress === "::1";
-    if (tables.length === 0) return isLocal ? USER : undefined; // users cannot be told apart
-    const [peer, here] = [entries(remoteAddress, remotePort), entries(localAddress, localPort)];
     const lines = tables.flatMap((file) => fs.readFileSync(file, "latin1").trim().split("\n"));
+    const owners = new Map();
     for (const line of lines) {
         const [, local, remote, state, , , , uid, , inode] = line.trim().split(/\s+/);
-        const isPeer = peer.includes(local) && here.includes(remote) && state !== SYN_SENT;
-        if (!isPeer || Number(inode) === 0) continue; // 0: closed, and the UID is lost
-        // Still connected? Otherwise a process of this user may just have got another user's port.
-        return socket._handle?.getpeername({}) === 0 ? Number(uid) : undefined;
+        if (state === SYN_SENT || Number(inode) === 0) continue; // 0: closed, and the UID is lost
+        owners.set(`${local} ${remote}`, Number(uid));
     }
+    return tables.length > 0 ? owners : undefined;
 }
 
-const isOwn = (socket) => WELCOME.includes(ownerOf(socket));
+// The UID of the process at the other end, or undefined if it is not on this machine.
+function ownerOf(socket, owners) {
+    const { remoteAddress, remotePort, localAddress, localPort } = socket;
+    if (!remoteAddress || !localAddress) return undefined; // it has hung up
+    const isLocal = ipv4(remoteAddress).startsWith("127.") || remoteAddress === "::1";
+    if (!owners) return isLocal ? USER : undefined; // users cannot be told apart
+    const here = entries(localAddress, localPort);
+    const ends = entries(remoteAddress, remotePort).flatMap((peer) =>
+        here.map((own) => `${peer} ${own}`));
+    // Still connected? Otherwise a process of this user may just have got another user's port.
+    const isConnected = socket._handle?.getpeername({}) === 0;
+    return isConnected ? owners.get(ends.find((each) => owners.has(each))) : undefined;
+}
+
+const asked = []; // connections that wait for the next reading of the tables, with their callbacks
+let nextReading = 0; // ms, as performance.now() tells
+
+// Call back with the owner of a connection. Reading the tables takes tens of milliseconds: it is done
+// once for all connections that wait, and takes a fifth of the time at most. Otherwise another user
+// could stall the manager by a few dozen connections per second.
+function askOwner(socket, callback) {
+    if (asked.length === MOST) return socket.destroy();
+    socket.on("error", () => {}); // it may hang up while it waits
+    if (asked.push([socket, callback]) > 1) return;
+    setTimeout(() => {
+        const start = performance.now();
+        const owners = readOwners();
+        nextReading = performance.now() + 4 * (performance.now() - start);
+        for (const [each, tell] of asked.splice(0)) tell(ownerOf(each, owners));
+    }, nextReading - performance.now());
+}
 
 // Why a request is refused, or undefined. Browsers name the requesting page in Origin or
 // Sec-Fetch-Site, sometimes in only one of them. Host is checked, too, because DNS can give any name
@@ -76,10 +102,12 @@ function refusal(headers, isOpen) {
 const forbid = (text) => "HTTP/1.1 403 Forbidden\r\nConnection: close\r\n"
     + `Content-Length: ${Buffer.byteLength(text)}\r\n\r\n${text}`;
 
+const turnedAway = new Set(); // connections to which the reason is being sent
+
 // Close the connection, and tell a process of another user why: it may be this user's own relay.
-function turnAway(socket) {
-    const owner = ownerOf(socket);
-    if (owner === undefined) return socket.destroy();
+function turnAway(socket, owner) {
+    if (owner === undefined || turnedAway.size === MOST) return socket.destroy();
+    turnedAway.add(socket.on("close", () => turnedAway.delete(socket)));
     const advice = "--listen 127.0.0.1 admits all users of this machine, and so a proxy or a relay, "
         + "such as kubectl port-forward's";
     socket.on("error", () => {}).end(forbid(`A process of user ${owner} has asked, and this Web UI `
@@ -91,7 +119,9 @@ function turnAway(socket) {
 function guard(server, isWelcome, isOpen, refuse = (socket) => socket.destroy()) {
     const { emit } = server;
     server.emit = function (event, subject, answer, ...rest) {
-        if (event === "connection" && !isWelcome(subject)) return refuse(subject);
+        if (event === "connection" && !isWelcome(subject))
+            return askOwner(subject, (owner) =>
+                WELCOME.includes(owner) ? emit.call(this, event, subject) : refuse(subject, owner));
         if (event === "request" || event === "upgrade") {
             const why = refusal(subject.headers, isOpen);
             if (event === "request") answer.setHeader("X-Frame-Options", "DENY");
@@ -125,7 +155,7 @@ function guardPorts({ port, listen, machines }) {
         if (at === port) {
             const isAsked = ({ localAddress }) =>
                 Boolean(listen) && ["0.0.0.0", ipv4(localAddress ?? "")].includes(listen);
-            const isWelcome = (s) => adopted.has(s) || isOwn(s) || isAsked(s);
+            const isWelcome = (socket) => adopted.has(socket) || isAsked(socket);
             guard(this, isWelcome, Boolean(listen), turnAway);
             webUI = this;
             const address = listen ? "0.0.0.0" : "127.0.0.1";
@@ -134,7 +164,7 @@ function guardPorts({ port, listen, machines }) {
         }
         if (at === port + 1) { // for runners: on other machines, or in NNI's reuse mode
             const isMachine = ({ remoteAddress }) => machines.includes(ipv4(remoteAddress ?? ""));
-            guard(this, (socket) => isOwn(socket) || isMachine(socket), true);
+            guard(this, isMachine, true);
         }
         return bind.call(this, at, ...rest);
     };

@@ -292,6 +292,24 @@ def test_a_proxy_of_another_user_is_told_of_listen(node):
     assert "--listen 127.0.0.1 admits all users of this machine" in answer
 
 
+def test_strangers_who_connect_again_and_again_do_not_stall_the_manager(node):
+    prelude = "const fs = require('fs'); const { readFileSync } = fs; let looks = 0;"
+    prelude += "fs.readFileSync = (file, ...rest) => {"
+    prelude += "looks += file === '/proc/net/tcp'; return readFileSync(file, ...rest); }"
+    server = node(SERVER.replace('"here"', "String(looks)"), prelude=prelude)
+    port = int(server.stdout.readline())
+    assert ask(port) == 200
+    server.send_signal(signal.SIGSTOP)
+    bash = f"for _ in {{1..90}}; do exec {{each}}<>/dev/tcp/127.0.0.1/{port}; done; echo; sleep 600"
+    command, how = ["bash", "-c", bash], {"user": nobody(), "cwd": "/", "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **how) as strangers:
+        strangers.stdout.readline()
+        server.send_signal(signal.SIGCONT)
+        looks = int(answers(port, get(port, "Connection: close")).splitlines()[-1])
+        strangers.kill()
+    assert looks < 10
+
+
 @pytest.mark.parametrize("kernel", ["6.1.0-18-amd64", "5.15.90.1-microsoft-standard-WSL2"])
 def test_in_wsl_a_process_of_root_is_accepted(node, kernel):
     nobody()  # only root can pose as the user whose search another's is
