@@ -132,8 +132,10 @@ def launch(experiment, wanted):
                         print(f"Port {PORT} is taken; {port} is the next free one")
                     stack.enter_context(undone_if_it_fails(folder, experiment._action))
                     experiment.start(port, run_mode=RunMode.Detach)
-                if experiment.id not in Experiments().get_all_experiments():
+                listed = Experiments()
+                if experiment.id not in listed.get_all_experiments():
                     raise OSError("NNI's list of experiments cannot be written: is the disk full?")
+                listed.update_experiment(experiment.id, "webuiUrl", [f"http://127.0.0.1:{port}"])
                 if experiment._action != "view":
                     wait_for_trial(port)
         except Exception as error:

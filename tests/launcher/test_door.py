@@ -100,6 +100,7 @@ def test_this_users_process_is_accepted(guarded):
     assert ask(port, f"Host: 127.0.0.1:{port}", f"Origin: http://127.0.0.1:{port}") == 200
     assert ask(port, path="/oview") == 200
     assert "RUNNING" in guarded.nnictl("trial", "ls", guarded.id)
+    assert f"http://127.0.0.1:{port}" in guarded.nnictl("webui", "url", guarded.id)
     assert ask(port, user=os.getuid()) == 200
     assert ask(port, "Sec-Fetch-Site: same-origin") == 200
     assert ask(port, "Sec-Fetch-Site: none") == 200  # the address bar
