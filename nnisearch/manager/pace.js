@@ -238,6 +238,7 @@ module.exports = function (settings) {
         return isSecond;
     };
     const stopped = {}; // local trial: its status after it was stopped
+    const endings = {}; // local trial that has ended: a promise that its status is known
     const stops = {}; // local trial: a promise that all its processes have ended
     return {
         // NNI ends a search if its tuner does not answer a ping within 5 s, as on a busy machine or
@@ -303,6 +304,7 @@ module.exports = function (settings) {
             };
             // A trial counts as ended when its process has ended and all its reports are stored.
             prototype.getTrialJob = async function (id) {
+                await endings[id]; // meanwhile NNI calls a trial that has SUCCEEDED FAILED
                 const job = this.jobMap.get(id);
                 const stream = this.jobStreamMap.get(id);
                 if (job?.status !== "RUNNING" || !stream) return getTrialJob.call(this, id);
@@ -313,8 +315,10 @@ module.exports = function (settings) {
                     return job;
                 }
                 if (!readOn(stream) || unstored[id]) return job;
-                await getTrialJob.call(this, id);
-                if (job.status === "FAILED") job.status = stopped[id] ?? job.status;
+                endings[id] ??= getTrialJob.call(this, id).then(() => {
+                    if (job.status === "FAILED") job.status = stopped[id] ?? job.status;
+                });
+                await endings[id];
                 return job;
             };
             prototype.runTrialJob = function (id, ...rest) {

@@ -176,6 +176,11 @@ def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, repor
         const service = makeService(folder, command);
         const hyperParameters = { index: 0, value: "" };
         service.submitTrialJob({ id: "t0", sequenceId: 0, hyperParameters });
+        const { promises } = process.mainModule.require("fs");
+        const { readFile } = promises;
+        promises.readFile = async (...file) => { await pause(50); return readFile(...file); };
+        const seen = new Set(); // by several at a time, as NNI's loop and a user's request
+        setInterval(async () => seen.add((await service.getTrialJob("t0")).status), 5);
         const loop = service.runJobLoop();
         await until(() => events.includes(`metric ${last}`));
         if (command.endsWith("ends'")) await pause(300);
@@ -185,9 +190,11 @@ def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, repor
         events.push((await service.getTrialJob("t0")).status);
         await service.cancelTrialJob("t0");
         events.push((await service.getTrialJob("t0")).status);
-        return events;
+        return [...events, [...seen].sort()];
     """
     command = f"exec {sys.executable} trial.py '{how}'"
     last = "ready" if "ready" in reports else "first"
     told = run(script, tmp_path, command, last)
+    *told, seen = told
     assert told == [*(f"metric {report}" for report in reports), status, status]
+    assert set(seen) == {"WAITING", "RUNNING", status}
