@@ -6,6 +6,7 @@ with the number of trials.
 """
 
 import collections
+import math
 import re
 import threading
 import time
@@ -52,7 +53,9 @@ def watch(id, port, config, resume, choose):
             if status is not None:
                 shown.show(search.trials.known, changed)
                 if search.is_done(status) and not shown.late:
-                    return shown.end(status)
+                    if line := search.shortfall(status):
+                        tqdm.write(line)
+                    return shown.end()
                 search.check(status)
             time.sleep(1)
 
@@ -114,12 +117,29 @@ class Search:
             return True
         if status["status"] != "TUNER_NO_MORE_TRIAL" or time.monotonic() - self.changed < QUIET:
             return False
-        try:
-            profile = rest.get(self.port, "/experiment", prefix=self.prefix)
-        except OSError:
-            return False
         started = [trial.number for trial in self.trials.known.values()]
-        return profile["nextSequenceId"] <= 1 + max(started, default=-1)  # no trial is queued
+        following = self.profile().get("nextSequenceId", math.inf)
+        return following <= 1 + max(started, default=-1)  # no trial is queued
+
+    def profile(self):
+        """Return NNI's profile of the search, {} if the manager does not answer."""
+        try:
+            return rest.get(self.port, "/experiment", prefix=self.prefix)
+        except OSError:
+            return {}
+
+    def shortfall(self, status):
+        """Return why a search has ended with fewer trials than maxTrialNumber, "" if it has not."""
+        params = self.profile().get("params", {})  # they may have changed since the start
+        limit, asked = params.get("maxExperimentDuration"), params.get("maxTrialNumber") or 0
+        why = {
+            "TUNER_NO_MORE_TRIAL": "The tuner has no more",
+            "DONE": f"maxExperimentDuration is {limit}, and has passed",
+        }.get(status["status"])
+        ended = len(self.trials.known)
+        if why is None or ended >= asked:
+            return ""
+        return f"{why} after {ended} trials; maxTrialNumber is {asked}"
 
     def check(self, status):
         """Raise RuntimeError if the search cannot continue: why, and how to continue it."""
@@ -210,14 +230,8 @@ class Shown:
             return f"best {self.results[0]:g}"
         return "no result" if len(self.ended) == self.total else "no result yet"
 
-    def end(self, status):
-        """Print if there are fewer trials than maxTrialNumber, or no results.
-
-        Returns whether there is a result.
-        """
-        if status["status"] == "TUNER_NO_MORE_TRIAL" and self.total:
-            asked = f"maxTrialNumber is {self.total}"
-            tqdm.write(f"The tuner has no more after {len(self.ended)} trials; {asked}")
+    def end(self):
+        """Print if there are no results. Return whether there is a result."""
         if not self.results:
             counts = collections.Counter(self.ended.values())
             how = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))

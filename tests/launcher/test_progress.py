@@ -363,6 +363,11 @@ def test_a_queued_trial_is_waited_for_if_the_tuner_has_no_more(watched, monkeypa
     assert not watched.is_done(no_more)  # the third trial has a number, and has not started
     answers["/experiment"]["nextSequenceId"] = 2
     assert watched.is_done(no_more)
+    assert watched.shortfall(no_more) == ""
+    answers["/experiment"]["params"] = {"maxTrialNumber": 9, "maxExperimentDuration": "1h"}
+    assert watched.shortfall(no_more) == "The tuner has no more after 2 trials; maxTrialNumber is 9"
+    assert "maxExperimentDuration is 1h, and has pass" in watched.shortfall({"status": "DONE"})
+    assert watched.shortfall({"status": "VIEWED"}) == ""
     watched.changed = time.monotonic()
     assert not watched.is_done(no_more)  # NNI may be about to start one
 
