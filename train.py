@@ -4,10 +4,11 @@
     python search.py                 # a search: many trials, hyperparameters from NNI's tuner
     torchrun --standalone --nproc-per-node=gpu train.py      # the baseline on several GPUs
 
-A trial reports the mean training loss of every 2,000 batches as intermediate results, and the
-accuracy on the test images, in percent, as its final result. Network and training follow
+A trial's intermediate results are the mean training loss of every 2,000 batches. The final result
+is the accuracy on the test images in percent. Network and training follow
 https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html. Read main() first, at the
-end: it is the whole trial in order.
+end: it is the whole trial in order. For your own network and data, replace Net and load_data().
+For a new hyperparameter, add an entry to HYPERPARAMETERS and use args.NAME where it takes effect.
 """
 
 import trial.start  # before torch and NNI: it makes them load faster
@@ -25,24 +26,24 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from trial import batch, data, hyperparameters, optimizers, processes
+from trial import batch, checks, data, hyperparameters, optimizers, processes
 from trial.hyperparameters import Choice, Integer, NotAllowed, Number
 
 try:
     from trial import fast
-except ImportError:  # trial/fast.py may be deleted: training computes the same, more slowly
+except ImportError:  # trial/fast.py may be deleted: training is slower, with the same results
     fast = None
 
-# A search space may use these keys. Each is a flag, too: batch_size is --batch-size.
+# The keys that a search space may use. Each is also a flag: batch_size is --batch-size.
 HYPERPARAMETERS = {
-    "batch_size": Integer(4, "how many images a step learns from", at_least=1),
-    "lr": Number(0.001, "the learning rate: how far a step goes", above=0),
-    "epochs": Integer(2, "how often each training image is learned from", at_least=1),
-    "optimizer": Choice("SGD", "how a step uses the gradients", optimizers.OPTIMIZERS),
-    "momentum": Number(0.9, "how much past gradients count; Adam's beta1", at_least=0, below=1),
+    "batch_size": Integer(4, "the number of images per training step", at_least=1),
+    "lr": Number(0.001, "the learning rate: how far a step moves the weights", above=0),
+    "epochs": Integer(2, "the number of passes over the training images", at_least=1),
+    "optimizer": Choice("SGD", "how gradients change the weights", optimizers.OPTIMIZERS),
+    "momentum": Number(0.9, "the weight of past gradients; Adam's beta1", at_least=0, below=1),
     "weight_decay": Number(0.0, "how strongly a step pulls the weights to 0", at_least=0),
-    "label_smoothing": Number(0.0, "how much of a label all classes share", at_least=0, below=1),
-    "lr_schedule": Choice("constant", "how the learning rate changes", optimizers.LR_SCHEDULES),
+    "label_smoothing": Number(0.0, "the part of a label for all classes", at_least=0, below=1),
+    "lr_schedule": Choice("constant", "how lr changes during training", optimizers.LR_SCHEDULES),
     "augment": Integer(0, "mirror images and shift them by up to N pixels", at_least=0, at_most=16),
 }
 
@@ -72,7 +73,7 @@ class Net(nn.Module):
         self.fc3 = nn.Linear(84, 10)
 
     def forward(self, x):
-        # The tutorial calls relu before pool: the same result, but relu has four times the work.
+        # The tutorial calls relu before pool. The result is the same, but relu is slower there.
         x = F.relu(self.pool(self.conv1(x)))
         x = F.relu(self.pool(self.conv2(x)))
         x = torch.flatten(x, 1)
@@ -82,20 +83,19 @@ class Net(nn.Module):
 
 
 def train_step(model, optimizer, images, labels, args, index):
-    """Learn from one batch, the images with these indices; return its mean loss, a tensor ().
+    """Learn from the batch of images with these indices; return its mean loss, a tensor ().
 
-    images: uint8 (N, 3, 32, 32), labels: int64 (N,), index: int64 (n,), on the model's device. The
-    loss stays on the device: reading it at every step would make Python wait for the GPU. On a GPU
-    this step is recorded once and replayed as a CUDA graph: no print, no .item(). Of several
-    processes, each learns from its share of the batch and returns its share of the loss.
+    images: uint8 (N, 3, 32, 32), labels: int64 (N,), index: int64 (n,), on the model's device. Do
+    not print or call .item() here: a GPU records this step once and replays it as a CUDA graph. If
+    several processes train together, each returns the part of the loss from its own images.
     """
     inputs, targets = batch.make(images, labels, index, args.augment)
     optimizer.zero_grad()
     logits = model(inputs)
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=args.label_smoothing)
-    loss = loss / len(index)  # the mean of the whole batch; this process may have only a share
+    loss = loss / len(index)  # divide by the whole batch: this process may have only a part
     loss.backward()
-    processes.sum_gradients(model)  # does nothing for a single process
+    processes.sum_gradients(model)  # a single process: does nothing
     optimizer.step()
     return loss.detach()
 
@@ -104,16 +104,15 @@ def train(model, optimizer, images, labels, args):
     """Train for args.epochs; print and report to NNI the mean loss of each window of batches.
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), on the model's device. A window is
-    args.report_every batches, or the whole epoch if that is shorter. The batches after the last
-    whole window are not reported, as in the tutorial. Raises FloatingPointError at the end of a
-    window if the loss is not finite.
+    args.report_every batches, or an epoch if that is shorter. As in the tutorial, an epoch's rest
+    after the last whole window is not reported. Raises FloatingPointError if a loss is not finite.
     """
     model.train()
     # learn(index) is train_step() with all other arguments filled in.
     learn = functools.partial(train_step, model, optimizer, images, labels, args)
     batch_size = min(args.batch_size, len(images))
-    # A GPU computes faster than Python can start the parts of a step. A CUDA graph, a recorded
-    # step, starts them all at once. Several processes exchange gradients within a step: no graph.
+    # A GPU computes faster than Python can start the parts of a step. A CUDA graph is a recorded
+    # step that starts as a whole. The exchange of gradients between processes is not recorded.
     if fast and images.is_cuda and processes.count() == 1:
         learn = fast.as_cuda_graph(learn, batch_size, images.device)
     steps = args.epochs * math.ceil(len(images) / batch_size)
@@ -122,11 +121,10 @@ def train(model, optimizer, images, labels, args):
     for epoch in range(1, args.epochs + 1):
         batches = torch.randperm(len(images)).to(images.device).split(batch_size)
         window = min(args.report_every, len(batches))
-        # disable=None shows the progress bar on a terminal only, so never in a trial.
-        disable = None if processes.is_first() else True
+        disable = None if processes.is_first() else True  # None: no bar without a terminal
         progress = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=disable)
         for number, index in enumerate(progress, start=1):
-            optimizer.lr.fill_(next(rates))  # in place: a graph reads the same memory each time
+            optimizer.lr.fill_(next(rates))  # in place: a CUDA graph always reads the same memory
             running_loss += learn(index)
             if number % window == 0 or number == len(batches):
                 mean_loss = processes.total(running_loss) / window
@@ -141,9 +139,9 @@ def train(model, optimizer, images, labels, args):
 
 @torch.inference_mode()
 def test(model, images, labels, tta=False):
-    """Return how many of the images (uint8, (N, 3, 32, 32)) get their label (int64, (N,)).
+    """Return how many of the images (uint8, (N, 3, 32, 32)) get the right label (int64, (N,)).
 
-    With tta, test-time augmentation, the logits of an image are summed over its batch.views().
+    tta: test-time augmentation, which adds the logits of all batch.views() of an image.
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
@@ -156,24 +154,25 @@ def test(model, images, labels, tta=False):
 
 
 def train_and_test(args, data_set):
-    """Train and test on what load_data() returns; return the model and test()'s number."""
+    """Train and test a Net with data from load_data(); return it and test()'s number."""
     train_images, train_labels, test_images, test_labels = (x.to(args.device) for x in data_set)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
+    torch.backends.cudnn.allow_tf32 = False  # otherwise GPUs round float32 in convolutions
     model = Net().to(args.device)
     if fast:
         fast.prepare(model, train_images.device, args.batch_size // processes.count())
+    checks.check_network(model, train_images, train_labels)
     optimizer = optimizers.OPTIMIZERS[args.optimizer](args, model)
     try:
         train(model, optimizer, train_images, train_labels, args)
     except FloatingPointError as error:
-        # The trial goes on to its final result: the tuner learns that these values are bad.
+        # The trial still reports a final result: the tuner learns that these values are bad.
         if processes.is_first():
             print(f"Warning: training ends early: {error}", file=sys.stderr)
     return model, test(model, test_images, test_labels, args.tta)
 
 
 def set_hyperparameters(args, values, source):
-    """Set values, a dict of hyperparameters, in args. source names where they come from.
+    """Set args from values, a dict of hyperparameters. Error messages begin with source.
 
     Raises NotAllowed, a ValueError, for an unknown key, a wrong type or a value out of bounds.
     """
@@ -181,15 +180,15 @@ def set_hyperparameters(args, values, source):
         raise NotAllowed(f"{source} is {values!r}; allowed: an object of hyperparameters")
     for key, value in values.items():
         if key not in HYPERPARAMETERS:
-            keys = ", ".join(HYPERPARAMETERS)
-            raise NotAllowed(f"{source}: {key} is {value!r}; allowed keys: {keys}")
+            allowed = ", ".join(HYPERPARAMETERS)
+            raise NotAllowed(f"{source}: {key} is {value!r}; allowed keys: {allowed}")
         setattr(args, key, HYPERPARAMETERS[key].parse(value, f"{source}: {key}"))
 
 
 def parse_args(argv):
-    """Return the settings. A hyperparameter's flag wins over --params, which wins over its default.
+    """Return the settings. Hyperparameters: a flag overrides --params, --params the default.
 
-    Exits with status 2, and one line on stderr, for a flag or a value that is not allowed.
+    If a flag or a value is not allowed, exits with status 2 and one line on stderr.
     """
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],  # python -OO has none
@@ -203,17 +202,17 @@ def parse_args(argv):
         add(flag, type=entry.from_text, default=argparse.SUPPRESS, metavar="VALUE", help=text)
     add("--params", type=data.as_path, metavar="FILE", help="a JSON file with hyperparameters")
     add("--dataset", default="cifar10", choices=data.DATASETS, help="synthetic: no download")
-    add("--data-dir", default=data.default_folder(), type=data.as_path, help="holds CIFAR-10")
-    add("--seed", type=int, default=0, help="draws the initial weights and the images' order")
-    add("--device", default=processes.default_device(), help="where to train, as torch names it")
+    add("--data-dir", default=data.default_folder(), type=data.as_path, help="for CIFAR-10")
+    add("--seed", type=int, default=0, help="for all random numbers")
+    add("--device", default=processes.default_device(), help="where to train, such as cpu or cuda")
     add("--report-every", type=int, default=2000, help="batches per reported mean loss")
     add("--validate", action="store_true", help="test on held-out training images")
     add("--tta", action="store_true", help="test each image mirrored and shifted, too")
-    add("--save", type=data.as_path, metavar="FILE", help="write the trained state dict there")
+    add("--save", type=data.as_path, metavar="FILE", help="write the trained weights there")
     args, unknown = parser.parse_known_args(argv)
     flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}  # those given
     for key, entry in HYPERPARAMETERS.items():
-        setattr(args, key, entry.kind(entry.default))  # a number's default may be 0 instead of 0.0
+        setattr(args, key, entry.kind(entry.default))  # Number(0) means 0.0
     try:
         if unknown:
             words = " ".join(" ".join(unknown).split())  # one line
@@ -235,13 +234,14 @@ def parse_args(argv):
 
 def main(argv=None):
     """Run one trial with argv, by default the command line, and return its accuracy in percent."""
-    nni.silence_stdout()  # otherwise NNI prints each result, too, if it runs without a search
+    nni.silence_stdout()  # without a search NNI would print each result a second time
     args = parse_args(argv)
     processes.start()
     torch.manual_seed(args.seed)
     try:
-        data_set = load_data(args)  # first: search.py waits for the download until NNI is asked
-        # The tuner's choice. Only the first process asks NNI, and tells the others.
+        data_set = load_data(args)  # before NNI is asked: search.py waits for the download
+        checks.check_data(data_set)
+        # The tuner's choice. If several processes train together, only the first one asks NNI.
         tuned = nni.get_next_parameter() if processes.is_first() else None
         set_hyperparameters(args, processes.from_first(tuned), "tuner")
         processes.check_batch_size(args.batch_size)
@@ -258,13 +258,13 @@ def main(argv=None):
             if args.save:
                 state = model.cpu().state_dict()
                 data.save(state, args.save, state.values())
-    except (OSError, NotAllowed) as error:  # of a file or a value, which the error names
+    except (OSError, NotAllowed) as error:  # the error names the file or the value
         sys.exit(f"train.py: error: {error}")
     processes.end()
     return accuracy
 
 
 if __name__ == "__main__":
-    # NNI kills a trial by SIGTERM. Exiting lets main() remove a file that it has half written.
+    # NNI ends a trial by SIGTERM. sys.exit() lets main() remove a half-written file.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

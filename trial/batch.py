@@ -1,4 +1,4 @@
-"""The batch of one training step: chosen images as floats, changed at random if asked to."""
+"""What the network gets: images as floats, augmented for a training step, as views for --tta."""
 
 import contextlib
 
@@ -10,34 +10,35 @@ from trial.hyperparameters import NotAllowed
 
 
 def make(images, labels, index, pixels):
-    """Return the images with these indices, ready for the network, and their labels.
+    """Return the images with these indices as the network takes them, and their labels.
 
     images: uint8 (N, channels, height, width), labels: int64 (N,), index: int64 (n,). Returns
-    floats (n, channels, height, width) and int64 (n,). If pixels is not 0, each image is mirrored
-    at random and shifted by up to pixels. Of several processes each gets its share.
+    floats (n, channels, height, width) and int64 (n,). If pixels is not 0, the images are
+    augmented. If several processes train together, each gets its share of the batch.
     """
     chosen = processes.own_share(index)
-    inputs = normalize(images.index_select(0, chosen))  # as images[chosen], but faster
+    inputs = normalize(images.index_select(0, chosen))  # images[chosen] is slower
     if pixels:
         inputs = augment(inputs, pixels, len(index))
     return inputs, labels.index_select(0, chosen)
 
 
 def normalize(images):
-    """Return uint8 images as floats from -1 to 1: less a mean of 0.5, over a deviation of 0.5."""
+    """Return uint8 images as floats from -1 to 1, as the tutorial's transform does."""
     return (images / 127.5).sub_(1)
 
 
 def augment(images, pixels, batch_size):
     """Return images, float (n, channels, height, width), each mirrored and shifted at random.
 
-    Half of them are mirrored; all are shifted by up to pixels in each direction. batch_size counts
-    the images of all processes, which draw the same numbers.
+    About half of them are mirrored. All are shifted by up to pixels in each direction. batch_size
+    is the size of the whole batch: every process draws its random numbers and uses its own share.
     """
     device = images.device
     shift = torch.randint(2 * pixels + 1, (batch_size, 2), device=device)
     is_mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
     top, left = processes.own_share(shift).T
+    # A shift per image: plain slices would shift all images alike.
     images = shifts(images, pixels)[torch.arange(len(images), device=device), :, top, left]
     return torch.where(processes.own_share(is_mirrored), images.flip(3), images)
 
@@ -55,10 +56,13 @@ def views(images):
 def shifts(images, pixels):
     """Return all shifts of images, float (n, channels, height, width), by up to pixels.
 
-    The result is (n, channels, top, left, height, width); [:, :, pixels, pixels] are the images
-    themselves. Reflection fills the uncovered border, as in airbench
-    (https://github.com/KellerJordan/cifar10-airbench).
+    The result is (n, channels, top, left, height, width). result[:, :, pixels, pixels] is not
+    shifted. Reflection fills the border, as in https://github.com/KellerJordan/cifar10-airbench.
+    Raises NotAllowed for images of too few pixels.
     """
+    smaller = min(images.shape[2:])
+    if pixels >= smaller:
+        raise NotAllowed(f"augment is {pixels}; allowed: < {smaller}, the images' size")
     padded = F.pad(images, (pixels,) * 4, mode="reflect")
     _, _, height, width = images.shape
     return padded.unfold(2, height, 1).unfold(3, width, 1)
@@ -66,9 +70,9 @@ def shifts(images, pixels):
 
 @contextlib.contextmanager
 def limited_by_memory(args):
-    """Raise NotAllowed, naming batch_size, if the device has too little memory for the training.
+    """Raise NotAllowed, which names batch_size, if the device has too little memory to train.
 
-    torch raises a RuntimeError then; only its message tells it from other RuntimeErrors.
+    torch raises a RuntimeError then. Only the message tells it from other RuntimeErrors.
     """
     try:
         yield

@@ -35,6 +35,40 @@ def test_the_readmes_code_classifies_an_image(main, tmp_path, monkeypatch, capsy
         assert capsys.readouterr().out == f"{words[number]}\n"
 
 
+@pytest.mark.parametrize(
+    ("place", "wrong", "line"),
+    [
+        (0, torch.Tensor.float, "training images are torch.float32 (10000, 3, 32, 32)"),
+        (1, torch.Tensor.numpy, "training labels are a ndarray; allowed: a tensor, torch.int64"),
+        (2, lambda images: images[:, 0], "test images are torch.uint8 (2000, 32, 32)"),
+        (3, lambda labels: labels[:, None], "test labels are torch.int64 (2000, 1)"),
+        (3, lambda labels: labels[:5], "test images are 2000 and test labels 5"),
+        (1, lambda labels: labels + 1, "Net returns logits (1, 10) for one image"),
+    ],
+)
+def test_wrong_data_ends_in_one_line(main, monkeypatch, synthetic, place, wrong, line):
+    data_set = [*synthetic]
+    data_set[place] = wrong(data_set[place])
+    monkeypatch.setattr(train, "load_data", lambda args: data_set)
+    result = main("--device", "cpu")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"train.py: error: {line}")
+    assert "; allowed: " in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_network_with_too_few_classes_and_a_shift_by_too_many_pixels_end_in_one_line(
+    main, monkeypatch, synthetic
+):
+    small = [x[:, :, :16, :16] if x.ndim == 4 else x for x in synthetic]
+    monkeypatch.setattr(train, "load_data", lambda args: small)
+    monkeypatch.setattr(train.Net, "forward", lambda self, x: x.flatten(1)[:, :9])
+    assert "Net returns logits (1, 9) for one image; allowed: (1, classes), " in main().stderr
+    monkeypatch.setattr(train.Net, "forward", lambda self, x: x.flatten(1)[:, :10])
+    error = main("--augment", "16").stderr
+    assert error == "train.py: error: augment is 16; allowed: < 16, the images' size\n"
+
+
 @pytest.mark.slow
 def test_the_readmes_own_network_and_data_are_searched(tmp_path, home, environment):
     code = readme_code("Your own network and data")
