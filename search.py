@@ -4,8 +4,8 @@
     python search.py configs/demo.yml      # on any machine, without a download
     python search.py --resume ID           # continue a stopped search, or watch a running one
 
-nnisearch/ does the work. This file adds the project's default configuration, and refuses search
-spaces with values that train.py does not take.
+nnisearch/ does the work. This file chooses the default configuration, and refuses search spaces
+with values that train.py does not allow.
 """
 
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def default_config():
-    """Return the path of the configuration for this machine, and the reason for it."""
+    """Return the path of the configuration for this machine, and words with the reason."""
     try:
         number = len(gpus.gpus())
         why = f"since nvidia-smi lists {number or 'no'} GPUs"
@@ -31,22 +31,22 @@ def default_config():
 
 
 def check(config):
-    """If train.py is the trial, raise ValueError for values of the search space that it refuses.
+    """Raise ValueError if train.py is the trial and refuses a value of the search space.
 
-    A user's own tuner may read its search space in another way, so it is not checked.
+    A tuner that is not NNI's or nnisearch's may read the search space in another way: no check.
     """
     is_ours = Path(config.trial_code_directory) == ROOT
     is_train_py = is_ours and re.search(r"(^|[\s/])train\.py\b", config.trial_command or "")
     if not is_train_py or not shipped_class(config.tuner):
         return
-    import train  # not at the top: other trials need not wait two seconds for torch
+    import train  # not at the top: it imports torch, which takes two seconds
 
     for key, entry in config.search_space.items():
-        values = entry["_value"]
-        if entry["_type"] == "randint":  # the upper bound is excluded
+        kind, values = entry["_type"], entry["_value"]
+        if kind == "randint":  # the upper bound is excluded
             values = [int(values[0]), int(values[1]) - 1]
-        elif entry["_type"] != "choice":
-            values = [] if "normal" in entry["_type"] else map(float, values[:2])
+        elif kind != "choice":  # a range: check its bounds; a normal distribution has none
+            values = [] if "normal" in kind else [float(bound) for bound in values[:2]]
         for value in values:
             args = train.parse_args(["--device", "cpu"])
             train.set_hyperparameters(args, {key: value}, "searchSpace")

@@ -1,1 +1,1 @@
-"""The parts of train.py: data, batch, optimizers, hyperparameters, processes; start and fast."""
+"""The parts of train.py. Start with data.py and batch.py; fast.py may be deleted."""

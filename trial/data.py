@@ -1,8 +1,10 @@
 """CIFAR-10, downloaded and decoded once for all trials, or synthetic images without a download.
 
-A data set is always four tensors: training images, their labels, test images, their labels; images
-uint8 (N, 3, 32, 32), labels int64 (N,). Its files are checked before use. They may lie in a folder
-that several trials or users share: they are written whole, and by one process at a time.
+A data set is always four tensors: training images, their labels, test images, their labels. Images
+are uint8 (N, 3, 32, 32), labels int64 (N,). For your own data you need hold_out() and save() only.
+
+Several trials or users may share the folder of the files. So files are checked before use, and one
+process at a time writes them. No process sees a half-written file.
 """
 
 import contextlib
@@ -23,12 +25,12 @@ import torch.nn.functional as F
 
 DATASETS = ("cifar10", "synthetic")
 SHAPES = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]  # of CIFAR-10
-PRIVATE = "cifar10.download."  # the name of a folder to download and unpack in begins like this
+PRIVATE = "cifar10.download."  # begins the name of a temporary folder for a download
 NOTICE_AFTER = 10  # seconds of waiting for another process
 
 
 def as_path(text):
-    """Return the path that a flag or the environment names; ~ is the user's home."""
+    """Return text, from a flag or the environment, as a path. ~ is the user's home."""
     return Path(os.path.expanduser(text))
 
 
@@ -38,15 +40,15 @@ def default_folder():
 
 
 def load_cifar10(data_dir):
-    """Return CIFAR-10, of 50,000 and 10,000 images, from the folder that has or gets its files.
+    """Return CIFAR-10, 50,000 and 10,000 images, from this folder. Downloads it if needed.
 
-    The first trial writes it into a cache file beside the data set. All later ones map that file
-    into memory, so they share one copy. Raises FileNotFoundError, with the ways on, if the data set
-    is not there and cannot be downloaded, and OSError if the cache cannot be written.
+    The first trial writes a cache file beside the data set. Later trials map this file into memory,
+    so they share one copy. Raises FileNotFoundError if the data set is not there and cannot be
+    downloaded; the message says what to do. Raises OSError if the cache cannot be written.
     """
     data_dir = data_dir.absolute()
     if data_dir.name == "cifar-10-batches-py" and (data_dir / "data_batch_1").exists():
-        data_dir = data_dir.parent  # the data set itself was named, not the folder that it is in
+        data_dir = data_dir.parent  # the user has named the data set, not its folder
     cache = data_dir / "cifar10.pt"
     if tensors := read_cache(cache):
         return tensors
@@ -59,9 +61,9 @@ def load_cifar10(data_dir):
         print(f"{problem}, so this run decodes CIFAR-10 for itself", file=sys.stderr)
         return decode_cifar10(data_dir)
     with lock:
-        if tensors := read_cache(cache):  # made by another trial while this one waited for the lock
+        if tensors := read_cache(cache):  # another trial has made it meanwhile
             return tensors
-        # Trials that were killed have left these. Another user's stay.
+        # Killed trials have left these. Files of other users cannot be removed: they stay.
         for unfinished in data_dir.glob(f"{cache.name}.*.tmp"):
             with contextlib.suppress(OSError):
                 unfinished.unlink()
@@ -73,15 +75,15 @@ def load_cifar10(data_dir):
 
 
 def read_cache(cache):
-    """Return the tensors in the cache file, mapped into memory, or None if it is of no use."""
+    """Return the tensors in the cache file, mapped into memory; None if they are not CIFAR-10."""
     try:
-        # Others may have put a fifo there, even after a check of the path; opening it would wait
-        # for a writer. O_PATH finds a file without opening it.
+        # Another user may have put a fifo there, even after a check of the path. To open a fifo
+        # would wait for a writer. O_PATH finds a file and does not open it.
         place = os.open(cache, os.O_PATH)
         try:
             if not stat.S_ISREG(os.fstat(place).st_mode):
                 return None
-            found = f"/proc/self/fd/{place}"  # the file that was looked at
+            found = f"/proc/self/fd/{place}"  # the file that was checked
             content = torch.load(found, map_location="cpu", mmap=True, weights_only=True)
         finally:
             os.close(place)
@@ -90,18 +92,18 @@ def read_cache(cache):
         is_cifar10 = kinds == list(zip(SHAPES, [torch.uint8, torch.int64] * 2, strict=True))
         is_cifar10 &= all(labels.min() >= 0 and labels.max() <= 9 for labels in tensors[1::2])
         return tensors if is_cifar10 and checksums(tensors) == content["checksums"] else None
-    except Exception:  # what torch.load raises depends on what is damaged
+    except Exception:  # torch.load raises many kinds of errors for a damaged file
         return None
 
 
 def checksums(tensors):
-    """Return each tensor's sum, taken as 64-bit integers: this checks CIFAR-10 in 20 ms."""
+    """Return the sum of each tensor's bytes as 64-bit integers: 20 ms for CIFAR-10."""
     return [tensor.view(torch.int64).sum().item() for tensor in tensors]
 
 
 def decode_cifar10(data_dir):
-    """Return CIFAR-10 from its batch files, as load_cifar10(). Unpacks or downloads them first."""
-    # Not at the top: this import takes a second, and a trial that finds the cache saves it.
+    """Return CIFAR-10 from its batch files. Unpacks or downloads the files if needed."""
+    # Not at the top: this import takes a second, and trials that find the cache do not need it.
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
@@ -113,13 +115,13 @@ def decode_cifar10(data_dir):
         if missing:
             unpack_cifar10(data_dir / CIFAR10.filename, batches)
         splits = [CIFAR10(data_dir, train=train) for train in (True, False)]
-    except Exception as error:  # of the network, the disk or the data: the message says which
+    except Exception as error:  # a fault of the network, the disk or the files
         free = shutil.disk_usage(data_dir).free / 1e6
         raise FileNotFoundError(
             f"CIFAR-10 cannot be loaded. Missing or damaged in {batches}: {', '.join(missing)}\n"
             f"What failed: {type(error).__name__}: {error}\n"
             f"It takes 550 MB there, archive and cache included; {free:.0f} MB are free.\n"
-            "Three ways on:\n"
+            "You can do one of these:\n"
             f"  - put {CIFAR10.filename} from {CIFAR10.url} into {data_dir}\n"
             f"  - point --data-dir or CIFAR10_DIR at a folder that holds {CIFAR10.base_folder}\n"
             "  - try --dataset synthetic, which needs no download"
@@ -132,16 +134,16 @@ def decode_cifar10(data_dir):
 def unpack_cifar10(archive, batches):
     """Fill the folder batches from the archive. Downloads a missing or damaged archive first.
 
-    torchvision writes through links that others may have put there. So it works in a private
-    temporary folder, and whole files are moved from there. Raises OSError, and what torchvision
-    raises.
+    Other users may have put links there, and torchvision writes through links. So it works in a
+    private temporary folder, and whole files are moved from there. Raises OSError and torchvision's
+    errors.
     """
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
     if batches.is_symlink():
-        raise OSError(f"{batches} is a link, and nothing is written to where it leads")
-    # Seconds. torchvision's download has no limit: it would wait for a silent server for ever.
+        raise OSError(f"{batches} is a link: its target is not written to")
+    # In seconds. torchvision sets no limit, and would wait forever for a silent server.
     socket.setdefaulttimeout(30)
     with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=archive.parent) as private:
         is_there = check_integrity(archive, CIFAR10.tgz_md5)
@@ -158,10 +160,10 @@ def unpack_cifar10(archive, batches):
 
 
 def make_synthetic():
-    """Return a stand-in for CIFAR-10, of 10,000 and 2,000 images, the same for everyone.
+    """Return 10,000 training and 2,000 test images that look like noise but can be learned.
 
-    A class is a smooth random texture. An image is a window of it at a random place, mixed with a
-    fainter window of another class and with noise.
+    They are the same on every machine. Each class has a smooth random texture. An image is a random
+    window of its class's texture, plus a fainter window of another class's texture, plus noise.
     """
     generator = torch.Generator().manual_seed(0)
     textures = torch.randn(10, 3, 8, 8, generator=generator)
@@ -171,7 +173,7 @@ def make_synthetic():
     others = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
     top, left, other_top, other_left = torch.randint(17, (4, len(labels)), generator=generator)
     images = []
-    for some in torch.arange(len(labels)).split(1000):  # all at once would take 600 MB of floats
+    for some in torch.arange(len(labels)).split(1000):  # all at once would take 600 MB
         part = windows[labels[some], :, top[some], left[some]]
         part = part + 0.7 * windows[others[some], :, other_top[some], other_left[some]]
         part += 2.5 * torch.randn(part.shape, generator=generator)
@@ -181,9 +183,9 @@ def make_synthetic():
 
 
 def hold_out(images, labels):
-    """Return training data in two parts: the last tenth of each class takes the test data's place.
+    """Split training data: the last tenth of each class is held out, in place of test data.
 
-    CIFAR-10's training images keep 4,500 of each class, and 500 of each are held out.
+    Returns four tensors, as load_data(). CIFAR-10 has 4,500 + 500 training images per class.
     """
     is_held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -193,19 +195,19 @@ def hold_out(images, labels):
 
 
 def acquire_lock(file):
-    """Wait until no other process makes the file; return the lock, which ends when it is closed.
+    """Wait until no other process writes the file; return a lock. close() releases the lock.
 
-    Raises OSError, with the reason in one line, if the file cannot be made or locked.
+    Raises OSError, with the reason in one line, if the file cannot be written or locked.
     """
     check_is_regular(file)
     if not os.access(file.parent, os.W_OK):
         raise OSError(f"{file.parent} is read-only")
     path = f"{file}.lock"
     try:
-        # Does not follow a link that others may have put there, and changes no file's content.
+        # Another user may have put a link or a file there: neither is written to.
         lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb", 0)
         owner = os.fstat(lock.fileno()).st_uid
-        with contextlib.suppress(KeyError):  # in a container, users of the host have no names
+        with contextlib.suppress(KeyError):  # a container does not know the host's users
             owner = pwd.getpwuid(owner).pw_name
         line = f"waiting for another process, which has locked {path}, a file of user {owner}"
         notice = threading.Timer(NOTICE_AFTER, print, [line], {"file": sys.stderr})
@@ -214,10 +216,10 @@ def acquire_lock(file):
             fcntl.flock(lock, fcntl.LOCK_EX)
         finally:
             notice.cancel()
-    except OSError as error:  # such as ENOLCK, from a network's file system without locks
+    except OSError as error:  # such as ENOLCK: a network file system without locks
         raise OSError(f"{path} cannot be locked ({error.strerror})") from error
     try:
-        check_is_regular(file)  # again: others may have put something there meanwhile
+        check_is_regular(file)  # again: another user may have put something there meanwhile
     except OSError:
         lock.close()
         raise
@@ -225,19 +227,20 @@ def acquire_lock(file):
 
 
 def check_is_regular(file):
-    """Raise OSError if there is something other than a regular file, such as a fifo or a folder."""
+    """Raise OSError if the path exists and is not a regular file, but a fifo or a folder."""
     if file.exists() and not file.is_file():
         raise OSError(f"{file} is not a regular file")
 
 
 def save(content, path, tensors):
-    """Write content, which holds the tensors, with torch.save: readers see the old file or the new.
+    """Write content with torch.save. Other processes see the old file or the whole new file.
 
-    Raises OSError, naming the file, the room it needs and the free room, if it cannot be written.
+    tensors are those in content. Raises OSError if the file cannot be written; the message says how
+    much space the tensors need and how much is free.
     """
-    if path.exists() and not path.is_file():  # /dev/null, say, would be replaced for everyone
+    if path.exists() and not path.is_file():  # such as /dev/null: never replace it
         raise OSError(f"cannot write {path}: it is not a regular file")
-    # "x" writes to new files only: never to a file, or through a link, that others have put there.
+    # "x" writes new files only: never to a file or link that another user has put there.
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(unfinished, "xb") as file:
@@ -245,10 +248,10 @@ def save(content, path, tensors):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is what torch makes of a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         if isinstance(error.__context__, (SystemExit, KeyboardInterrupt)):  # in torch.save
             raise error.__context__ from None
-        unfinished.unlink(missing_ok=True)  # or it would count as used space in the message
+        unfinished.unlink(missing_ok=True)  # first: the message below says how much is free
         needed = sum(tensor.nbytes for tensor in tensors) / 1e6
         free = shutil.disk_usage(path.parent).free / 1e6
         room = f"it takes {needed:.1f} MB, and {free:.1f} MB are free"

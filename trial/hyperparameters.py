@@ -1,4 +1,4 @@
-"""What a hyperparameter is: its default, its meaning, and which values are allowed."""
+"""A hyperparameter has a default, a meaning, and bounds or choices that its values keep."""
 
 import json
 import math
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 
 class NotAllowed(ValueError):
-    """A value that is not allowed: one line that names key, value and what is allowed."""
+    """A value is not allowed. The message is one line: the key, the value and what is allowed."""
 
 
 class Hyperparameter:
-    """A value that a training depends on; kind is its type."""
+    """A setting that a search may change. kind is the type of its values."""
 
     kind = str
 
     def from_text(self, text):
-        """Return a flag's text as this kind, or unchanged, so that parse() refuses it."""
+        """Return a flag's text as this kind. Other text stays as it is, and parse() refuses it."""
         try:
             return self.kind(text)
         except ValueError:
             return text
 
     def parse(self, value, name):
-        """Return value, as JSON has it, as this kind. Raises NotAllowed, with its name."""
+        """Return a value from JSON as this kind. Raises NotAllowed; name begins the message."""
         if not self.allows(value):
             raise NotAllowed(f"{name} is {value!r}; allowed: {self.allowed}")
         return self.kind(value)
@@ -51,10 +51,10 @@ class Number(Hyperparameter):
     def allows(self, value):
         """Return whether value is of this kind and within the bounds. An integer is a number."""
         if isinstance(value, bool) or not isinstance(value, (int, self.kind)):
-            return False  # Python takes True for 1
+            return False  # for Python, True is an int
         try:
             number = self.kind(value)
-        except OverflowError:  # an integer that is too large for a float
+        except OverflowError:  # an int that is too large for a float
             return False
         return self.above < number < self.below and self.at_least <= number <= self.at_most
 
@@ -85,7 +85,7 @@ class Choice(Hyperparameter):
 
 
 def read(path):
-    """Return what a JSON file holds: hyperparameters, or a choice that choose.py has written.
+    """Return the hyperparameters in a JSON file. choose.py writes them under "hyperparameters".
 
     Raises NotAllowed if the file is not JSON, and OSError if it cannot be read.
     """

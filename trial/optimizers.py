@@ -1,8 +1,10 @@
-"""How a step changes the weights: the optimizers, and the learning rate of each step.
+"""The optimizers, and the learning rate of each step.
 
-SGD, Adam and AdamW compute the same as torch.optim's classes, and call the functions behind them.
-The classes import torch.compile, which takes a second and 140 MiB, and their bookkeeping takes a
-tenth of a step of 4 images.
+For one more, add a subclass of Optimizer with step() to OPTIMIZERS, or a function to LR_SCHEDULES.
+
+SGD, Adam and AdamW call the functions behind torch.optim's classes, so they compute the same. The
+classes themselves are slower: they import torch.compile, which takes a second and 140 MiB, and
+their bookkeeping takes a tenth of a step of 4 images.
 """
 
 import math
@@ -14,10 +16,10 @@ from torch.optim.sgd import sgd
 
 
 class Optimizer:
-    """The part that all optimizers share: a model's parameters, their gradients, the learning rate.
+    """The common part of the optimizers: a model's parameters, their gradients, the learning rate.
 
-    lr is a float tensor () on the device, nan until train() fills it before each step: a CUDA graph
-    would not see a Python number change. Optimizers use momentum and weight_decay of args.
+    lr is a float tensor () on the device, because a CUDA graph would not see a Python number
+    change. train() sets it before each step. momentum and weight_decay come from args.
     """
 
     def __init__(self, args, model):
@@ -26,7 +28,9 @@ class Optimizer:
         self.settings = {"weight_decay": args.weight_decay, "maximize": False, "fused": True}
         self.averages = [torch.zeros_like(parameter) for parameter in self.parameters]
         device = self.parameters[0].device
-        dtype = torch.float64 if device.type == "cpu" else torch.float32  # as the functions want it
+        dtype = (
+            torch.float64 if device.type == "cpu" else torch.float32
+        )  # sgd() and adam() need these
         self.lr = torch.full((), math.nan, dtype=dtype, device=device)
 
     def zero_grad(self):
@@ -35,7 +39,7 @@ class Optimizer:
             parameter.grad = None
 
     def gradients(self):
-        """Return the gradient of each parameter, 0 for one that the loss does not depend on."""
+        """Return each parameter's gradient: 0 if the loss does not depend on the parameter."""
         return [
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for parameter in self.parameters
@@ -43,7 +47,7 @@ class Optimizer:
 
 
 class SGD(Optimizer):
-    """torch.optim.SGD with the hyperparameters, and its other defaults."""
+    """torch.optim.SGD with momentum and weight_decay from args, and torch's other defaults."""
 
     @torch.no_grad()
     def step(self):
@@ -57,14 +61,14 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """torch.optim.Adam with the hyperparameters, momentum as beta1, and its other defaults."""
+    """torch.optim.Adam with args.momentum as beta1, weight_decay, and torch's other defaults."""
 
     function = staticmethod(adam)
 
     def __init__(self, args, model):
         super().__init__(args, model)
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        # The functions want the steps counted in 32 bits, even if the parameters have 64.
+        # adam() counts steps in 32 bits, even if the parameters have 64.
         zero = torch.zeros((), dtype=torch.float32, device=self.lr.device)
         self.steps = [zero.clone() for _ in self.parameters]
 
@@ -77,7 +81,7 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """torch.optim.AdamW, like Adam."""
+    """torch.optim.AdamW with the same settings as Adam."""
 
     function = staticmethod(adamw)
 
@@ -85,14 +89,14 @@ class AdamW(Adam):
 class Muon(SGD):
     """SGD with Nesterov momentum that makes the step of each layer's weights orthogonal.
 
-    https://kellerjordan.github.io/posts/muon/ describes it. torch.optim.Muon, new in torch 2.9,
-    refuses the weights of convolutions, computes in 16 bits, and does 5 rounds where 2 do: for the
-    weights of this network it takes 3.2 ms on one thread of an AMD EPYC; this class takes 1.2 ms.
+    See https://kellerjordan.github.io/posts/muon/. torch.optim.Muon, new in torch 2.9, refuses the
+    weights of convolutions, computes in 16 bits, and does 5 rounds, although 2 are enough here. For
+    this network it takes 3.2 ms on one thread of an AMD EPYC; this class takes 1.2 ms.
     """
 
     @torch.no_grad()
     def step(self):
-        """Change the parameters by their gradients, which are overwritten."""
+        """Change the parameters by their gradients. Overwrites the gradients."""
         for gradient, average in zip(self.gradients(), self.averages, strict=True):
             average.mul_(self.momentum).add_(gradient)
             gradient.add_(average, alpha=self.momentum)
@@ -102,16 +106,16 @@ class Muon(SGD):
 
 
 def orthogonalize(matrix):
-    """Return the matrix (n, m) with all singular values made about 1, from 0.78 to 1.22.
+    """Return the matrix (n, m) with its singular values changed to about 1: 0.78 to 1.22.
 
-    Singular values below 0.05 * sqrt(norm of the Gram matrix), about a twentieth of the largest,
-    end lower. This is Muon's iteration, on the Gram matrix, which is smaller, with Polar Express's
-    coefficients for two rounds (https://arxiv.org/abs/2505.16932).
+    The smallest ones, below 0.05 * sqrt(norm of the Gram matrix), stay smaller. This is Muon's
+    iteration with two rounds. It works on the Gram matrix, which is smaller than the matrix. The
+    coefficients come from Polar Express (https://arxiv.org/abs/2505.16932).
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     gram = matrix @ matrix.T
-    size = gram.norm() + 1e-14  # the coefficients need >= the largest singular value's square
+    size = gram.norm() + 1e-14  # at least the square of the largest singular value
     gram = gram / size
     first = polynomial(gram, 6.7524, -18.3510, 13.2633)
     second = polynomial(first @ gram @ first, 2.5379, -1.8747, 0.4413)
@@ -126,7 +130,7 @@ def polynomial(matrix, a, b, c):
 
 
 def learning_rates(args, steps):
-    """Yield the learning rate of each of the steps, by args.lr and args.lr_schedule."""
+    """Yield a learning rate per step, from args.lr and args.lr_schedule."""
     schedule = LR_SCHEDULES[args.lr_schedule]
     for done in range(steps):
         yield schedule(args.lr, done, steps)
@@ -138,26 +142,26 @@ def constant(lr, done, steps):
 
 
 def cosine(lr, done, steps):
-    """Return the learning rate after done of all steps: it falls from lr towards 0.
+    """Return the learning rate after done steps: it falls from lr towards 0.
 
     The same as torch's CosineAnnealingLR.
     """
-    return arc(lr, 0, done / steps)
+    return interpolate(lr, 0, done / steps)
 
 
 def one_cycle(lr, done, steps):
-    """Return the learning rate after done of all steps: it rises to lr, then falls.
+    """Return the learning rate after done steps: it rises to lr, then falls.
 
-    The same as torch's OneCycleLR by default, which rises in the first 30 % of the steps; with 3
-    steps or fewer it does not rise. The momentum stays: it is a hyperparameter of its own.
+    The same as torch's OneCycleLR with its defaults: it rises in the first 30 % of the steps, and
+    not at all if there are 3 steps or fewer. Unlike there, the momentum does not change.
     """
-    top = 0.3 * steps - 1
-    if done <= top:
-        return arc(lr / 25, lr, done / top)
-    return arc(lr, lr / 250_000, (done - top) / (steps - 1 - top))
+    peak = 0.3 * steps - 1
+    if done <= peak:
+        return interpolate(lr / 25, lr, done / peak)
+    return interpolate(lr, lr / 250_000, (done - peak) / (steps - 1 - peak))
 
 
-def arc(start, end, way):
+def interpolate(start, end, way):
     """Return the cosine interpolation from start (way 0) to end (way 1)."""
     return end + (start - end) / 2 * (1 + math.cos(math.pi * way))
 

@@ -1,10 +1,10 @@
-"""Several processes that train together, as torchrun starts them: one for each GPU.
+"""Several processes that train together. torchrun starts one per GPU.
 
     torchrun --standalone --nproc-per-node=gpu train.py
 
 Each process holds the whole model and all data. It computes its share of each batch and adds its
-gradients to the others' gradients, so all take the same step. If one process trains alone, as in
-an ordinary trial, each function here does nothing, or returns what it is given.
+gradients to the others' gradients, so all take the same step. In an ordinary trial, one process
+trains alone. Then these functions do nothing, or return their argument.
 """
 
 import os
@@ -16,10 +16,10 @@ from trial.hyperparameters import NotAllowed
 
 
 def default_device():
-    """Return the accelerator that torch finds, for each process its own, or "cpu"."""
+    """Return the accelerator for this process, or "cpu" if torch finds none."""
     if not torch.accelerator.is_available():
         return "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets it; a trial sees one GPU
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets it
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
 
 
@@ -50,7 +50,7 @@ def is_first():
 
 
 def from_first(value):
-    """Return the value, any object, that the first process gives."""
+    """Return the first process's value, which may be any object."""
     values = [value]
     if distributed.is_initialized():
         distributed.broadcast_object_list(values)
@@ -58,14 +58,14 @@ def from_first(value):
 
 
 def check_batch_size(batch_size):
-    """Raise NotAllowed if a batch cannot be shared evenly."""
+    """Raise NotAllowed if the processes cannot share a batch evenly."""
     if batch_size % count():
         allowed = f"a multiple of {count()}, the processes of the trial"
         raise NotAllowed(f"batch_size is {batch_size}; allowed: {allowed}")
 
 
 def note():
-    """Return what a line about this process has to say about the others."""
+    """Return words for train.py's line about the device: empty if one process trains alone."""
     return f", one of {count()} processes" if count() > 1 else ""
 
 
@@ -85,7 +85,9 @@ def sum_gradients(model):
     """Replace each gradient by its sum over the processes."""
     if count() > 1:
         gradients = [each.grad for each in model.parameters() if each.grad is not None]
-        message = torch.cat([gradient.flatten() for gradient in gradients])  # one, as each waits
+        message = torch.cat(
+            [gradient.flatten() for gradient in gradients]
+        )  # one exchange is faster than one per gradient
         distributed.all_reduce(message)
         sizes = [gradient.numel() for gradient in gradients]
         for gradient, summed in zip(gradients, message.split(sizes), strict=True):

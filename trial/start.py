@@ -1,7 +1,7 @@
-"""Makes train.py start faster and wait politely. No result depends on it.
+"""Makes train.py start faster, and leaves CPU time to others. No result depends on it.
 
-train.py imports it first. It imports NNI, torch and tqdm itself, because it changes settings that
-have to be set before or during those imports.
+train.py imports this file first. This file imports NNI, torch and tqdm, because its settings have
+to be in place before or during those imports.
 """
 
 import gc
@@ -9,18 +9,18 @@ import os
 import sys
 import threading
 
-# A thread of torch that waits for another one spins before it sleeps. By default it spins so long
-# that, on a machine with other users, it takes the time that the other thread needs: docs/speed.md
-# has the seconds. What the user has set in the environment stays.
+# A thread of torch that waits for another thread first spins (a busy loop), then sleeps. On a
+# machine with other users, the default spins for so long that the other thread gets too little CPU
+# time (docs/speed.md has figures). Settings in the user's environment stay.
 set_by_user = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
 spin = {} if set_by_user else {"GOMP_SPINCOUNT": "10000"}
 os.environ.update(spin)
 
-# While modules load, the garbage collector finds nothing to free, but looks for it 500 times: 0.7
-# of 2 s. The modules' objects stay to the end, so the collector need not look at them later either.
+# While modules load, the garbage collector runs 500 times and finds nothing: 0.7 of 2 s. The
+# modules' objects stay until the end. gc.freeze() below spares them later runs, too.
 gc.disable()
-# NNI's json_tricks loads pandas if it is installed, for tables, which no trial reports: 0.2 s and
-# 34 MiB. Python does not find a module that is None here.
+# NNI's json_tricks loads pandas if it is installed: 0.2 s and 34 MiB. It needs pandas only to
+# report tables, which no trial does. Python does not find a module that is None in sys.modules.
 hidden = sys.modules.setdefault("pandas", None)
 import nni
 
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 gc.freeze()
 gc.enable()
-for name in spin:  # torch has read it, and a process that this one starts may be another program
+for name in spin:  # torch has read it; programs that the trial starts shall not see it
     del os.environ[name]
 
-# tqdm's own lock serves several processes: in Python 3.14 it would start one more process.
+# By default, tqdm makes a lock for several processes, which starts a process in Python 3.14.
 tqdm.set_lock(threading.RLock())
