@@ -1,6 +1,6 @@
-"""CIFAR-10 and its cache: first use, many at once, damage, no network; and the synthetic images.
+"""CIFAR-10 and its cache: first use, many trials at once, damage, no network; synthetic images.
 
-Also what others, who may write in the same folder, can have put there.
+Other users may write in the same folder: their links, fifos and locks are tested, too.
 """
 
 import concurrent.futures
@@ -46,13 +46,7 @@ def test_the_real_cache_holds_what_torchvision_decodes(cifar10_dir):
     assert_equals_torchvisions(tensors, cifar10_dir)
 
 
-def test_an_archive_brought_by_hand_is_enough(archive, folder):
-    folder.mkdir()
-    shutil.copy(archive, folder)
-    assert len(data.load_cifar10(folder)[0]) == 50
-
-
-def test_twenty_at_once_on_an_empty_folder_download_once(program, archive, folder):
+def test_twenty_trials_at_once_download_once(program, archive, folder):
     with tiny_cifar10.server(archive) as (port, requests):
         loading = [program("load_data.py", folder, archive, port) for _ in range(20)]
         statuses = [each.wait() for each in loading]
@@ -69,16 +63,22 @@ def test_twenty_at_once_on_an_empty_folder_download_once(program, archive, folde
     ]
 
 
+def flip_a_bit(content):
+    middle = len(content) // 2  # within an image
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        flip_a_bit,
         lambda content: content[: len(content) // 2],
         lambda content: b"",
         lambda content: b"not a cache" * 1000,
         lambda content: content[:-1],
     ],
 )
-def test_a_damaged_cache_is_made_anew(archive, folder, capsys, damage):
+def test_a_damaged_cache_is_replaced(archive, folder, capsys, damage):
     tiny_cifar10.write(folder)
     data.load_cifar10(folder)
     cache = folder / "cifar10.pt"
@@ -87,17 +87,6 @@ def test_a_damaged_cache_is_made_anew(archive, folder, capsys, damage):
     assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
     assert cache.read_bytes() == good
-
-
-def test_a_flipped_bit_in_the_cache_is_noticed(archive, folder, capsys):
-    tiny_cifar10.write(folder)
-    first_image = data.load_cifar10(folder)[0][0].numpy().tobytes()
-    cache = folder / "cifar10.pt"
-    content = bytearray(cache.read_bytes())
-    content[content.index(first_image) + 1000] ^= 1
-    cache.write_bytes(content)
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
 
 
 def with_checksums(tensors):
@@ -119,7 +108,7 @@ def with_checksums(tensors):
         lambda tensors: with_checksums(tensors) | {"tensors": [x.to_sparse() for x in tensors]},
     ],
 )
-def test_a_cache_of_something_else_is_not_used(archive, folder, capsys, other):
+def test_a_cache_with_other_content_is_replaced(archive, folder, capsys, other):
     tiny_cifar10.write(folder)
     tensors = data.load_cifar10(folder)
     cache = folder / "cifar10.pt"
@@ -146,7 +135,7 @@ def test_a_cache_that_is_no_regular_file_is_left_alone(archive, folder, capsys, 
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt"]
 
 
-def test_a_fifo_put_in_the_caches_place_while_a_trial_waits_is_left_alone(
+def test_a_fifo_that_replaces_the_cache_during_the_wait_is_left_alone(
     archive, folder, capsys, monkeypatch
 ):
     tiny_cifar10.write(folder)
@@ -174,7 +163,7 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(archive, folder, error):
     assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
-def test_an_end_while_a_file_is_written_is_not_called_a_full_disk(tmp_path, monkeypatch):
+def test_a_signal_during_a_save_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
     def interrupted(content, file):
         try:
             raise SystemExit(143)
@@ -190,7 +179,7 @@ def test_an_end_while_a_file_is_written_is_not_called_a_full_disk(tmp_path, monk
 
 @pytest.mark.parametrize("name", ["target", "missing"])
 @pytest.mark.parametrize("place", [CIFAR10.filename, f"{CIFAR10.base_folder}/data_batch_3"])
-def test_a_link_in_place_of_what_is_downloaded_is_not_followed(archive, folder, place, name):
+def test_a_link_is_not_followed_by_a_download(archive, folder, place, name):
     target = folder.parent / "target"
     target.write_text("of the user")
     link = folder / place
@@ -204,7 +193,7 @@ def test_a_link_in_place_of_what_is_downloaded_is_not_followed(archive, folder, 
     assert not link.is_symlink()
 
 
-def test_a_link_in_place_of_the_batch_files_folder_is_told_and_not_followed(archive, folder):
+def test_a_link_to_a_damaged_folder_is_refused(archive, folder):
     (target := folder.parent / "target").mkdir()
     (target / "data_batch_1").write_text("of the user")
     folder.mkdir()
@@ -216,7 +205,7 @@ def test_a_link_in_place_of_the_batch_files_folder_is_told_and_not_followed(arch
     assert (target / "data_batch_1").read_text() == "of the user"
 
 
-def test_links_of_the_user_to_a_good_data_set_are_followed_and_stay(archive, folder, capsys):
+def test_links_to_a_good_data_set_are_followed_and_stay(archive, folder, capsys):
     folder.mkdir()
     (folder / CIFAR10.filename).symlink_to(archive)
     assert_equals_torchvisions(data.load_cifar10(folder), folder)
@@ -234,7 +223,7 @@ def test_links_of_the_user_to_a_good_data_set_are_followed_and_stay(archive, fol
 
 
 @pytest.mark.parametrize("is_damaged_before", [False, True])
-def test_a_download_that_fails_leaves_all_as_it_was(archive, folder, is_damaged_before):
+def test_a_failed_download_changes_no_file(archive, folder, is_damaged_before):
     folder.mkdir()
     before = []
     if is_damaged_before:
@@ -242,7 +231,7 @@ def test_a_download_that_fails_leaves_all_as_it_was(archive, folder, is_damaged_
         before = [CIFAR10.filename]
     with tiny_cifar10.server(archive, cut=True) as (port, _):
         tiny_cifar10.expect(archive, port)
-        with pytest.raises(FileNotFoundError, match="Three ways on"):
+        with pytest.raises(FileNotFoundError, match="You can do one of these"):
             data.load_cifar10(folder)
     assert names(folder) == [*before, "cifar10.pt.lock"]
     if is_damaged_before:
@@ -252,17 +241,18 @@ def test_a_download_that_fails_leaves_all_as_it_was(archive, folder, is_damaged_
         assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
 
-def test_other_files_beside_restored_batch_files_stay(archive, folder):
+def test_batch_files_are_restored_from_the_archive_and_other_files_stay(archive, folder):
     batches = tiny_cifar10.write(folder)
     shutil.copy(archive, folder)
     (batches / "test_batch").unlink()
+    (batches / "data_batch_3").write_bytes(b"half")
     (batches / "notes").write_text("of the user")
     assert_equals_torchvisions(data.load_cifar10(folder), folder)
     assert (batches / "notes").read_text() == "of the user"
     assert names(batches) == sorted([*tiny_cifar10.FILES, "notes"])
 
 
-def test_private_folders_of_killed_trials_go_unless_they_are_links(archive, folder):
+def test_temporary_folders_of_killed_trials_are_removed_but_not_links(archive, folder):
     tiny_cifar10.write(folder)
     (folder / "cifar10.download.1").mkdir(0o700)
     (folder / "cifar10.download.1" / CIFAR10.filename).write_bytes(b"half")
@@ -279,13 +269,6 @@ def test_private_folders_of_killed_trials_go_unless_they_are_links(archive, fold
     ]
 
 
-def test_a_truncated_batch_file_is_restored_from_the_archive(archive, folder):
-    batches = tiny_cifar10.write(folder)
-    shutil.copy(archive, folder)
-    (batches / "data_batch_3").write_bytes(b"half")
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-
-
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 def test_a_truncated_file_is_named(archive, folder, name):
     batches = tiny_cifar10.write(folder)
@@ -295,7 +278,7 @@ def test_a_truncated_file_is_named(archive, folder, name):
     assert not (folder / "cifar10.pt").exists()
 
 
-def test_what_to_do_without_data_and_network(archive, folder):
+def test_without_data_and_network_the_error_says_what_to_do(archive, folder):
     with pytest.raises(FileNotFoundError) as error:
         data.load_cifar10(folder)
     message = str(error.value)
@@ -356,9 +339,7 @@ def test_a_lock_that_only_another_user_may_write(program, archive):
 
 
 @pytest.mark.parametrize("whose", ["own", "nobody's", "nameless"])
-def test_who_waits_for_long_is_told_once_for_whose_file(
-    archive, folder, capsys, monkeypatch, whose
-):
+def test_a_long_wait_names_the_lock_and_its_owner_once(archive, folder, capsys, monkeypatch, whose):
     tiny_cifar10.write(folder)
     path = folder / "cifar10.pt.lock"
     with concurrent.futures.ThreadPoolExecutor() as pool, open(path, "w") as file:
@@ -382,7 +363,7 @@ def test_who_waits_for_long_is_told_once_for_whose_file(
 
 
 @pytest.mark.parametrize("name", ["target", "missing"])
-def test_a_link_in_place_of_the_lock_is_not_followed(archive, folder, capsys, name):
+def test_a_lock_that_is_a_link_is_not_followed(archive, folder, capsys, name):
     tiny_cifar10.write(folder)
     target = folder.parent / "target"
     target.write_text("of the user")
@@ -396,7 +377,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(archive, folder, capsys, na
     assert not (folder.parent / "missing").exists()
 
 
-def test_a_lock_file_keeps_what_it_holds(archive, folder):
+def test_a_lock_file_keeps_its_content(archive, folder):
     tiny_cifar10.write(folder)
     target = folder.parent / "target"
     target.write_text("of the user")
@@ -408,7 +389,7 @@ def test_a_lock_file_keeps_what_it_holds(archive, folder):
 
 
 @pytest.mark.parametrize("how", ["by the process's number", "by guessing"])
-def test_a_link_in_place_of_an_unfinished_file_is_not_followed(tmp_path, monkeypatch, how):
+def test_an_unfinished_file_that_is_a_link_is_not_followed(tmp_path, monkeypatch, how):
     foreseen = "guessed" if how == "by guessing" else str(os.getpid())
     target = tmp_path / "target"
     target.write_text("of the user")
@@ -437,7 +418,7 @@ def test_an_unfinished_file_that_cannot_be_removed_stays(archive, folder):
     ]
 
 
-def test_what_is_saved_is_for_those_whom_the_umask_allows(archive, folder):
+def test_saved_files_have_the_mode_that_the_umask_allows(archive, folder):
     tiny_cifar10.write(folder)
     before = os.umask(0o027)
     try:
@@ -459,7 +440,7 @@ def test_save_replaces_regular_files_only(tmp_path):
 
 
 @pytest.mark.parametrize("data_dir", ["data folder/cifar-10-batches-py", "."])
-def test_the_folder_of_the_batch_files_may_be_named(archive, folder, monkeypatch, data_dir):
+def test_data_dir_may_be_the_folder_of_the_batch_files(archive, folder, monkeypatch, data_dir):
     batches = tiny_cifar10.write(folder)
     monkeypatch.chdir(batches if data_dir == "." else folder.parent)
     before = names(batches)
@@ -468,7 +449,7 @@ def test_the_folder_of_the_batch_files_may_be_named(archive, folder, monkeypatch
     assert names(folder) == ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
 
 
-def test_a_folder_with_the_batch_files_name_may_hold_the_folder_of_them(archive, folder):
+def test_data_dir_may_have_the_name_of_the_folder_in_it(archive, folder):
     outer = folder / CIFAR10.base_folder
     tiny_cifar10.write(outer)
     assert_equals_torchvisions(data.load_cifar10(outer), outer)

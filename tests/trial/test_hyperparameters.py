@@ -1,4 +1,4 @@
-"""Hyperparameters from defaults, --params, flags and tuner: who wins, and what is refused."""
+"""Hyperparameters from defaults, --params, flags and tuner: which one counts, wrong values."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_every_hyperparameter_is_a_flag():
     assert hyperparameters(train.parse_args(flags)) == expected
 
 
-def test_flags_override_the_file_and_the_tuner_both(tmp_path):
+def test_the_tuner_overrides_flags_and_flags_override_the_file(tmp_path):
     file = tmp_path / "best.json"
     file.write_text(json.dumps({"lr": 0.5, "epochs": 7, "momentum": 0}))
     args = train.parse_args(["--params", str(file), "--lr", "0.25", "--batch-size", "16"])
@@ -93,7 +93,7 @@ def test_flags_override_the_file_and_the_tuner_both(tmp_path):
     assert hyperparameters(args) == expected
 
 
-def test_an_integer_will_do_for_a_float():
+def test_a_float_may_be_given_as_an_integer():
     args = train.parse_args([])
     train.set_hyperparameters(args, {"lr": 1}, "tuner")
     assert args.lr == 1.0
@@ -101,7 +101,7 @@ def test_an_integer_will_do_for_a_float():
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), REFUSED + REFUSED_JSON)
-def test_the_tuners_value_is_refused(key, value, allowed):
+def test_a_wrong_value_from_the_tuner_is_refused(key, value, allowed):
     with pytest.raises(ValueError) as error:
         train.set_hyperparameters(train.parse_args([]), {key: value}, "tuner")
     message = str(error.value)
@@ -111,7 +111,7 @@ def test_the_tuners_value_is_refused(key, value, allowed):
 
 
 def refusal(argv, capsys):
-    """Return the one line with which the command line is refused."""
+    """Return the one line of the error for this command line."""
     with pytest.raises(SystemExit) as exit:
         train.parse_args([str(arg) for arg in argv])
     assert exit.value.code == 2
@@ -120,7 +120,7 @@ def refusal(argv, capsys):
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), REFUSED)
-def test_the_command_lines_value_is_refused(key, value, allowed, capsys):
+def test_a_wrong_value_of_a_flag_is_refused(key, value, allowed, capsys):
     line = refusal([f"--{key.replace('_', '-')}={value}"], capsys)
     assert f"command line: {key} is " in line
     assert str(value) in line
@@ -128,7 +128,7 @@ def test_the_command_lines_value_is_refused(key, value, allowed, capsys):
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), REFUSED + REFUSED_JSON)
-def test_the_files_value_is_refused(key, value, allowed, tmp_path, capsys):
+def test_a_wrong_value_in_the_file_is_refused(key, value, allowed, tmp_path, capsys):
     file = tmp_path / "params.json"
     file.write_text(json.dumps({key: value}))
     line = refusal(["--params", file], capsys)
@@ -152,7 +152,7 @@ def test_the_files_value_is_refused(key, value, allowed, tmp_path, capsys):
         (["--params", "/no/such/file.json"], ["/no/such/file.json", "No such file"]),
     ],
 )
-def test_other_flags_are_refused(argv, parts, capsys):
+def test_wrong_flags_are_refused(argv, parts, capsys):
     line = refusal(argv, capsys)
     assert all(part in line for part in parts), line
 
@@ -162,13 +162,13 @@ def test_other_flags_are_refused(argv, parts, capsys):
     [b"", b"{", b"lr: 1", b"\xff\xfe\x00", b"[1]", b"3", b"null", b"[" * 10**5],
     ids=lambda content: content[:8].decode(errors="replace"),
 )
-def test_a_file_that_holds_no_hyperparameters_is_refused(content, tmp_path, capsys):
+def test_a_file_without_hyperparameters_is_refused(content, tmp_path, capsys):
     file = tmp_path / "params.json"
     file.write_bytes(content)
     assert str(file) in refusal(["--params", file], capsys)
 
 
-def test_an_entry_of_ones_own_may_have_an_integer_as_default_and_any_sentence(monkeypatch, capsys):
+def test_a_new_hyperparameter_may_have_an_integer_default_and_any_meaning(monkeypatch, capsys):
     entry = Number(0, "how many of 100 %s are dropped, 50%", at_least=0, below=1)
     monkeypatch.setitem(train.HYPERPARAMETERS, "dropout", entry)
     assert train.parse_args(["--dropout", "0.3"]).dropout == 0.3

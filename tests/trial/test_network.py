@@ -1,4 +1,4 @@
-"""The network is the tutorial's, and importing it does nothing else."""
+"""The network is the tutorial's. Importing train.py prints and writes nothing."""
 
 import torch
 
@@ -24,7 +24,7 @@ def test_shape_and_parameters():
     }
 
 
-def test_initialisation_is_torchs_own():
+def test_the_initial_weights_are_torchs():
     torch.manual_seed(3)
     ours = train.Net().conv1.weight
     torch.manual_seed(3)

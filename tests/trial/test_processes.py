@@ -1,4 +1,4 @@
-"""A trial of several processes, as torchrun starts them: the same training, one voice, one end."""
+"""Several processes per trial: they train as one does, one talks to NNI, all end together."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ EVERYTHING += " --lr-schedule one_cycle --validate --tta"
 
 @pytest.mark.parametrize(("count", "more"), [(2, EVERYTHING), (3, "")])
 def test_several_processes_train_as_one_does(processes, program, tmp_path, count, more):
-    # The epoch's last batch has 80 images, or of 1,800 72: 36 + 36, or 27 + 27 + 26.
+    # The processes share the last batch, too: 72 images as 36 + 36, or 80 as 27 + 27 + 26.
     flags = [*QUICK, *more.split(), "--batch-size", "192", "--report-every", "2", "--save"]
     one = program("double_train.py", *flags, tmp_path / "one.pt")
     assert one.wait() == 0, one.stderr
@@ -50,7 +50,7 @@ def test_several_processes_train_as_one_does(processes, program, tmp_path, count
 
 
 @pytest.mark.parametrize("size", ["5", "1"])
-def test_a_batch_that_cannot_be_split_evenly_is_refused(processes, size):
+def test_a_batch_must_be_a_multiple_of_the_processes(processes, size):
     for each in processes(2, "../../train.py", *QUICK, "--batch-size", size):
         assert each.process.exitcode == 1
         line = f"batch_size is {size}; allowed: a multiple of 2, the processes of the trial"
@@ -80,7 +80,7 @@ def test_all_end_when_one_fails(run):
     assert "RuntimeError: the second process has no memory left" in result.stderr
 
 
-def test_no_process_is_left_when_torchrun_is_terminated(start):
+def test_all_processes_end_with_torchrun(start):
     with start(*QUICK, "--epochs", "1000", "--report-every", "10", processes=2) as process:
         while " loss: " not in process.stdout.readline():
             assert process.poll() is None

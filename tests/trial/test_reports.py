@@ -1,4 +1,4 @@
-"""What is reported while it trains: windows, short epochs, losses that are no number."""
+"""Intermediate results: windows of batches, short epochs, losses that are not finite."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def train_linear_model(images, labels, batch_size, report_every, epochs=1):
         (64, [782]),  # the last batch has 16 images
     ],
 )
-def test_windows_of_an_epoch_of_cifar10(reported, capsys, batch_size, steps):
+def test_reports_come_at_the_end_of_each_window(reported, capsys, batch_size, steps):
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(50_000, -1, -1, -1)
     labels = torch.zeros(50_000, dtype=torch.int64)
     train_linear_model(images, labels, batch_size, 2000, epochs=2)
@@ -50,7 +50,7 @@ def test_windows_of_an_epoch_of_cifar10(reported, capsys, batch_size, steps):
 
 
 @pytest.mark.parametrize(("batch_size", "report_every"), [(4, 10), (7, 10), (30, 10), (1000, 10)])
-def test_losses_are_those_of_the_tutorials_loop(reported, batch_size, report_every):
+def test_the_losses_equal_the_tutorials(reported, batch_size, report_every):
     random = torch.Generator().manual_seed(1)
     images = torch.randint(256, (200, 3, 32, 32), dtype=torch.uint8, generator=random)
     labels = torch.randint(10, (200,), generator=random)
@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_tutorials_loop(reported, batch_size, report_eve
 
 
 @pytest.mark.parametrize("report_every", [10, 2000])
-def test_a_loss_that_is_no_number_ends_the_training(reported, report_every):
+def test_a_loss_that_is_not_finite_ends_the_training(reported, report_every):
     images = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(100, dtype=torch.int64)
     model = linear_model()
@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_ends_the_training(reported, report_every):
     assert reported == []
 
 
-def test_a_loss_that_ends_being_a_number_after_the_last_window_is_noticed(reported):
+def test_a_loss_of_nan_after_the_last_window_is_noticed(reported):
     images = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(100, dtype=torch.int64)
 
@@ -104,7 +104,7 @@ def test_a_loss_that_ends_being_a_number_after_the_last_window_is_noticed(report
     assert len(reported) == 2
 
 
-def test_test_counts_what_is_right():
+def test_test_counts_correct_images():
     class Always3(nn.Module):
         def forward(self, x):
             assert not self.training

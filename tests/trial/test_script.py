@@ -78,7 +78,7 @@ def test_a_seed_repeats_a_run_on_the_cpu_to_the_last_digit(main, tmp_path):
     assert not any(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
 
 
-def test_good_hyperparameters_end_far_from_the_baselines_and_from_bad_ones(main):
+def test_good_hyperparameters_beat_the_baseline_and_bad_ones(main):
     baseline, better, bad = (
         accuracy(main("--dataset", "synthetic", *flags).stdout)
         for flags in (
@@ -109,15 +109,7 @@ def test_a_progress_bar_on_a_terminal(program):
     assert b"epoch 1: " in shown
 
 
-def test_the_params_file_of_a_run(main, tmp_path):
-    file = tmp_path / "best.json"
-    file.write_text('{"batch_size": 500, "lr": 0.02, "epochs": 1, "optimizer": "Adam"}')
-    result = main("--dataset", "synthetic", "--params", file)
-    expected = BASELINE | {"batch_size": 500, "lr": 0.02, "epochs": 1, "optimizer": "Adam"}
-    assert f"Hyperparameters: {json.dumps(expected)}\n" in result.stdout
-
-
-def test_save_replaces_a_file_whole_or_not_at_all(tmp_path):
+def test_a_failed_save_keeps_the_old_file(tmp_path):
     path = tmp_path / "model.pt"
     data.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
     before = path.read_bytes()
@@ -147,7 +139,7 @@ def test_reports_as_nni_sees_them(trial):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
-def test_a_loss_that_is_no_number_ends_in_a_final_result_that_is_one(trial, optimizer):
+def test_a_loss_of_nan_ends_in_a_finite_final_result(trial, optimizer):
     result, sent = trial({"lr": 1e30, "optimizer": optimizer}, *QUICK, "--report-every", 10)
     assert result.returncode == 0
     assert "Warning: training ends early: the loss is nan at epoch 1, batch 10" in result.stderr
@@ -178,17 +170,7 @@ def test_a_data_folder_that_is_a_file_ends_the_trial(main, tmp_path):
     assert f"train.py: error: [Errno 17] File exists: '{tmp_path / 'file'}'" in result.stderr
 
 
-def test_data_that_cannot_be_had_ends_the_trial(main, monkeypatch, tmp_path):
-    for name in ("https_proxy", "http_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody there
-    monkeypatch.setattr("urllib.request._opener", None)  # keeps the first proxy that it finds
-    result = main("--data-dir", tmp_path / "data")
-    assert result.returncode == 1
-    assert "train.py: error: CIFAR-10 cannot be loaded" in result.stderr
-    assert "Three ways on:" in result.stderr
-
-
-def test_data_dir_is_beside_the_script_or_where_the_environment_says(monkeypatch, tmp_path):
+def test_data_dir_is_beside_the_script_or_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
@@ -206,7 +188,7 @@ def test_a_path_may_begin_with_the_users_home(monkeypatch, tmp_path):
     assert args.lr == 0.5
 
 
-def test_python_may_leave_out_docstrings(monkeypatch):
+def test_train_py_runs_without_docstrings(monkeypatch):
     monkeypatch.setattr(train, "__doc__", None)  # as python -OO does
     assert train.parse_args([]).lr == BASELINE["lr"]
 
@@ -223,9 +205,7 @@ def test_an_accelerator_learns_what_the_cpu_learns(main):
 
 def test_a_real_trial(main, cifar10_dir):
     flags = ["--batch-size", "64", "--lr", "0.014", "--epochs", "1", "--device", "cpu"]
-    outputs = [main(*flags, "--data-dir", cifar10_dir).stdout for _ in range(2)]
-    assert outputs[0] == outputs[1]
-    assert accuracy(outputs[0]) > 40
+    assert accuracy(main(*flags, "--data-dir", cifar10_dir).stdout) > 40
 
 
 def test_validation_holds_out_a_tenth_of_each_class(synthetic):
@@ -237,7 +217,7 @@ def test_validation_holds_out_a_tenth_of_each_class(synthetic):
     assert torch.equal(torch.cat([kept, held]).sum(0), images.sum(0))  # each once
 
 
-def test_a_validated_run_does_not_look_at_the_test_images(main, monkeypatch):
+def test_validate_does_not_use_the_test_images(main, monkeypatch):
     without_test = [*data.make_synthetic()[:2], None, None]
     monkeypatch.setattr(data, "make_synthetic", lambda: without_test)
     result = main(*QUICK, "--validate")
@@ -259,7 +239,7 @@ def test_tta_adds_the_logits_of_the_views(synthetic):
     assert train.test(net, images.flip(3), labels, tta=True) == (averaged.argmax(1) == labels).sum()
 
 
-def test_the_views_are_the_image_shifted_by_up_to_2_pixels_and_all_that_mirrored():
+def test_the_views_are_25_shifts_and_their_mirror_images():
     images = torch.randn(3, 2, 8, 8)
     views = batch.views(images)
     assert len(views) == len({view.numpy().tobytes() for view in views}) == 50
@@ -281,7 +261,7 @@ def test_a_trial_has_its_data_before_it_asks_for_hyperparameters(main, monkeypat
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Muon"])
-def test_without_fast_py_a_training_computes_the_same(main, monkeypatch, optimizer):
+def test_training_computes_the_same_without_fast_py(main, monkeypatch, optimizer):
     flags = [*QUICK, "--optimizer", optimizer, "--device", "cpu", "--lr", "0.01"]
     faster = main(*flags)
     monkeypatch.setattr(train, "fast", None)  # as train.py has it when the file is deleted
@@ -298,7 +278,7 @@ def test_without_fast_py_a_training_computes_the_same(main, monkeypatch, optimiz
     ("theirs", "spin"),
     [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
 )
-def test_threads_spin_briefly_unless_the_user_has_set_how_they_wait(run, environment, theirs, spin):
+def test_threads_spin_briefly_unless_the_environment_says_otherwise(run, environment, theirs, spin):
     environment.update(theirs, OMP_DISPLAY_ENV="VERBOSE")
     result = run(code="import os, trial.start; print(os.environ.get('GOMP_SPINCOUNT'))")
     if "GOMP_SPINCOUNT" not in result.stderr:
@@ -308,7 +288,7 @@ def test_threads_spin_briefly_unless_the_user_has_set_how_they_wait(run, environ
 
 
 @pytest.mark.slow
-def test_a_trial_imports_nothing_that_is_slow_and_not_needed(run, archive, tmp_path):
+def test_a_trial_imports_no_slow_module(run, archive, tmp_path):
     """Each optimizer and schedule, and a cache of CIFAR-10: no torch.compile, pandas, torchvision.
 
     The garbage collector is off while the modules load, and on afterwards.

@@ -1,4 +1,4 @@
-"""The training step: what it computes is what the plain loop of torch computes, only faster."""
+"""The training step computes the same as the tutorial's loop, only faster."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ def quick(**values):
 
 
 def batches(images, batch_size, steps):
-    """Return as many batches as steps, some shorter than batch_size, as at an epoch's end."""
+    """Return a batch of indices per step. The last batch of an epoch may be shorter."""
     torch.manual_seed(1)
     epochs = -(-steps * batch_size // len(images)) + 1
     index = [torch.randperm(len(images)).split(batch_size) for _ in range(epochs)]
@@ -105,8 +105,8 @@ def assert_agree(one, other, tolerance=1e-6):
 def double():
     """Compute with 64 bits.
 
-    With 32, torch's own loop ends elsewhere after 200 steps of Adam with every other choice of its
-    kernels; with 64, only what is computed makes a difference.
+    With 32, the result of 200 steps of Adam depends on the kernels that torch chooses. With 64, it
+    depends only on the computation.
     """
     torch.set_default_dtype(torch.float64)
     yield
@@ -145,7 +145,7 @@ def test_a_schedule_is_torchs_scheduler(lr_schedule, steps):
 
 @pytest.mark.parametrize("lr_schedule", ["constant", *SCHEDULERS])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_a_schedule_has_a_positive_rate_for_each_of_a_few_steps(lr_schedule, steps):
+def test_a_schedule_has_positive_rates_for_few_steps(lr_schedule, steps):
     rates = list(optimizers.learning_rates(settings(lr=0.5, lr_schedule=lr_schedule), steps))
     assert len(rates) == steps
     assert all(0 < rate <= 0.5 for rate in rates)
@@ -159,14 +159,14 @@ def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_about_1()
     torch.testing.assert_close(values, values.diag().diag(), rtol=0, atol=1e-9)
 
 
-def test_orthogonalize_takes_a_matrix_of_any_shape_and_a_zero_one():
+def test_orthogonalize_takes_any_shape_and_scale():
     matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(orthogonalize(matrix.T), orthogonalize(matrix).T)
     torch.testing.assert_close(orthogonalize(1e6 * matrix), orthogonalize(matrix))
     assert torch.equal(orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
-def test_muon_does_two_steps_by_its_definition(double):
+def test_muon_follows_its_definition(double):
     args = quick(optimizer="Muon", weight_decay=0.1)
     torch.manual_seed(0)
     model = train.Net().to(memory_format=torch.channels_last)
@@ -188,7 +188,7 @@ def test_muon_does_two_steps_by_its_definition(double):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-def test_augmented_images_are_shifted_and_mirrored_each_by_itself():
+def test_each_image_has_its_own_shift_and_mirroring():
     torch.manual_seed(0)
     image = torch.randn(1, 3, 32, 32)
     padded = F.pad(image, (2, 2, 2, 2), mode="reflect")[0]
@@ -210,14 +210,12 @@ def test_a_step_augments_when_asked_to(samples):
 
 @pytest.mark.parametrize("batch_size", [4, 16])  # with and without the layout of oneDNN
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_is_that_of_torchs_class_in_the_tutorials_loop(
-    samples, double, optimizer, batch_size
-):
+def test_a_step_computes_the_same_as_the_tutorials_loop(samples, double, optimizer, batch_size):
     args = quick(optimizer=optimizer, batch_size=batch_size)
     assert_agree(losses_and_weights(args, samples, prepare=True), reference(args, samples))
 
 
-def test_a_step_of_32_bits_is_that_of_the_tutorials_loop(samples):
+def test_a_step_in_32_bits_computes_the_same_as_the_tutorials_loop(samples):
     args = quick(batch_size=48)  # with oneDNN, which knows only 32 bits
     ours = losses_and_weights(args, samples, prepare=True)
     assert_agree(ours, reference(args, samples), tolerance=0.01)
@@ -246,7 +244,7 @@ def test_threads_that_the_user_sets_stay(monkeypatch):
 
 
 class RecordedGraph:
-    """A stand-in for CUDA's graphs: it runs again, when replayed, what was run while recording."""
+    """Stands in for CUDA's graphs: replay() runs the recorded work again."""
 
     recording = None
 
@@ -275,7 +273,7 @@ class StandInStream:
 
 
 @pytest.mark.parametrize("batch_size", [3, 10])
-def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
+def test_a_cuda_graph_runs_each_batch_once(monkeypatch, batch_size):
     monkeypatch.setattr("torch.cuda.Stream", StandInStream)
     monkeypatch.setattr("torch.cuda.current_stream", StandInStream)
     monkeypatch.setattr("torch.cuda.stream", contextlib.nullcontext)
@@ -301,13 +299,13 @@ def test_a_replayed_step_takes_every_batch_once(monkeypatch, batch_size):
 
 
 class Capture(TorchDispatchMode):
-    """What a CUDA graph's recording forbids: work elsewhere than on the device, and waiting for it.
+    """Stands in for the recording of a CUDA graph: all work is on the device, no value is read.
 
-    The device is torch's meta, on which reading a value raises an error.
+    The device is torch's meta: reading a value there raises an error.
     """
 
     def __torch_dispatch__(self, work, types, args=(), kwargs=None):
-        # Those have no meta version; they return nothing.
+        # Fused optimizers do not run on meta. They return nothing.
         result = None if "_fused_" in str(work) else work(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
         assert all(tensor.is_meta for tensor in tensors), work
@@ -315,7 +313,7 @@ class Capture(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
-def test_a_step_is_what_a_cuda_graph_can_record(optimizer):
+def test_a_cuda_graph_can_record_a_step(optimizer):
     args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1, augment=2)
     with torch.device("meta"):
         images, labels = torch.empty(99, 3, 32, 32, dtype=torch.uint8), torch.empty(99).long()
@@ -331,7 +329,7 @@ def test_a_step_is_what_a_cuda_graph_can_record(optimizer):
 
 @needs_cuda
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
-def test_the_graph_of_a_step_computes_what_the_step_does(samples, double, optimizer):
+def test_a_cuda_graph_computes_the_same_as_the_step(samples, double, optimizer):
     on_gpu = [tensor.cuda() for tensor in samples]
     args = quick(optimizer=optimizer, weight_decay=0.01, label_smoothing=0.1)
     args.lr_schedule = "one_cycle"
@@ -369,7 +367,7 @@ def test_a_trial_leaves_room_for_others_on_its_gpu(run):
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(samples, name):
+def test_frozen_or_unused_parameters_do_not_change(samples, name):
     torch.manual_seed(0)
     model = train.Net()
     model.unused = torch.nn.Linear(2, 2)
@@ -385,7 +383,7 @@ def test_parameters_that_are_frozen_or_not_used_stay_as_they_are(samples, name):
     }
 
 
-def test_a_batch_may_be_larger_than_any_data(samples):
+def test_a_batch_may_be_larger_than_the_data(samples):
     images, labels = (tensor[:64] for tensor in samples)
     args = quick(batch_size=10**20, epochs=1, report_every=2000)
     model = train.Net()
