@@ -255,7 +255,7 @@ class Endings:
             why = failure(trial, self.folder)
             if status:
                 why += f" (exit status {status})"
-            elif is_local(self.config):
+            elif is_local(self.config) and not self.config.training_service.reuse_mode:
                 why += " (no exit status: was it killed?)"
             if trial.result is not None:
                 why += f"; so its result, {trial.result:g}, does not count"

@@ -386,6 +386,16 @@ def test_an_idle_search_is_reported_once(watched, capsys):
     assert line.endswith("abc123/log/dispatcher.log")
 
 
+def test_only_a_trial_without_a_runner_notes_its_exit_status(watched, tmp_path):
+    watched.trials.update()
+    ended = watched.trials.known["id1"]
+    ended.status = "FAILED"
+    for reuse_mode in (False, True):
+        service = SimpleNamespace(platform="local", reuse_mode=reuse_mode)
+        news = progress.Endings(SimpleNamespace(training_service=service), tmp_path).news(ended)
+        assert ("was it killed?" in news) != reuse_mode
+
+
 def test_a_viewed_search_is_reported_as_not_running(watched):
     with pytest.raises(RuntimeError, match=r"shown by nnictl view.*: nnictl stop abc123; nnis"):
         watched.check({"status": "VIEWED"})
