@@ -19,7 +19,7 @@ from nni.experiment.config.utils import camel_case
 
 from nnisearch.before.config import check_code, is_local, known_algorithms, shipped_class
 from nnisearch.before.gpus import check_gpus
-from nnisearch.before.space import check_space, deep_choices, texts
+from nnisearch.before.space import check_space, nested_choices, numbers_as_text
 
 # NNI's tuners with another form of search space.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
@@ -48,20 +48,20 @@ def check(config):
     check_addresses(config)
     if is_local(config):
         if shutil.which("ps") is None:
-            raise ValueError("PATH has no ps, by which NNI ends trials; Debian: apt install procps")
+            raise ValueError("PATH has no ps, which NNI needs; Debian: apt install procps")
         if config.trial_gpu_number:
             check_gpus(config.training_service)
-    lines = oddities(config)
+    lines = likely_mistakes(config)
     tuner = shipped_class(config.tuner)
     if tuner and not tuner.endswith(OTHER_SPACES):  # a user's own tuner may take any space
         check_space(config.search_space)
-        lines += texts(config.search_space, "searchSpace")
+        lines += numbers_as_text(config.search_space, "searchSpace")
         if tuner.endswith(SHALLOW_SPACES):
-            lines += deep_choices(config.search_space, "searchSpace")
+            lines += nested_choices(config.search_space, "searchSpace")
     return lines
 
 
-def oddities(config):
+def likely_mistakes(config):
     """Return a line for each value that is probably a mistake, although NNI runs with it."""
     lines = []
     for key in COUNTS:
@@ -115,8 +115,9 @@ def check_addresses(config):
 def check_private(folder, key="experimentWorkingDirectory"):
     """Check that no other user can replace files in a folder: NNI runs some of them.
 
-    Whoever can write to a folder above it can put another folder in its place. HOME and the folders
-    above HOME are not checked: whoever can write there can run commands as this user anyway.
+    A user who can write to a parent can replace the folder, so parents are checked, too. HOME and
+    its parents are not: a user who can write there can run commands as this user anyway.
+
     Raises ValueError that names the folder's key in the configuration.
     """
     there, home = folder.resolve(), Path.home().resolve()
@@ -127,9 +128,9 @@ def check_private(folder, key="experimentWorkingDirectory"):
         is_open = found.st_mode & stat.S_IWOTH or is_open_to_group
         if is_open and not found.st_mode & stat.S_ISVTX:
             who = "others" if found.st_mode & stat.S_IWOTH else "its group"
-            allowed = "a folder that only you can write to, or a sticky one, and so all above it"
-            way = f"chmod go-w '{place}', or chmod +t '{place}'"
-            raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {who} can write: {way}")
+            allowed = "a folder that, like its parents, only you can write to, or a sticky one"
+            advice = f"chmod go-w '{place}', or chmod +t '{place}'"
+            raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {who} can write: {advice}")
 
 
 def is_private_group(number):

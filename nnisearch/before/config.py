@@ -18,7 +18,7 @@ from nni.experiment.config.utils.internal import _all_subclasses
 from nni.tools.annotation import expand_annotations, generate_search_space
 from nni.tools.package_utils import get_all_algo_meta
 
-from nnisearch.shared.results import DATABASE, PROFILE, opened
+from nnisearch.shared.results import DATABASE, PROFILE, open_database
 from nnisearch.shared.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
@@ -242,7 +242,7 @@ def load_stored(experiment, folder):
     """
     database = folder / DATABASE
     try:
-        with opened(database) as rows:
+        with open_database(database) as rows:
             ((_, stored),) = rows(PROFILE)
             params = json.loads(stored)
     except OSError as error:
@@ -270,7 +270,7 @@ def from_stored(params, where):
 
 
 def check_code(value, where):
-    """Raise ValueError for keys by which NNI's serializer runs code, and for values beyond JSON.
+    """Raise ValueError for keys that let NNI's serializer run code, and for values beyond JSON.
 
     This covers nested values, too. YAML can hold dates and sets.
     """

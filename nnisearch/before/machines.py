@@ -8,6 +8,7 @@ from pathlib import Path
 import nni
 import nni_node
 
+from nnisearch.before.config import services
 from nnisearch.shared.text import one_line
 
 NODE = Path(nni_node.__path__[0])
@@ -39,10 +40,8 @@ def check_machines(config, find_port):
     each machine that is off or out of reach, and so left out for now. Raises ValueError if no
     machine works, or if the configuration is at fault.
     """
-    services = config.training_service
-    services = services if isinstance(services, list) else [services]
-    services = [service for service in services if service.platform == "remote"]
-    machines = [machine for service in services for machine in service.machine_list]
+    remotes = [service for service in services(config) if service.platform == "remote"]
+    machines = [machine for service in remotes for machine in service.machine_list]
     if not machines:
         return []
     print(f"Trying {len(machines)} machines over SSH")
@@ -66,7 +65,7 @@ def check_machines(config, find_port):
         raise ValueError("; ".join(wrong))
     off = [f"{name(machine)}: {one_line(of['message'])}" for machine, of in found if of["stage"]]
     # Without reuseMode NNI ends when a machine fails.
-    if len(off) == len(found) or (off and not all(service.reuse_mode for service in services)):
+    if len(off) == len(found) or (off and not all(service.reuse_mode for service in remotes)):
         raise ValueError(f"machineList; allowed: machines that answer; {'; '.join(off)}")
     return [f"{line}; left out until it answers" for line in off]
 
@@ -81,9 +80,9 @@ def fault(config, machine, found, port):
         given = f"{where}: pythonPath is {machine.python_path or 'not set'}"
         return f"{given}; allowed: the folder of a python3 there with nni {nni.__version__}; {why}"
     if machine.password:
-        return f"{where}: password is not shown; allowed: that of {machine.user}; {why}"
+        return f"{where}: password is not shown; allowed: {machine.user}'s password; {why}"
     given = f"{where}: sshKeyFile is {machine.ssh_key_file}"
-    return f"{given}; allowed: a key, Ed25519 or ECDSA, by which {machine.user} gets in; {why}"
+    return f"{given}; allowed: an Ed25519 or ECDSA key with which {machine.user} can log in; {why}"
 
 
 def name(machine):

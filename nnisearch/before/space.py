@@ -38,9 +38,8 @@ def check_choice(values, at):
         raise ValueError(f"{at} is {one_line(values)}; allowed: a list of at least one value")
     if any(isinstance(value, float) and finite(value) is None for value in values):
         raise ValueError(f"{at} is {one_line(values)}; allowed: finite numbers")
-    if is_nested(values):
-        for value in values:
-            check_space(parameters_of(value), f"{at}: {one_line(value['_name'])}")
+    for space, where in nested_spaces(values, at):
+        check_space(space, where)
 
 
 def check_numbers(kind, values, at):
@@ -70,12 +69,14 @@ def is_nested(values):
     return all(isinstance(value, dict) and "_name" in value for value in values)
 
 
-def parameters_of(value):
-    """Return the search space in a value of a nested choice."""
-    return {key: entry for key, entry in value.items() if key != "_name"}
+def nested_spaces(values, at):
+    """Yield (search space, where it is) for each value of a nested choice."""
+    for value in values if is_nested(values) else []:
+        space = {key: entry for key, entry in value.items() if key != "_name"}
+        yield space, f"{at}: {one_line(value['_name'])}"
 
 
-def texts(space, where):
+def numbers_as_text(space, where):
     """Yield a line for each number that YAML has read as text, such as 1e-4."""
     for key, entry in space.items():
         values = entry["_value"]
@@ -84,12 +85,12 @@ def texts(space, where):
             if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
                 number = re.sub(r"(?i)e", ".0e", value, count=1)
                 yield f"{at}: YAML reads {value} as text; for a number write {number}"
-        if entry["_type"] == "choice" and is_nested(values):
-            for value in values:
-                yield from texts(parameters_of(value), f"{at}: {one_line(value['_name'])}")
+        if entry["_type"] == "choice":
+            for option in nested_spaces(values, at):
+                yield from numbers_as_text(*option)
 
 
-def deep_choices(space, where, is_option=False):
+def nested_choices(space, where, is_option=False):
     """Yield a line for each choice of named options inside an option of another choice."""
     for key, entry in space.items():
         if entry["_type"] != "choice" or not is_nested(entry["_value"]):
@@ -98,9 +99,8 @@ def deep_choices(space, where, is_option=False):
         if is_option:
             yield f"{at} is nested in an option: NNI's tuner fails if it does not draw that option"
             continue
-        for value in entry["_value"]:
-            option = f"{at}: {one_line(value['_name'])}"
-            yield from deep_choices(parameters_of(value), option, is_option=True)
+        for option in nested_spaces(entry["_value"], at):
+            yield from nested_choices(*option, is_option=True)
 
 
 def is_number(value):

@@ -30,7 +30,7 @@ CALLING_MINIMIZE = ("gp_tuner.util", "metis_tuner.lib_acquisition_function")
 
 def apply(connection):
     """Mend NNI before it starts; connection is the socket to its manager."""
-    stay_with(connection)
+    use_only(connection)
     msg_dispatcher.MsgDispatcher = Dispatcher
     msg_dispatcher_base.MsgDispatcherBase.enqueue_command = enqueue_in_order
     package_utils.create_builtin_class_instance = create_with_memory
@@ -55,7 +55,7 @@ def prepare_and_run(dispatcher):
     run(dispatcher)
 
 
-def stay_with(connection):
+def use_only(connection):
     """Let NNI only use this socket, and end when it closes.
 
     NNI connects to a port, and again after a lost connection. By then another user may have the

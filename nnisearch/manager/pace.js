@@ -142,12 +142,12 @@ function writeListWhole() {
         if (path.basename(String(file)) !== ".experiment") return writeFileSync(file, ...rest);
         const unfinished = `${file}.${process.pid}`;
         const sync = (name, flags, write = () => {}) => { // otherwise a power cut may empty the list
-            const opened = fs.openSync(name, flags, 0o600);
-            write(opened);
-            fs.fsyncSync(opened);
-            fs.closeSync(opened);
+            const descriptor = fs.openSync(name, flags, 0o600);
+            write(descriptor);
+            fs.fsyncSync(descriptor);
+            fs.closeSync(descriptor);
         };
-        sync(unfinished, "w", (opened) => writeFileSync(opened, ...rest));
+        sync(unfinished, "w", (descriptor) => writeFileSync(descriptor, ...rest));
         fs.renameSync(unfinished, file);
         sync(path.dirname(file), "r");
     };
@@ -263,7 +263,7 @@ module.exports = function (settings) {
                 const { submitTrialJob } = service;
                 service.submitTrialJob = async (form) => {
                     const job = await submitTrialJob.call(service, form);
-                    // NNI does this after a write to the database, and may miss reports meanwhile.
+                    // NNI does this only after a write to the database, and may miss earlier reports.
                     this.trialJobs.set(job.id, { ...job });
                     return job;
                 };

@@ -75,8 +75,8 @@ def read_experiments(**types):
     try:
         return checked_list(listed, types) if listed.exists() else {}
     except ValueError as error:
-        way = f"to go on without it: mv '{listed}' '{listed}.damaged'"
-        raise ValueError(f"{error}; {way}; a search is found by its ID, too") from None
+        advice = f"to continue without it: mv '{listed}' '{listed}.damaged'"
+        raise ValueError(f"{error}; {advice}; a search is still found by its ID") from None
 
 
 def checked_list(listed, types):
@@ -100,7 +100,7 @@ def checked_list(listed, types):
     return known
 
 
-def some(experiments):
+def known_ids(experiments):
     """Return a text with up to five IDs of experiments."""
     words = ", ".join([*experiments][-5:]) or "none, since NNI lists no experiment"
     return words + (", and others in nnictl experiment list --all" if len(experiments) > 5 else "")
@@ -133,11 +133,11 @@ def find_database(experiment):
         experiment = max(known, key=lambda key: known[key]["startTime"])
     if folder := find_folder(experiment, known):
         return folder / DATABASE
-    raise ValueError(f"EXPERIMENT_ID is {experiment!r}; allowed: {some(known)}")
+    raise ValueError(f"EXPERIMENT_ID is {experiment!r}; allowed: {known_ids(known)}")
 
 
 @contextlib.contextmanager
-def opened(path):
+def open_database(path):
     """Open NNI's database; yield a function that returns the rows of a query.
 
     NNI cannot write during a query, so queries are short and Ctrl-Z waits for their end. Raises
@@ -229,9 +229,9 @@ class Trials:
         self.early = []  # metrics that NNI has stored before the trial's first event
 
     def update(self):
-        """Read what is new; return the trials that have changed. Raises what opened() does."""
+        """Read what is new; return the changed trials. Raises what open_database() does."""
         changed = {}
-        with opened(self.path) as rows:
+        with open_database(self.path) as rows:
             # One query for both, so that the trial of each metric is known.
             ((last_event, last_metric),) = rows(NEWEST)
             for row, id, *event in read_on(rows, EVENTS, self.last_event, last_event):
@@ -283,9 +283,9 @@ class Trials:
 def read_database(path):
     """Return the search in NNI's database: experiment, name, command, direction and trials.
 
-    The direction is None if it is unknown. Raises what opened() does.
+    The direction is None if it is unknown. Raises what open_database() does.
     """
-    with opened(path) as rows:
+    with open_database(path) as rows:
         ((experiment, params),) = rows(PROFILE)
         profile = json.loads(params)
         search = {

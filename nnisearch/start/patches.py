@@ -65,7 +65,7 @@ config_utils.get_file_lock = lambda path, stale: ListLock(f"{path}.lock", stale)
 
 
 @contextlib.contextmanager
-def without_remarks():
+def without_warnings():
     """Hide Python 3.14's warnings about files that NNI leaves open on a full disk."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
@@ -85,7 +85,7 @@ def patience():
 
     def start_and_note(*args):
         # Uninterrupted: otherwise the list could miss a running process.
-        with uninterrupted(), without_remarks():
+        with uninterrupted(), without_warnings():
             started.append(start(*args))
         return started[-1]
 

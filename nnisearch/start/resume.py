@@ -12,7 +12,7 @@ from nni.experiment import rest
 from nnisearch.before.config import from_stored
 from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import argument_of, end, manager_of, managers, processes_of
-from nnisearch.shared.results import find_folder, read_experiments, some
+from nnisearch.shared.results import find_folder, known_ids, read_experiments
 from nnisearch.shared.text import one_line
 from nnisearch.start.patches import Experiments
 
@@ -39,7 +39,7 @@ def find(id, listed, flag):
     """
     folder = find_folder(id, listed)
     if not folder:
-        raise ValueError(f"{flag} is {id!r}; allowed: {some(listed)}")
+        raise ValueError(f"{flag} is {id!r}; allowed: {known_ids(listed)}")
     manager = manager_of(id)
     known = {"id": id, "status": "RUNNING" if manager else "STOPPED"} | listed.get(id, {})
     known["logDir"] = str(folder.parent)

@@ -47,15 +47,15 @@ def watch(id, port, config, resume, choose):
         tqdm(total=config.max_trial_number, unit="trial", disable=None, dynamic_ncols=True) as bar,
     ):
         search = Search(id, port, folder, resume, choose)
-        shown = Shown(config, folder, bar)
+        display = Display(config, folder, bar)
         while True:
             status, changed = search.ask()
             if status is not None:
-                shown.show(search.trials.known, changed)
-                if search.is_done(status) and not shown.late:
+                display.show(search.trials.known, changed)
+                if search.is_done(status) and not display.late:
                     if line := search.shortfall(status):
                         tqdm.write(line)
-                    return shown.end()
+                    return display.end()
                 search.check(status)
             time.sleep(1)
 
@@ -187,7 +187,7 @@ class Search:
         return f"search {self.id}: {what}; {self.next_steps()}"
 
 
-class Shown:
+class Display:
     """The progress bar and the lines of a search."""
 
     def __init__(self, config, folder, bar):

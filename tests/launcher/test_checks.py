@@ -389,7 +389,7 @@ def test_a_folder_name_outside_utf_8_is_refused(load):
 def test_a_machine_without_ps_is_refused(load, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "home"))
     line = refusal(load)
-    assert line == "PATH has no ps, by which NNI ends trials; Debian: apt install procps"
+    assert line == "PATH has no ps, which NNI needs; Debian: apt install procps"
 
 
 def test_a_read_only_home_is_refused(tmp_path):
@@ -418,8 +418,8 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             checks.check_private(folder)
         assert str(error.value) == (
-            f"experimentWorkingDirectory is '{folder}'; allowed: a folder that only you can write"
-            " to, or a sticky one, and so all above it; others can write: "
+            f"experimentWorkingDirectory is '{folder}'; allowed: a folder that, like its"
+            " parents, only you can write to, or a sticky one; others can write: "
             f"chmod go-w '{tmp_path}', or chmod +t '{tmp_path}'"
         )
     monkeypatch.setattr(grp, "getgrgid", lambda _: shared)

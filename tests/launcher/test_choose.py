@@ -290,7 +290,7 @@ def test_a_damaged_list_of_experiments_is_an_error(run, tmp_path, listed):
     for args in ([], ["abc"]):
         line = refusal(run(*args))
         assert f"{path} is damaged" in line
-        assert f"mv '{path}' '{path}.damaged'; a search is found by its ID, too" in line
+        assert f"mv '{path}' '{path}.damaged'; a search is still found by its ID" in line
     assert run("abc123").returncode == 0
 
 
