@@ -145,7 +145,7 @@ def check_values(content):
     """
     limits = {utils.case_insensitive(key): limit for key, limit in LIMITS.items()}
     for key, value in (item for part in objects(content) for item in part.items()):
-        if not isinstance(key, str):  # YAML takes 1 for a number, and yes for true
+        if not isinstance(key, str):  # YAML reads 1 as a number, and yes as true
             raise ValueError(f"the key {key!r} is no text; allowed: NNI's keys")
         is_good, allowed = limits.get(utils.case_insensitive(key), (bool, None))
         why = ""

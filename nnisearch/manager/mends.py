@@ -216,9 +216,8 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
                     record["value"] = load(record["value"])
                 except ValueError:
                     continue  # it stays text
-        if isinstance(
-            self.tuner, BatchTuner
-        ):  # its own import_data() misses 0, and removes wrongly
+        # BatchTuner's import_data() ignores a 0, and forgets the sets that it has proposed.
+        if isinstance(self.tuner, BatchTuner):
             self.expected.update(as_text(record["parameter"]) for record in filter(self.fits, data))
         else:
             self.learn(data)
