@@ -74,7 +74,7 @@ def test_a_stranger_is_refused(guarded, tmp_path, who, what):
     request = {
         "status": {},
         "socket": {"path": "/tuner", "headers": UPGRADE},
-        "command": command(guarded, file),
+        "command": command(file),
     }[what]
     stranger = STRANGERS[who](guarded.port)
     headers = [*request.pop("headers", []), *stranger.pop("headers", [])]
@@ -84,13 +84,11 @@ def test_a_stranger_is_refused(guarded, tmp_path, who, what):
     assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
 
 
-def command(search, file):
+def command(file):
     """Return a request that makes NNI's tuner run a command."""
     call = {"__symbol__": "path:os.system", "__args__": [f"touch {file}"]}
-    profile = search.get("experiment")
-    profile["params"]["searchSpace"] = call
-    path = "/api/v1/nni/experiment?update_type=SEARCH_SPACE"
-    return {"path": path, "method": "PUT", "body": json.dumps(profile)}
+    path = "/api/v1/nni/experiment/import-data"
+    return {"path": path, "method": "POST", "body": json.dumps([call])}
 
 
 def test_this_users_process_is_accepted(guarded):
@@ -175,7 +173,7 @@ def test_a_tunnel_of_this_user_is_accepted(guarded, tmp_path):
 def test_the_request_of_the_strangers_is_one_that_runs_a_command(experiment, tmp_path):
     search = experiment("configs/demo.yml", maxTrialNumber=1, trialCommand="sleep 600")
     file = tmp_path / "own"
-    assert ask(search.port, **command(search, file)) == 200
+    assert ask(search.port, **command(file)) == 200
     end = time.monotonic() + 30
     while not file.exists():
         assert time.monotonic() < end
