@@ -98,6 +98,13 @@ def nobody():
     return 65534
 
 
+@pytest.fixture(autouse=True)
+def no_timeout():
+    """Undoes a download's time-out, which is for a process of its own."""
+    yield
+    socket.setdefaulttimeout(None)
+
+
 @pytest.fixture
 def environment():
     """The environment of a child process: no CIFAR-10 that happens to be here, one thread."""
