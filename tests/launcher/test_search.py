@@ -367,7 +367,7 @@ def test_only_listen_opens_the_web_ui_to_other_machines(home, start_search):
     assert ask(port, host, address=address) == 200
     assert ask(port, host, f"Origin: http://{address}:{port}", address=address) == 200
     assert ask(port, host, "Origin: http://example.com", address=address) == 403
-    assert ask(port, user=nobody()) is None  # by the loopback address, which was not opened
+    assert ask(port, user=nobody()) == 403  # the loopback address is not opened
     nnictl(home, "stop", "--all")
 
 
