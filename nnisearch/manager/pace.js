@@ -367,6 +367,18 @@ module.exports = function (settings) {
             },
         [`${environments}/remoteEnvironmentService.js`]:
             ({ RemoteEnvironmentService: { prototype } }) => mendRunner(prototype),
+        // Runners get the folder of the code. If it contains this search's folder, files come, grow and
+        // go there while NNI packs them, such as the archive itself, and NNI ends the search.
+        "node_modules/tar/index.js": (tar) => {
+            const { create } = tar;
+            tar.create = (options, files) => {
+                const [code, own] = [options.cwd, settings.folder].map((f) => fs.realpathSync(f));
+                const latest = path.join(path.dirname(own), "_latest"); // NNI's link to it
+                const filter = (name) => ![own, latest].some((folder) =>
+                    `${path.join(code, name)}/`.startsWith(`${folder}/`));
+                return create({ ...options, filter }, files.filter(filter));
+            };
+        },
         "training_service/common/util.js": (util) => {
             const patience = "sleep = time.sleep; time.sleep = lambda _: sleep(2)"; // s; NNI has 5
             const collector = `${quoted(python)} -c "import time; ${patience}; `

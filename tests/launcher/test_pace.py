@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import nni_node
@@ -140,6 +141,23 @@ def test_wrong_values_for_a_button_are_refused_in_one_line():
     assert refused[3].startswith("searchSpace: x: _type is choise; allowed: choice, ")
     assert refused[4:] == ["trial t0 has ended: SUCCEEDED"]
     assert params == {"trialConcurrency": 1, "maxTrialNumber": 1, "maxExperimentDuration": 60}
+
+
+def test_the_code_is_packed_without_the_folder_of_the_search(tmp_path):
+    own = tmp_path / "code" / "experiments" / "abc"
+    own.mkdir(parents=True)
+    for path in (own / "log", own.with_name("abcd"), tmp_path / "code" / "trial.py"):
+        path.touch()
+    own.with_name("_latest").symlink_to(own.name)
+    script = """
+        const [own, code] = process.argv.slice(3);
+        load("node_modules/tar/index.js");
+        await load("training_service/common/util.js").tarAdd(`${own}/code.tar.gz`, code);
+        return true;
+    """
+    assert run(script, own, tmp_path / "code")
+    with tarfile.open(own / "code.tar.gz") as archive:
+        assert {*archive.getnames()} == {"experiments", "experiments/abcd", "trial.py"}
 
 
 TRIAL = """

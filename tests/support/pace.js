@@ -9,7 +9,8 @@ const timers = require("timers/promises");
 const { setTimeout: pause } = timers;
 global.pauses = [];
 timers.setTimeout = (ms) => { pauses.push(ms); return pause(ms === 5000 ? 20 : 1); };
-const changes = require(pace)({ mode: "local", python: process.env.PYTHON, unstored: {} });
+const [folder, python] = [process.argv[3], process.env.PYTHON];
+const changes = require(pace)({ mode: "local", python, folder, unstored: {} });
 global.load = (name) => {
     const loaded = require(`${root}/${name}`);
     changes[name]?.(loaded);
