@@ -84,6 +84,8 @@ class Search:
             if self.life.is_over() or (self.life.manager is None and silence > SILENCE):
                 raise RuntimeError(self.death()) from None
             return self.silence(error)
+        if self.life.is_over():  # then somebody else has the port, and has answered
+            raise RuntimeError(self.death())
         try:
             changed = self.trials.update()
         except OSError as error:
