@@ -317,7 +317,7 @@ module.exports = function (settings) {
                 if (!readOn(stream) || unstored[id]) return job;
                 endings[id] ??= getTrialJob.call(this, id).then(() => {
                     if (job.status === "FAILED") job.status = stopped[id] ?? job.status;
-                });
+                }).finally(() => delete endings[id]); // slurm.js may run it again: it ends again
                 await endings[id];
                 return job;
             };
