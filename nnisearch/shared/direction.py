@@ -9,7 +9,7 @@ MINIMIZING = "tpe tpe_legacy anneal hyperopt"
 MAXIMIZING = "evolution metis gp pbt smac dngo networkmorphism regularizedevolution hyperband bohb"
 DEFAULTS = dict.fromkeys(MINIMIZING.split(), "minimize")
 DEFAULTS |= dict.fromkeys([*MAXIMIZING.split(), "optuna"], "maximize")
-UNKNOWN = "The greatest result counts as the best: the tuner has no optimize_mode"
+UNKNOWN = "The greatest result counts as the best: no optimize_mode is known"
 
 
 def direction(params, folder):
