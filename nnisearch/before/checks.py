@@ -13,6 +13,7 @@ import socket
 import stat
 import tempfile
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 from nni.experiment.config.utils import camel_case
@@ -91,6 +92,9 @@ def check_algorithms(config):
             allowed += ", since NNI's ends at its first result"
             named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI merges both keys
             raise ValueError(f"{named}; allowed: {allowed}")
+        if algorithm.name.lower() == "networkmorphism" and int(version("numpy").split(".")[0]) > 1:
+            allowed = "another tuner, since this one of NNI fails with NumPy 2"
+            raise ValueError(f"tuner.name is {algorithm.name!r}; allowed: {allowed}")
 
 
 def check_addresses(config):

@@ -139,7 +139,7 @@ def load(path):
 
 
 def check_values(content):
-    """Check a file's values by LIMITS. Raises ValueError that names the key.
+    """Check a configuration's values by LIMITS. Raises ValueError that names the key.
 
     NNI's assertions check some of them, too, but not in `python -O`.
     """
@@ -264,6 +264,7 @@ def from_stored(params, where):
         raise ValueError(f"{where}: its configuration is {params!r}; allowed: an object")
     check_code(params, where)
     try:
+        check_values(params)
         return load_experiment_config(params)
     except Exception as error:  # NNI's classes raise many
         raise ValueError(f"{where}: {explanation(error, params)}") from None

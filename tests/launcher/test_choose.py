@@ -603,7 +603,7 @@ def test_a_device_or_a_pipe_is_not_replaced_by_a_file(run, tmp_path):
 
 
 def test_ctrl_c_gives_no_traceback(monkeypatch, capsys):
-    monkeypatch.setattr(choose, "show", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(choose, "show", lambda *_: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["choose.py"])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit) as end:

@@ -400,7 +400,10 @@ def test_a_runner_leaves_a_manager_without_the_secret():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.socket.getsockname()[1]
         code = f"import runpy; runpy.run_module = lambda *_, **__: None; exec({runner!r})\n"
-        code += f"asyncio.run(connect('ws://127.0.0.1:{port}/secret'))"
+        place = (
+            f"nnimanager_ip='127.0.0.1', nnimanager_port='{port}/secret', node_count=1, node_id=0"
+        )
+        code += f"Channel(types.SimpleNamespace({place}))._inner_open()"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         server.shutdown()
     assert result.returncode == 1
