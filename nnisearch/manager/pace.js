@@ -374,8 +374,10 @@ module.exports = function (settings) {
             tar.create = (options, files) => {
                 const [code, own] = [options.cwd, settings.folder].map((f) => fs.realpathSync(f));
                 const latest = path.join(path.dirname(own), "_latest"); // NNI's link to it
-                const filter = (name) => ![own, latest].some((folder) =>
-                    `${path.join(code, name)}/`.startsWith(`${folder}/`));
+                // For machines NNI also packs folders inside the search's: nothing is left out of them.
+                const left = [own, latest].map((folder) => `${path.relative(code, folder)}/`);
+                const filter = (name) =>
+                    !left.some((folder) => `${path.normalize(name)}/`.startsWith(folder));
                 return create({ ...options, filter }, files.filter(filter));
             };
         },

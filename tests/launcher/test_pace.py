@@ -145,19 +145,23 @@ def test_wrong_values_for_a_button_are_refused_in_one_line():
 
 def test_the_code_is_packed_without_the_folder_of_the_search(tmp_path):
     own = tmp_path / "code" / "experiments" / "abc"
-    own.mkdir(parents=True)
-    for path in (own / "log", own.with_name("abcd"), tmp_path / "code" / "trial.py"):
+    (own / "runner").mkdir(parents=True)
+    for path in (own / "runner" / "run.sh", own.with_name("abcd"), tmp_path / "code" / "trial.py"):
         path.touch()
     own.with_name("_latest").symlink_to(own.name)
     script = """
         const [own, code] = process.argv.slice(3);
         load("node_modules/tar/index.js");
-        await load("training_service/common/util.js").tarAdd(`${own}/code.tar.gz`, code);
+        const { tarAdd } = load("training_service/common/util.js");
+        await tarAdd(`${own}/code.tar.gz`, code);
+        await tarAdd(`${own}/runner.tar.gz`, `${own}/runner`); // as for machines
         return true;
     """
     assert run(script, own, tmp_path / "code")
     with tarfile.open(own / "code.tar.gz") as archive:
         assert {*archive.getnames()} == {"experiments", "experiments/abcd", "trial.py"}
+    with tarfile.open(own / "runner.tar.gz") as archive:
+        assert archive.getnames() == ["run.sh"]
 
 
 TRIAL = """

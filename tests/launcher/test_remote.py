@@ -151,7 +151,7 @@ def test_the_machines_are_tried_before_the_start(machines, tmp_path):
     (tmp_path / "python3").chmod(0o755)
     with pytest.raises(ValueError) as refusal:
         check(on, *(on | change for change in wrong))
-    expected = ["other; allowed: a key", "no passphrase given", "python.*nowhere", "not answer"]
+    expected = ["other; allowed: an Ed", "no passphrase given", "python.*nowhere", "not answer"]
     lines = str(refusal.value).split("; machine ")
     assert [bool(re.search(*pair)) for pair in zip(expected, lines, strict=True)] == [True] * 4
     with pytest.raises(ValueError, match=r"nniManagerIp is 255\S+; allowed: an address that"):
