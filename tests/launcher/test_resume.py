@@ -135,7 +135,7 @@ def wait_for(search, moment):
 
     def is_there(trials):
         running = [trial for trial in trials if trial["status"] == "RUNNING"]
-        has_reported = any(1 <= len(reports(search, trial)) <= 2 for trial in running)
+        has_reported = any(1 <= len(reports(search, trial)) <= 3 for trial in running)
         return running and moment(len([t for t in trials if "endTime" in t]), has_reported)
 
     end = time.monotonic() + 120
