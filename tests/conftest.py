@@ -1,6 +1,8 @@
 """What several test files use: the script as a user starts it, and CIFAR-10 where it is found."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -251,6 +253,26 @@ def home(tmp_path):
     yield home
     for process in processes_at(home):
         process.kill()
+
+
+@contextlib.contextmanager
+def running(command, home, environment, **variables):
+    """Start a command in its HOME, yield the process without waiting, and kill it at the end."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        env=environment | {"HOME": str(home), "TMPDIR": str(home)} | variables,
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Ctrl-C works, also where the tests run in the background of a script.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()  # which does nothing to one that has ended
 
 
 @pytest.fixture

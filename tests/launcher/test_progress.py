@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, running
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
 from test_choose import database, trial
@@ -79,19 +79,8 @@ def start_search(home, environment):
         }
         (home / "config.yml").write_text(yaml.safe_dump(config | changes))
         command = [*before, sys.executable, *UNCHECKED, home / "config.yml", "-p", free_port()]
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env=environment | {"HOME": str(home), "TMPDIR": str(home)},
-            cwd=home,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            try:
-                yield process
-            finally:
-                process.kill()  # which does nothing to one that has ended
+        with running(command, home, environment) as process:
+            yield process
 
     return start_search
 

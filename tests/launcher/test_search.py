@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
+from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address, running
 from experiment import MANAGER, SEARCH, UNCHECKED, free_port, processes_at
 from test_experiment import stand_in_nvidia_smi
 
@@ -32,21 +32,9 @@ def start_search(home, environment):
         if config:
             (home / "config.yml").write_text(yaml.safe_dump(config))
             args = (home / "config.yml", *args)
-        process = subprocess.Popen(
-            [str(part) for part in (sys.executable, *how, *args)],
-            env=environment | {"HOME": str(home), "TMPDIR": str(home)} | variables,
-            cwd=home,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # Ctrl-C works, also where the tests run in the background of a script.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        with process:
-            try:
-                yield process
-            finally:
-                process.kill()  # which does nothing to one that has ended
+        command = (sys.executable, *how, *args)
+        with running(command, home, environment, **variables) as process:
+            yield process
 
     return start_search
 
