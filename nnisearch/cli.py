@@ -97,15 +97,16 @@ def start(experiment, args, project):
     """Check and start an experiment; return its port. Raises what checks and launch() raise."""
     config = experiment.config
     if args.view:
-        with experiment_folder(experiment):
+        with experiment_folder(experiment) as watchdog:
             prepare_environment(config, args.listen)
-            return launch(experiment, args.port)
+            return launch(experiment, args.port, watchdog)
     is_scheduled = configuration.is_local(config) and config.trial_gpu_number
     if is_scheduled and (line := gpus.allow_visible(config.training_service)):
         print(line)
     checks.check_disk(Path(config.experiment_working_directory), EXPERIMENT_SIZE)
     checks.check_private(Path(config.experiment_working_directory))
-    with experiment_folder(experiment) as folder:
+    with experiment_folder(experiment) as watchdog:
+        folder = watchdog.folder
         if config.use_annotation:
             configuration.expand(config, folder / "code")
         for line in checks.check(config):
@@ -117,7 +118,7 @@ def start(experiment, args, project):
             slurm.prepare(experiment.id, folder)
         if args.rehearsal and not args.resume:  # a resumed search has run before
             try:
-                rehearse(config, folder / "rehearsal", leftover=folder)
+                rehearse(config, folder / "rehearsal", watchdog)
             except (ValueError, OSError):
                 checks.check_disk(folder, EXPERIMENT_SIZE)  # it may have become full
                 raise
@@ -125,7 +126,7 @@ def start(experiment, args, project):
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
         prepare_environment(config, args.listen)
-        return launch(experiment, args.port)
+        return launch(experiment, args.port, watchdog)
 
 
 def parse_args(argv, prog, project):

@@ -13,7 +13,6 @@ import re
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,8 +26,6 @@ from websockets.server import ServerProtocol
 from nnisearch.before.config import is_local, shipped_class
 from nnisearch.before.gpus import free_gpus
 from nnisearch.shared import slurm
-from nnisearch.shared.processes import stop
-from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason, tail
 
 TUNER_PATIENCE = 120  # s; then the search starts although its tuner has not answered
@@ -46,7 +43,6 @@ HINTS = {
     r"\{'_name': .*\} is not in list": "allowed for PBT: options that have no parameters",
     "'int' object has no attribute 'is_integer'": "allowed: randint, not a quniform by 1",
 }
-LEASH = Path(__file__).parents[1] / "shared" / "leash.py"
 DISPATCHER = Path(__file__).resolve().parents[1] / "manager" / "dispatcher.py"
 IN_OPEN = 0x20  # of inotify(7)
 
@@ -69,31 +65,13 @@ class Waiting:
         return seconds < self.patience
 
 
-@contextlib.contextmanager
-def leashed(command, leftover, **how):
-    """Run a command, and end it after the block.
-
-    It has its own session, which Ctrl-C does not reach. If this process is killed, leash.py ends
-    the command and removes the folder leftover.
-    """
-    command = [sys.executable, LEASH, leftover, *command]
-    with uninterrupted():
-        leash = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **how)
-    try:
-        yield leash
-    finally:
-        with uninterrupted():
-            leash.communicate(b"The launcher lives.")
-            stop(leash.pid, leftover)  # in case the leash has failed
-
-
-def rehearse(config, folder, leftover):
+def rehearse(config, folder, watchdog):
     """Try the tuner and, if trials run on this machine, the trial with the tuner's parameters.
 
-    folder is new, for their files; leftover is the folder to remove if this process is killed.
-    Raises ValueError with the reason if one fails.
+    folder is new, for their files; watchdog runs them (launch.Watchdog). Raises ValueError with the
+    reason if one fails.
     """
-    proposals = rehearse_tuner(config, folder / "tuner", leftover)
+    proposals = rehearse_tuner(config, folder / "tuner", watchdog)
     if not proposals or not is_local(config):
         return
     wanted = config.trial_gpu_number
@@ -103,7 +81,7 @@ def rehearse(config, folder, leftover):
     devices = None if wanted is None else ",".join(map(str, free[:wanted])) or "-1"
     for number, proposal in enumerate(proposals):  # the first parameters may be at fault
         place = folder / f"trial{number}"
-        why, has_asked = rehearse_trial(config, place, proposal, number, devices, leftover)
+        why, has_asked = rehearse_trial(config, place, proposal, number, devices, watchdog)
         if why is None:
             return
         if not has_asked:
@@ -116,7 +94,7 @@ def rehearse(config, folder, leftover):
     raise ValueError(f"trialCommand is {one_line(config.trial_command, 300)!r}: {why}")
 
 
-def rehearse_tuner(config, folder, leftover):
+def rehearse_tuner(config, folder, watchdog):
     """Return the tuner's first sets of parameters, in the format of NNI's parameter.cfg.
 
     NNI's dispatcher runs the tuner and the assessor, or the advisor. It gets the same command and
@@ -131,9 +109,8 @@ def rehearse_tuner(config, folder, leftover):
     with (
         Manager() as manager,
         (folder / "output").open("w") as output,
-        leashed(
+        watchdog.running(
             dispatcher_command(manager.other),
-            leftover,
             cwd=folder,
             env=os.environ | dispatcher_environment(config, folder),
             stdout=output,
@@ -182,7 +159,7 @@ def rehearse_results(manager, config, proposals, limit, has_ended):
         if len(proposals) < limit:
             manager.send(CommandType.RequestTrialJobs, 1)
             proposals += manager.parameters(1, has_ended, waiting)
-    if has_ended():
+    if len(proposals) < limit and has_ended():  # with the last result the search ends, too
         raise EOFError
 
 
@@ -324,7 +301,7 @@ class Manager:
         return proposals
 
 
-def rehearse_trial(config, folder, proposal, number, devices, leftover):
+def rehearse_trial(config, folder, proposal, number, devices, watchdog):
     """Run the trial command until it reports, ends, or has used its parameters for AFTER_ASKING s.
 
     Returns the reason of a failure, or None, and whether the trial has read its parameters. number
@@ -346,7 +323,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
     if devices is not None:
         given["CUDA_VISIBLE_DEVICES"] = devices
     if uses_slurm := slurm.is_used(config):
-        given["SLURM_JOB_NAME"] = slurm.job_name(leftover.name, folder.name)
+        given["SLURM_JOB_NAME"] = slurm.job_name(watchdog.folder.name, folder.name)
         (folder / slurm.NOTE).touch()
     output, errors = folder / "stdout", folder / "stderr"
     script = folder / "run.sh"  # ps would show passwords among arguments
@@ -355,9 +332,8 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         noticing_opening(parameters) as was_opened,
         output.open("w") as stdout,
         errors.open("w") as stderr,
-        leashed(
+        watchdog.running(
             ["bash", script],
-            leftover,
             cwd=config.trial_code_directory,
             env=os.environ | given,
             stdout=stdout,
@@ -365,7 +341,7 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
         ) as trial,
     ):
         asked = None
-        if uses_slurm and not begins(trial, folder, leftover.name, errors):
+        if uses_slurm and not begins(trial, folder, watchdog.folder.name, errors):
             return None, True
         patience = QUEUE_PATIENCE if uses_slurm else TRIAL_PATIENCE
         waiting = Waiting("the trial to read its parameters", patience)
@@ -388,10 +364,11 @@ def rehearse_trial(config, folder, proposal, number, devices, leftover):
     if uses_slurm and (lost := re.search(slurm.LOST, words, re.M)):
         print(f"The search starts although its trial could not be tried: {one_line(lost[0])}")
         return None, has_asked
-    if 128 < trial.returncode < 128 + signal.NSIG:
-        how = f"it was ended by signal {trial.returncode - 128}"
+    status = trial.returncode
+    if status < 0 or 128 < status < 128 + signal.NSIG:  # of bash itself, or of what it ran
+        how = f"it was ended by signal {abs(status) % 128}"
     else:
-        how = f"it fails with status {trial.returncode}"
+        how = f"it fails with status {status}"
     return f"{how}: {reason(words)}", has_asked
 
 

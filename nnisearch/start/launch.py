@@ -85,9 +85,9 @@ def prepare_environment(config, listen):
 
 @contextlib.contextmanager
 def experiment_folder(experiment):
-    """Create the folder (mode 700), and yield it; remove it if a new search fails to start.
+    """Create the folder (mode 700), and yield a Watchdog for what is started there.
 
-    Raises OSError if it cannot be created.
+    Removes the folder if a new search fails to start. Raises OSError if it cannot be created.
     """
     folder = Path(experiment.config.experiment_working_directory, experiment.id)
     made = [parent for parent in folder.parents if not parent.exists()]
@@ -96,7 +96,8 @@ def experiment_folder(experiment):
         parent.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
     try:
-        yield folder
+        with Watchdog(folder, experiment._action) as watchdog:
+            yield watchdog
     except BaseException:
         if experiment._action == "create":
             with uninterrupted():
@@ -107,7 +108,7 @@ def experiment_folder(experiment):
         raise
 
 
-def launch(experiment, wanted):
+def launch(experiment, wanted, watchdog):
     """Start an experiment on a port, wanted or the first free one; return the port.
 
     Waits for the first trial, at most PATIENCE seconds. Raises ValueError if the port is taken, and
@@ -130,7 +131,7 @@ def launch(experiment, wanted):
                     port = find_port(wanted, count)
                     if not wanted and port != PORT:
                         print(f"Port {PORT} is taken; {port} is the next free one")
-                    stack.enter_context(undone_if_it_fails(folder, experiment._action))
+                    stack.enter_context(watchdog.starting())
                     experiment.start(port, run_mode=RunMode.Detach)
                 listed = Experiments()
                 if experiment.id not in listed.get_all_experiments():
@@ -140,7 +141,7 @@ def launch(experiment, wanted):
                     wait_for_trial(port)
         except Exception as error:
             if port and not wanted and not are_free(port, count):
-                return launch(experiment, wanted)  # another user has just taken the port
+                return launch(experiment, wanted, watchdog)  # another user has just taken the port
             if not started:
                 raise
             words = "; ".join([one_line(error), *last_words(folder / "log")])
@@ -148,28 +149,65 @@ def launch(experiment, wanted):
     return port
 
 
+class Watchdog:
+    """Undoes a start that fails, and lets undo.py do that if this process is killed.
+
+    undo.py reads a pipe from this process, which closes even at kill -9. It follows the last line.
+    """
+
+    def __init__(self, folder, action):
+        self.folder, self.action = folder, action
+
+    def __enter__(self):
+        command = [sys.executable, UNDO, self.folder, self.action]
+        with uninterrupted():  # a new session, which Ctrl-C does not reach
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        return self
+
+    def __exit__(self, *_):
+        with uninterrupted():
+            self.tell("done")
+            with contextlib.suppress(OSError):
+                self.process.communicate()
+
+    def tell(self, line):
+        with contextlib.suppress(OSError):  # undo.py has been killed
+            self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
+
+    @contextlib.contextmanager
+    def running(self, command, **how):
+        """Run a command in a session of its own; end it and its children after the block."""
+        given = {"stdin": subprocess.DEVNULL, "start_new_session": True} | how
+        with uninterrupted():
+            process = subprocess.Popen(command, **given)
+            self.tell(f"run {process.pid}")
+        try:
+            yield process
+        finally:
+            with uninterrupted():
+                stop(process.pid, self.folder)
+                process.wait()
+                self.tell("wait")
+
+    @contextlib.contextmanager
+    def starting(self):
+        """Undo what the block has started if it fails."""
+        latest = read_latest(self.folder)
+        self.tell(f"start {latest}")
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                undo(self.folder, self.action, latest)
+                self.tell("wait")
+            raise
+
+
 def read_latest(folder):
     """Return the ID in NNI's link to its latest experiment, or ""."""
     latest = folder.with_name("_latest")
     return os.readlink(latest) if latest.is_symlink() else ""
-
-
-@contextlib.contextmanager
-def undone_if_it_fails(folder, action):
-    """Call undo() if the block fails; if this process is killed, undo.py calls it."""
-    latest = read_latest(folder)
-    command = [sys.executable, UNDO, folder, action, latest]
-    with uninterrupted():  # a new session, which Ctrl-C does not reach
-        undoing = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        yield
-    except BaseException:
-        with uninterrupted():
-            undo(folder, action, latest)
-        raise
-    finally:
-        with uninterrupted():
-            undoing.communicate(b"The launcher lives.")
 
 
 def undo(folder, action, latest):

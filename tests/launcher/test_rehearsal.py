@@ -19,6 +19,7 @@ from test_experiment import stand_in_nvidia_smi
 from test_other_projects import CONFIG, TRIAL
 
 from nnisearch.before import config, rehearsal
+from nnisearch.start.launch import UNDO, Watchdog
 
 NEVER = "python3 -c 'import time; time.sleep(600)'"
 TUNER = """
@@ -46,7 +47,8 @@ def rehearse(tmp_path, monkeypatch):
     def rehearse(**changes):
         (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | changes))
         folder = tmp_path / "experiment" / str(time.monotonic_ns())
-        rehearsal.rehearse(config.load(tmp_path / "config.yml"), folder, folder)
+        with Watchdog(folder, "create") as watchdog:
+            rehearsal.rehearse(config.load(tmp_path / "config.yml"), folder, watchdog)
         return folder
 
     return rehearse
@@ -304,12 +306,11 @@ def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(
     assert "Traceback" not in printed
 
 
-def test_a_command_does_not_outlive_a_launcher_that_dies_at_once(tmp_path):
-    (tmp_path / "left").mkdir()
-    command = [sys.executable, rehearsal.LEASH, tmp_path / "left", "sleep", "987"]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL)
-    assert result.returncode == 128 + signal.SIGTERM
-    assert not (tmp_path / "left").exists()
+def test_what_a_killed_launcher_has_run_is_ended(tmp_path):
+    with subprocess.Popen(["sleep", "987"], start_new_session=True) as sleeper:
+        command = [sys.executable, UNDO, tmp_path / "folder", "create"]
+        subprocess.run(command, input=f"wait\nrun {sleeper.pid}\n", text=True, check=True)
+    assert sleeper.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(

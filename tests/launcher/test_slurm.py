@@ -18,6 +18,7 @@ from nnisearch.before import rehearsal
 from nnisearch.shared import slurm
 from nnisearch.shared.results import Trials
 from nnisearch.shared.text import reason
+from nnisearch.start.launch import Watchdog
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "slurm.yml").read_text())
 SRUN = CONFIG["trialCommand"].replace("python3 train.py", LIGHT_TRIAL)
@@ -162,7 +163,8 @@ def rehearse(command, folder, monkeypatch, cluster):
     slurm.prepare("search", folder / "search")
     proposal = '{"parameter_id": 0, "parameters": {"epochs": 1, "lr": 0.1}}'
     place = folder / "search" / "rehearsal"
-    return rehearsal.rehearse_trial(config, place, proposal, 0, None, folder / "search")
+    with Watchdog(folder / "search", "create") as watchdog:
+        return rehearsal.rehearse_trial(config, place, proposal, 0, None, watchdog)
 
 
 def test_a_rehearsal_is_a_job_that_may_fail(cluster, tmp_path, monkeypatch):
