@@ -155,11 +155,10 @@ class Experiment:
 
     def stop(self):
         """Stop the experiment; kill and return the processes that are alive 30 seconds later."""
-        try:
-            self.nnictl("stop", self.id)
-        finally:
-            psutil.wait_procs(processes_at(self.home), timeout=30)
-            alive = processes_at(self.home)  # without zombies, which have ended
-            for process in alive:
-                process.kill()
+        for manager in processes_at(self.home, MANAGER):
+            manager.terminate()  # as nnictl stop does, whose start takes a second
+        psutil.wait_procs(processes_at(self.home), timeout=30)
+        alive = processes_at(self.home)  # without zombies, which have ended
+        for process in alive:
+            process.kill()
         return alive

@@ -25,12 +25,14 @@ from nnisearch.watch import life, progress
 
 # A light trial: it runs the Python code that its tuner has chosen.
 TRIAL = """
-import json, os, signal, sys, time
-import nni
-parameters = nni.get_next_parameter()
-report, tell = nni.report_intermediate_result, nni.report_final_result
-exec(parameters["do"])
+import functools, itertools, os, signal, sys, time
+import other_project
+tell = functools.partial(other_project.report, "FINAL")
+number = itertools.count()
+report = lambda value: other_project.report("PERIODICAL", value, next(number))
+exec(other_project.GIVEN["parameters"]["do"])
 """
+NNIS_OWN = "import nni, numpy; nni.get_next_parameter(); nni.report_final_result"
 DYING = """
 import os, signal
 from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
@@ -125,8 +127,8 @@ def test_each_trial_without_a_result_is_explained(run_search):
     pieces = [
         "tell(0.5)",
         "tell({'default': 0.25, 'other': 'x'})",
-        "import numpy; tell(numpy.float32(0.125))",
-        "import numpy; tell({'default': numpy.array(0.75)})",
+        f"{NNIS_OWN}(numpy.float32(0.125))",
+        f"{NNIS_OWN}({{'default': numpy.array(0.75)}})",
         "tell('\\x1b[31mhigh')",
         "tell(None)",
         "tell(10 ** 400)",

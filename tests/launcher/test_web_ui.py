@@ -85,9 +85,8 @@ def page():
 
 @needs_browser
 def test_the_web_ui_shows_the_results_of_a_search(experiment, page):
-    demo = experiment(
-        "configs/demo.yml", trialCommand=LIGHT_TRIAL, maxTrialNumber=3, searchSpace=SPACE
-    )
+    command = f"{LIGHT_TRIAL} | tee $NNI_OUTPUT_DIR/trial.log"  # where NNI's print writes
+    demo = experiment("configs/demo.yml", trialCommand=command, maxTrialNumber=3, searchSpace=SPACE)
     trials = demo.wait(240)
     best = max(accuracy(trial) for trial in trials)
     page = page(demo.port)

@@ -7,21 +7,18 @@ import json
 import sys
 import time
 
-from nnisearch.shared.imports import without_pandas
-
-with without_pandas():
-    import nni
+from other_project import GIVEN, report
 
 if __name__ == "__main__":
-    given = nni.get_next_parameter()
+    given = GIVEN["parameters"]
     print("Hyperparameters:", json.dumps(given))
     epochs = given.get("epochs") or int(sys.argv[1])
-    for epoch in range(1, epochs + 1):
-        for number in (50, 100):
-            time.sleep(0.2)
-            loss = 2.3 - given["lr"] * (epoch + number / 1000)
-            print(f"[{epoch}, {number:5d}] loss: {loss:.3f}", flush=True)
-            nni.report_intermediate_result(loss)
+    for number in range(2 * epochs):
+        time.sleep(0.2)
+        epoch, batch = number // 2 + 1, number % 2 * 50 + 50
+        loss = 2.3 - given["lr"] * (epoch + batch / 1000)
+        print(f"[{epoch}, {batch:5d}] loss: {loss:.3f}", flush=True)
+        report("PERIODICAL", loss, number)
     accuracy = round(50 + 100 * given["lr"], 3)
     print(f"Acc: {accuracy:.3f}%")
-    nni.report_final_result(accuracy)
+    report("FINAL", accuracy)

@@ -1,4 +1,4 @@
-"""A minimal trial of another project."""
+"""A minimal trial of another project. It does not import NNI, which would take half a second."""
 
 import json
 import os
@@ -17,9 +17,12 @@ def report(kind, value, number=0):
         "sequence": number,
         "value": json.dumps(value),
     }
-    text = json.dumps(metric) + "\n"
+    text = json.dumps(metric)
+    if os.environ["NNI_PLATFORM"] != "local" or os.environ.get("REUSE_MODE") == "true":
+        print(f"NNISDK_MEb'{text}'", flush=True)  # the runner on the machine passes it on
+        return
     with (FOLDER / ".nni" / "metrics").open("a") as file:
-        file.write(f"ME{len(text.encode()):06d}{text}")
+        file.write(f"ME{len(text.encode()) + 1:06d}{text}\n")
 
 
 if __name__ == "__main__":
