@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, SPACE
-from test_experiment import stand_in_nvidia_smi
+from stand_ins import stand_in_nvidia_smi
 
 import search
 from nnisearch.before import checks, config, gpus

@@ -22,7 +22,7 @@ import yaml
 from conftest import ENDLESS, ROOT, ask, nobody, outside_address
 from experiment import MANAGER, SEARCH, UNCHECKED, Experiment, free_port, processes_at
 from machines import SSHD, Machine, make_key
-from test_experiment import stand_in_nvidia_smi
+from stand_ins import stand_in_nvidia_smi
 from test_remote import UPGRADE, writable
 from websockets.sync.server import serve
 

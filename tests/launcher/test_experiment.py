@@ -16,6 +16,7 @@ from experiment import (
     printed_parameters,
     processes_at,
 )
+from stand_ins import stand_in_nvidia_smi
 
 
 def chosen(search, *args):
@@ -74,20 +75,6 @@ def test_a_refused_value_fails_the_trial_and_stands_in_its_stderr(experiment):
     line = "train.py: error: tuner: batch_size is 0; allowed: an integer >= 1\n"
     assert demo.trial_file(trial, "stderr") == line
     assert demo.stop() == []
-
-
-def stand_in_nvidia_smi(home, busy):
-    """Put an nvidia-smi first on the experiment's PATH whose GPUs are busy or not, as listed."""
-    process = "<process_info><pid>1</pid></process_info>"
-    utilization = "<gpu_util>0 %</gpu_util><memory_util>0 %</memory_util>"
-    gpus = "".join(
-        f"<gpu><processes>{process * is_busy}</processes>"
-        f"<utilization>{utilization}</utilization></gpu>"
-        for is_busy in busy
-    )
-    stand_in = home / "nvidia-smi"
-    stand_in.write_text(f"#!/bin/sh\ncat <<END\n<nvidia_smi_log>{gpus}</nvidia_smi_log>\nEND\n")
-    stand_in.chmod(0o755)
 
 
 def test_every_trial_of_config_yml_gets_the_free_gpu(experiment, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from experiment import free_port, processes_at
-from test_experiment import stand_in_nvidia_smi
+from stand_ins import stand_in_nvidia_smi
 
 TRIAL = (ROOT / "tests" / "support" / "other_project.py").read_text()
 CONFIG = {

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, SPACE
 from experiment import free_port
 from nni.experiment import rest
-from test_experiment import stand_in_nvidia_smi
+from stand_ins import stand_in_nvidia_smi
 from test_other_projects import CONFIG, TRIAL
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from stand_ins import stand_in_nvidia_smi
 from test_checks import LOCAL
-from test_experiment import stand_in_nvidia_smi
 from test_other_projects import CONFIG, TRIAL
 
 from nnisearch.before import config, rehearsal

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address, running
 from experiment import MANAGER, SEARCH, UNCHECKED, free_port, processes_at
-from test_experiment import stand_in_nvidia_smi
+from stand_ins import stand_in_nvidia_smi
 
 import search
 
