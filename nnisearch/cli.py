@@ -63,6 +63,9 @@ def begin(args, project):
     if id := args.resume or args.view:
         known = resume.find(id, listed, "--view" if args.view else "--resume")
         if known["status"] != "STOPPED" if args.view else resume.is_running(known):
+            if args.listen:
+                allowed = "only at a start, and this search already runs"
+                raise ValueError(f"--listen is {args.listen}; allowed: {allowed}")
             return id, known["port"], resume.running_config(known)
     home = Path("~/nni-experiments").expanduser()
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")

@@ -226,7 +226,9 @@ def misspelled(names, where, classes, content):
     for name in names:
         others = [other for other in known if name in known[other] and other[0] != "_"]
         likely = VERSION_1 | known[where]
-        similar = [likely[each] for each in difflib.get_close_matches(name, likely, n=1)]
+        similar = [
+            likely[each] for each in difflib.get_close_matches(name, likely, n=1, cutoff=0.7)
+        ]
         if name not in VERSION_1 and others:
             similar = [f"there, but in {' or '.join(sorted(others))}"]
         allowed = ", ".join(similar or known[where].values())
@@ -292,15 +294,23 @@ def convert_version_1(content):
     Raises ValueError if NNI cannot; nnictl then starts it by separate code.
     """
     platform = content["trainingServicePlatform"]
-    is_old = (content.get(f"{platform}Config") or {}).get("reuse") is False
+    section = content.get(f"{platform}Config")
     logger = logging.getLogger(convert.__name__)
     logger.disabled = True  # it warns of each key that version 2 has dropped
     try:
-        if platform in ("kubeflow", "frameworkcontroller") and is_old:
+        if (
+            platform in ("kubeflow", "frameworkcontroller")
+            and (section or {}).get("reuse") is False
+        ):
             raise ValueError("reuse is False")
         return convert.to_v2(content)
     except Exception as error:
-        why = f"{type(error).__name__}: {one_line(error)}"
+        why = f"{error} is missing"
+        if not isinstance(error, KeyError):
+            why = explanation(error, content)
+        for key in ("trial", "tuner", "assessor", "advisor", f"{platform}Config"):
+            if key in content and not isinstance(content[key], dict):
+                why = f"{key} is {one_line(content[key])}, not an object"
         allowed = "version 2, or what NNI can convert"
         raise ValueError(f"a configuration of version 1; allowed: {allowed}; {why}") from None
     finally:
@@ -348,8 +358,8 @@ def known_algorithms(kind):
     return {name.lower(): (name, class_name) for name, class_name in names}
 
 
-def shipped_class(algorithm):
-    """Return the class name of a tuner of NNI or of this package, else None."""
-    _, listed = known_algorithms("tuner").get((algorithm.name or "").lower(), (None, None))
+def shipped_class(algorithm, kind="tuner"):
+    """Return the class name of a tuner or an assessor of NNI or of this package, else None."""
+    _, listed = known_algorithms(kind).get((algorithm.name or "").lower(), (None, None))
     class_name = algorithm.class_name or listed or ""
     return class_name if class_name.startswith(("nni.", "nnisearch.")) else None

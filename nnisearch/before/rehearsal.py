@@ -6,6 +6,8 @@ is not refused: after five seconds a line tells the user what the command waits 
 
 import contextlib
 import ctypes
+import importlib
+import inspect
 import json
 import math
 import os
@@ -135,7 +137,8 @@ def rehearse_tuner(config, folder, watchdog):
             return []
         except EOFError:
             why = reason(read(folder / "output") + read(log))
-            raise ValueError(f"{algorithms_in_words(config)}: {with_hint(why)}") from None
+            hint = with_hint(why, config)
+            raise ValueError(f"{algorithms_in_words(config)}: {hint}") from None
     return proposals[:MOST_TRIALS]
 
 
@@ -177,9 +180,16 @@ def read(path):
     return tail(path) if path.exists() else ""
 
 
-def with_hint(why):
-    """Return why a tuner has failed, and what is allowed if HINTS knows it."""
+def with_hint(why, config):
+    """Return why a tuner or an assessor has failed, and what is allowed if that is known."""
     hints = [hint for pattern, hint in HINTS.items() if re.search(pattern, why)]
+    for kind in ("tuner", "assessor"):
+        algorithm = getattr(config, kind)
+        class_name = shipped_class(algorithm, kind) if algorithm else None
+        module, _, name = (class_name or "").rpartition(".")
+        if name and f"{name}.__init__() got an unexpected keyword argument" in why:
+            allowed = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+            hints.append(f"allowed in classArgs: {', '.join(allowed)}")
     return "; ".join([why, *hints, "--no-rehearsal starts the search all the same"])
 
 

@@ -117,6 +117,7 @@ def launch(experiment, wanted, watchdog):
     config = experiment.config
     folder = Path(config.experiment_working_directory, experiment.id)
     count = 2 if not is_local(config) or config.training_service.reuse_mode else 1
+    logs = {path: path.stat().st_size for path in folder.glob("log/*.log")}
     port = None
     with patience() as started:
         try:
@@ -144,7 +145,7 @@ def launch(experiment, wanted, watchdog):
                 return launch(experiment, wanted, watchdog)  # another user has just taken the port
             if not started:
                 raise
-            words = "; ".join([one_line(error), *last_words(folder / "log")])
+            words = "; ".join([one_line(error), *last_words(folder / "log", logs)])
             raise RuntimeError(f"the search does not start: {words}") from error
     return port
 
@@ -244,8 +245,11 @@ def wait_for_trial(port):
         time.sleep(0.1)
 
 
-def last_words(logs):
-    """Return the last lines of the manager's stderr, and the last errors of both logs."""
+def last_words(folder, sizes):
+    """Return the last lines of the manager's stderr, and the last errors of both logs.
+
+    sizes are {path: bytes} of what an earlier start has written there.
+    """
     words = []
     for name, pattern in (
         ("nnictl_stderr.log", r"^(?!-+$|Experiment \w+ start|Thrown at:|\s+at ).+"),
@@ -253,6 +257,7 @@ def last_words(logs):
         ("dispatcher.log", r".*(?:ERROR|CRITICAL).*"),
     ):
         with contextlib.suppress(OSError):
-            text = uncoloured((logs / name).read_text(encoding="utf-8", errors="replace"))
+            path = folder / name
+            text = uncoloured(path.read_bytes()[sizes.get(path, 0) :].decode(errors="replace"))
             words += map(one_line, re.findall(pattern, text, re.MULTILINE)[-4:])
     return words

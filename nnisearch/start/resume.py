@@ -38,7 +38,7 @@ def find(id, listed, flag):
     Raises ValueError that names the flag if there is no such experiment.
     """
     folder = find_folder(id, listed)
-    if not folder:
+    if not folder or folder.is_symlink():  # NNI's link _latest
         raise ValueError(f"{flag} is {id!r}; allowed: {known_ids(listed)}")
     manager = manager_of(id)
     known = {"id": id, "status": "RUNNING" if manager else "STOPPED"} | listed.get(id, {})

@@ -103,6 +103,7 @@ def test_the_projects_configurations_are_accepted(name):
         # Keys of version 1, of another place, misspelled, and like no other.
         ({"author": "me"}, ["author is no key of NNI's ExperimentConfig; allowed: to leave it"]),
         ({"maxTrialNum": 3}, ["; allowed: maxTrialNumber"]),
+        ({"extra": 3}, ["extra is no key of NNI's ExperimentConfig; allowed: experimentName, "]),
         ({"gpuIndices": [0]}, ["; allowed: there, but in LocalConfig or RemoteMachineConfig"]),
         (
             {"tuner": {"builtinTunerName": "TPE"}},
@@ -135,6 +136,25 @@ def test_files_without_a_configuration_are_refused(tmp_path, content):
     for broken in (path, tmp_path / "missing.yml"):
         with pytest.raises(ValueError, match=f"^{broken}: .+$"):
             config.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"trainingServicePlatform": "adl"}, "allowed: platform in ['local', 'remote', 'pai', "),
+        ({"trainingServicePlatform": "remote"}, "'machineList' is missing"),
+        ({"localConfig": None}, "localConfig is None, not an object"),
+        ({"trial": 3}, "trial is 3, not an object"),
+        ({"multiPhase": True}, "Multi-phase is no longer supported"),
+    ],
+)
+def test_a_version_1_that_nni_cannot_convert_is_refused(tmp_path, changes, why):
+    content = {"trainingServicePlatform": "local", "trial": {"command": "true", "codeDir": "."}}
+    (tmp_path / "old.yml").write_text(yaml.safe_dump(content | changes))
+    with pytest.raises(ValueError) as error:
+        config.load(tmp_path / "old.yml")
+    words = "a configuration of version 1; allowed: version 2, or what NNI can convert; "
+    assert str(error.value).startswith(f"{tmp_path / 'old.yml'}: {words}{why}")
 
 
 def test_a_search_space_with_a_syntax_error_is_named_with_the_line(load, tmp_path):
