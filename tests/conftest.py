@@ -100,6 +100,20 @@ def nobody():
     return 65534
 
 
+def as_process(capsys, function, *args, **how):
+    """Call a command's function in this process; return what it prints and its exit status."""
+    capsys.readouterr()
+    end = None
+    try:
+        function(*args, **how)
+    except SystemExit as exit:
+        end = exit.code
+    out, err = capsys.readouterr()
+    if isinstance(end, str):  # as Python does
+        err, end = f"{err}{end}\n", 1
+    return subprocess.CompletedProcess(args, end or 0, out, err)
+
+
 @pytest.fixture(autouse=True)
 def no_timeout():
     """Undoes a download's time-out, which is for a process of its own."""
@@ -198,18 +212,9 @@ def main(capsys, kernels, monkeypatch, synthetic):
     monkeypatch.setattr("trial.data.make_synthetic", lambda: synthetic)
 
     def main(*flags):
-        capsys.readouterr()
-        end = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # NNI says that there is no tuner
-            try:
-                train.main([str(flag) for flag in flags])
-            except SystemExit as exit:
-                end = exit.code
-        out, err = capsys.readouterr()
-        if isinstance(end, str):  # as Python does
-            err, end = f"{err}{end}\n", 1
-        return subprocess.CompletedProcess(flags, end or 0, out, err)
+            return as_process(capsys, train.main, [str(flag) for flag in flags])
 
     return main
 

@@ -4,13 +4,15 @@ import csv
 import io
 import json
 import os
+import runpy
 import signal
 import sqlite3
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, as_process
+from nnis_files import database, trial
 
 import train
 from nnisearch.after import choose, importance
@@ -18,83 +20,15 @@ from nnisearch.shared import output, results
 from nnisearch.shared.direction import direction
 
 
-def trial(number, result, seconds=10.0, reports=(2.0, 1.0), status="SUCCEEDED", **hyperparameters):
-    return {
-        "trial": number,
-        "id": f"id{number}",
-        "status": status,
-        "result": result,
-        "seconds": seconds,
-        "intermediate": list(reports),
-        "hyperparameters": {"lr": 0.01 * (number + 1)} | hyperparameters,
-    }
-
-
-def database(home, trials, experiment="abc123", start=1000, **profile):
-    """Write trials as NNI 2.10.1 does, with its list of experiments; return the database's path."""
-    folder = home / "nni-experiments" / experiment / "db"
-    folder.mkdir(parents=True)
-    listed = home / "nni-experiments" / ".experiment"
-    known = json.loads(listed.read_text()) if listed.exists() else {}
-    known[experiment] = {"startTime": start, "logDir": str(home / "nni-experiments")}
-    listed.write_text(json.dumps(known))
-    path = folder / "nni.sqlite"
-    connection = sqlite3.connect(path)
-    connection.executescript(
-        "CREATE TABLE TrialJobEvent (timestamp integer, trialJobId text, event text, data text,"
-        " logPath text, sequenceId integer, message text);"
-        "CREATE TABLE MetricData (timestamp integer, trialJobId text, parameterId text, type text,"
-        " sequence integer, data text);"
-        "CREATE TABLE ExperimentProfile (params text, id text, execDuration integer,"
-        " startTime integer, endTime integer, logDir text, nextSequenceId integer,"
-        " revision integer);"
-    )
-    tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
-    known = {"experimentName": "a search", "trialCommand": "python3 train.py", "tuner": tuner}
-    profile = known | profile
-    for revision in (1, 2):
-        row = (json.dumps(profile), experiment, 0, 0, None, "", 0, revision)
-        connection.execute("INSERT INTO ExperimentProfile VALUES (?,?,?,?,?,?,?,?)", row)
-
-    def event(timestamp, name, number, kind, data=None):
-        row = (timestamp, name, kind, data, None, number, None)
-        connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
-
-    def metric(name, number, kind, sequence, value):
-        row = (0, name, str(number), kind, sequence, json.dumps(json.dumps(value)))
-        connection.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row)
-
-    for entry in trials:
-        name, number = entry["id"], entry["trial"]
-        given = json.dumps({"parameter_id": number, "parameters": entry["hyperparameters"]})
-        event(5, "", None, "ADD_CUSTOMIZED", "{}")
-        event(1000, name, number, "WAITING", given)
-        if entry["seconds"] is not None:
-            event(2000, name, number, "RUNNING")
-            if entry["status"] != "RUNNING":
-                event(2000 + round(1000 * entry["seconds"]), name, number, entry["status"])
-        for sequence, value in reversed(list(enumerate(entry["intermediate"]))):
-            metric(name, number, "PERIODICAL", sequence, value)
-        if entry["result"] is not None:
-            metric(name, number, "FINAL", 0, entry["result"])
-    connection.commit()
-    connection.close()
-    return path
-
-
 @pytest.fixture
-def run(tmp_path):
-    """Start `python choose.py ...` with a HOME of its own and in it."""
+def run(tmp_path, monkeypatch, capsys):
+    """Run `python choose.py ...` in this process, with a HOME of its own and in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
 
-    def run(*args, **environment):
-        return subprocess.run(
-            [sys.executable, ROOT / "choose.py", *map(str, args)],
-            env=os.environ | {"HOME": str(tmp_path)} | environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["choose.py", *map(str, args)])
+        return as_process(capsys, runpy.run_path, str(ROOT / "choose.py"), run_name="__main__")
 
     return run
 
@@ -230,10 +164,10 @@ def test_plot_writes_a_png(run, tmp_path):
     assert list(tmp_path.glob("*.tmp")) == []
 
 
-def test_only_plot_needs_matplotlib(run, tmp_path):
+def test_only_plot_needs_matplotlib(run, tmp_path, monkeypatch):
     database(tmp_path, MIXED)
-    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
-    line = refusal(run("--plot", "search.png", PYTHONPATH=str(tmp_path)))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # then its import fails
+    line = refusal(run("--plot", "search.png"))
     assert "--plot needs matplotlib (pip install matplotlib)" in line
     assert not (tmp_path / "search.png").exists()
 
@@ -451,7 +385,9 @@ def test_unusual_names_and_values_are_shown_in_one_line(run, tmp_path):
     }
     entries = [trial(0, 1.0, **odd), trial(1, f"no{escape}"), trial(2, 1.0, seconds=-3570)]
     database(tmp_path, entries, experimentName=None)
-    result = run(PYTHONIOENCODING="ascii", PYTHONOPTIMIZE="2")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}
+    command = [sys.executable, ROOT / "choose.py"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[0] == "abc123"
     assert max(map(len, result.stdout.splitlines()[:4])) < 400
@@ -478,16 +414,11 @@ def test_parameters_that_are_no_object_are_shown(run, tmp_path):
     assert run("--csv").stdout.splitlines()[0].endswith(",parameters")
 
 
-def test_a_closed_pipe_gives_no_traceback(run, tmp_path):
+def test_a_closed_pipe_gives_no_traceback(tmp_path):
     database(tmp_path, [trial(number, float(number)) for number in range(3000)])
     command = f"set -o pipefail; {sys.executable} {ROOT / 'choose.py'} --top 3000 | head -1"
-    result = subprocess.run(
-        ["bash", "-c", command],
-        env=os.environ | {"HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    home = os.environ | {"HOME": str(tmp_path)}
+    result = subprocess.run(["bash", "-c", command], env=home, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("abc123: a search\n", "")
 
 
@@ -602,15 +533,12 @@ def test_a_device_or_a_pipe_is_not_replaced_by_a_file(run, tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_ctrl_c_gives_no_traceback(monkeypatch, capsys):
+def test_ctrl_c_gives_no_traceback(run, monkeypatch):
     monkeypatch.setattr(choose, "show", lambda *_: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr("sys.argv", ["choose.py"])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(SystemExit) as end:
-        choose.main()
+    result = run()
     signal.signal(signal.SIGINT, before)
-    assert end.value.code == 130
-    assert capsys.readouterr() == ("", "")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_a_file_as_standard_output_is_not_replaced(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, running
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
-from test_choose import database, trial
+from nnis_files import database, trial
 
 from nnisearch.shared import results
 from nnisearch.watch import life, progress
