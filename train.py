@@ -42,7 +42,7 @@ HYPERPARAMETERS = {
     "optimizer": Choice("SGD", "how gradients change the weights", optimizers.OPTIMIZERS),
     "momentum": Number(0.9, "the weight of past gradients; Adam's beta1", at_least=0, below=1),
     "weight_decay": Number(0.0, "how strongly a step pulls the weights to 0", at_least=0),
-    "label_smoothing": Number(0.0, "the part of a label for all classes", at_least=0, below=1),
+    "label_smoothing": Number(0.0, "part of a label spread over all classes", at_least=0, below=1),
     "lr_schedule": Choice("constant", "how lr changes during training", optimizers.LR_SCHEDULES),
     "augment": Integer(0, "mirror images and shift them by up to N pixels", at_least=0, at_most=16),
 }
@@ -104,15 +104,15 @@ def train(model, optimizer, images, labels, args):
     """Train for args.epochs; print and report to NNI the mean loss of each window of batches.
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), on the model's device. A window is
-    args.report_every batches, or an epoch if that is shorter. As in the tutorial, an epoch's rest
-    after the last whole window is not reported. Raises FloatingPointError if a loss is not finite.
+    args.report_every batches, or an epoch if that is shorter. As in the tutorial, the batches after
+    an epoch's last window are not reported. Raises FloatingPointError if a loss is not finite.
     """
     model.train()
     # learn(index) is train_step() with all other arguments filled in.
     learn = functools.partial(train_step, model, optimizer, images, labels, args)
     batch_size = min(args.batch_size, len(images))
-    # A GPU computes faster than Python can start the parts of a step. A CUDA graph is a recorded
-    # step that starts as a whole. The exchange of gradients between processes is not recorded.
+    # Python launches a step's kernels more slowly than a GPU runs them. A CUDA graph launches them
+    # all at once. It cannot record the exchange of gradients between processes.
     if fast and images.is_cuda and processes.count() == 1:
         learn = fast.as_cuda_graph(learn, batch_size, images.device)
     steps = args.epochs * math.ceil(len(images) / batch_size)
@@ -154,7 +154,7 @@ def test(model, images, labels, tta=False):
 
 
 def train_and_test(args, data_set):
-    """Train and test a Net with data from load_data(); return it and test()'s number."""
+    """Train and test a Net with load_data()'s data; return it and the number of right answers."""
     train_images, train_labels, test_images, test_labels = (x.to(args.device) for x in data_set)
     torch.backends.cudnn.allow_tf32 = False  # otherwise GPUs round float32 in convolutions
     model = Net().to(args.device)
@@ -186,7 +186,7 @@ def set_hyperparameters(args, values, source):
 
 
 def parse_args(argv):
-    """Return the settings. Hyperparameters: a flag overrides --params, --params the default.
+    """Return the settings. A flag overrides --params, and --params overrides the defaults.
 
     If a flag or a value is not allowed, exits with status 2 and one line on stderr.
     """
@@ -202,7 +202,7 @@ def parse_args(argv):
         add(flag, type=entry.from_text, default=argparse.SUPPRESS, metavar="VALUE", help=text)
     add("--params", type=data.as_path, metavar="FILE", help="a JSON file with hyperparameters")
     add("--dataset", default="cifar10", choices=data.DATASETS, help="synthetic: no download")
-    add("--data-dir", default=data.default_folder(), type=data.as_path, help="for CIFAR-10")
+    add("--data-dir", default=data.default_folder(), type=data.as_path, help="for the data set")
     add("--seed", type=int, default=0, help="for all random numbers")
     add("--device", default=processes.default_device(), help="where to train, such as cpu or cuda")
     add("--report-every", type=int, default=2000, help="batches per reported mean loss")
@@ -239,7 +239,7 @@ def main(argv=None):
     processes.start()
     torch.manual_seed(args.seed)
     try:
-        data_set = load_data(args)  # before NNI is asked: search.py waits for the download
+        data_set = load_data(args)  # first: search.py starts a search after the download
         checks.check_data(data_set)
         # The tuner's choice. If several processes train together, only the first one asks NNI.
         tuned = nni.get_next_parameter() if processes.is_first() else None

@@ -1,4 +1,4 @@
-"""What the network gets: images as floats, augmented for a training step, as views for --tta."""
+"""Prepares images for the network: as floats, augmented for training, as views for --tta."""
 
 import contextlib
 
@@ -32,7 +32,7 @@ def augment(images, pixels, batch_size):
     """Return images, float (n, channels, height, width), each mirrored and shifted at random.
 
     About half of them are mirrored. All are shifted by up to pixels in each direction. batch_size
-    is the size of the whole batch: every process draws its random numbers and uses its own share.
+    is the size of the whole batch: every process draws random numbers for all, and uses its share.
     """
     device = images.device
     shift = torch.randint(2 * pixels + 1, (batch_size, 2), device=device)
@@ -72,7 +72,7 @@ def shifts(images, pixels):
 def limited_by_memory(args):
     """Raise NotAllowed, which names batch_size, if the device has too little memory to train.
 
-    torch raises a RuntimeError then. Only the message tells it from other RuntimeErrors.
+    torch then raises a RuntimeError. Only its message shows the cause.
     """
     try:
         yield

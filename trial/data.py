@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 DATASETS = ("cifar10", "synthetic")
 SHAPES = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]  # of CIFAR-10
-PRIVATE = "cifar10.download."  # begins the name of a temporary folder for a download
+DOWNLOADS = "cifar10.download."  # prefix of the names of temporary folders
 NOTICE_AFTER = 10  # seconds of waiting for another process
 
 
@@ -67,8 +67,8 @@ def load_cifar10(data_dir):
         for unfinished in data_dir.glob(f"{cache.name}.*.tmp"):
             with contextlib.suppress(OSError):
                 unfinished.unlink()
-        for private in data_dir.glob(f"{PRIVATE}*"):
-            shutil.rmtree(private, ignore_errors=True)
+        for unfinished in data_dir.glob(f"{DOWNLOADS}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         tensors = decode_cifar10(data_dir)
         save({"tensors": tensors, "checksums": checksums(tensors)}, cache, tensors)
     return read_cache(cache) or tensors
@@ -77,7 +77,7 @@ def load_cifar10(data_dir):
 def read_cache(cache):
     """Return the tensors in the cache file, mapped into memory; None if they are not CIFAR-10."""
     try:
-        # Another user may have put a fifo there, even after a check of the path. To open a fifo
+        # Another user may have put a fifo there, even after a check of the path. Opening a fifo
         # would wait for a writer. O_PATH finds a file and does not open it.
         place = os.open(cache, os.O_PATH)
         try:
@@ -134,9 +134,9 @@ def decode_cifar10(data_dir):
 def unpack_cifar10(archive, batches):
     """Fill the folder batches from the archive. Downloads a missing or damaged archive first.
 
-    Other users may have put links there, and torchvision writes through links. So it works in a
-    private temporary folder, and whole files are moved from there. Raises OSError and torchvision's
-    errors.
+    Other users may have put links there, and torchvision writes through links. So torchvision gets
+    a private temporary folder, and whole files are moved from there. Raises OSError and
+    torchvision's errors.
     """
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, download_and_extract_archive
@@ -145,7 +145,7 @@ def unpack_cifar10(archive, batches):
         raise OSError(f"{batches} is a link: its target is not written to")
     # In seconds. torchvision sets no limit, and would wait forever for a silent server.
     socket.setdefaulttimeout(30)
-    with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=archive.parent) as private:
+    with tempfile.TemporaryDirectory(prefix=DOWNLOADS, dir=archive.parent) as private:
         is_there = check_integrity(archive, CIFAR10.tgz_md5)
         if is_there:
             shutil.copy(archive, private)
@@ -183,7 +183,7 @@ def make_synthetic():
 
 
 def hold_out(images, labels):
-    """Split training data: the last tenth of each class is held out, in place of test data.
+    """Split training data: hold out the last tenth of each class, in place of test data.
 
     Returns four tensors, as load_data(). CIFAR-10 has 4,500 + 500 training images per class.
     """
@@ -249,7 +249,7 @@ def save(content, path, tensors):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        if isinstance(error.__context__, (SystemExit, KeyboardInterrupt)):  # in torch.save
+        if isinstance(error.__context__, (SystemExit, KeyboardInterrupt)):  # torch hides it
             raise error.__context__ from None
         unfinished.unlink(missing_ok=True)  # first: the message below says how much is free
         needed = sum(tensor.nbytes for tensor in tensors) / 1e6

@@ -46,8 +46,8 @@ def to_channels_last(model, inputs):
 def as_cuda_graph(function, batch_size, device):
     """Return function(index), which runs as a CUDA graph if the index has batch_size entries.
 
-    function returns a tensor. The graph's next run overwrites it. Python starts the 60 kernels of a
-    step more slowly than a GPU runs them; a graph starts them all at once. This follows
+    function returns a tensor. The graph's next run overwrites it. Python launches the 60 kernels of
+    a step more slowly than a GPU runs them; a graph launches them all at once. This follows
     https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture.
     """
     graph_index = torch.empty(batch_size, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""A hyperparameter has a default, a meaning, and bounds or choices that its values keep."""
+"""The kinds of hyperparameters. Each has a default, a meaning, and bounds or choices."""
 
 import json
 import math

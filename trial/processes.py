@@ -34,7 +34,7 @@ def check_device(device):
 
 
 def start():
-    """Join the other processes of this trial, if torchrun has started it."""
+    """Join the process group, if torchrun has started this process."""
     if distributed.is_torchelastic_launched():
         distributed.init_process_group()
 
@@ -85,9 +85,8 @@ def sum_gradients(model):
     """Replace each gradient by its sum over the processes."""
     if count() > 1:
         gradients = [each.grad for each in model.parameters() if each.grad is not None]
-        message = torch.cat(
-            [gradient.flatten() for gradient in gradients]
-        )  # one exchange is faster than one per gradient
+        # One exchange is faster than one per gradient.
+        message = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(message)
         sizes = [gradient.numel() for gradient in gradients]
         for gradient, summed in zip(gradients, message.split(sizes), strict=True):
@@ -95,6 +94,6 @@ def sum_gradients(model):
 
 
 def end():
-    """Leave the other processes."""
+    """Leave the process group."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -17,7 +17,7 @@ spin = {} if set_by_user else {"GOMP_SPINCOUNT": "10000"}
 os.environ.update(spin)
 
 # While modules load, the garbage collector runs 500 times and finds nothing: 0.7 of 2 s. The
-# modules' objects stay until the end. gc.freeze() below spares them later runs, too.
+# modules' objects stay until the end. gc.freeze() excludes them from later runs, too.
 gc.disable()
 # NNI's json_tricks loads pandas if it is installed: 0.2 s and 34 MiB. It needs pandas only to
 # report tables, which no trial does. Python does not find a module that is None in sys.modules.
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 gc.freeze()
 gc.enable()
-for name in spin:  # torch has read it; programs that the trial starts shall not see it
+for name in spin:  # torch has read it, and the trial's child processes must not inherit it
     del os.environ[name]
 
 # By default, tqdm makes a lock for several processes, which starts a process in Python 3.14.
