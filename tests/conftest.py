@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 # Several files run at a time, and threads of torch would wait for each other. Before its import.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -40,7 +41,7 @@ LIGHT_TRIAL = "python3 tests/support/light_trial.py"
 ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
-from experiment import UNCHECKED, Experiment, processes_at  # noqa: E402
+from experiment import SEARCH, UNCHECKED, Experiment, processes_at  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -260,24 +261,47 @@ def home(tmp_path):
         process.kill()
 
 
-@contextlib.contextmanager
-def running(command, home, environment, **variables):
-    """Start a command in its HOME, yield the process without waiting, and kill it at the end."""
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env=environment | {"HOME": str(home), "TMPDIR": str(home)} | variables,
-        cwd=home,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Ctrl-C works, also where the tests run in the background of a script.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()  # which does nothing to one that has ended
+@pytest.fixture
+def start_search(home, environment):
+    """Start `python search.py ...` in its HOME without waiting, and kill it at the end.
+
+    config is its configuration, how replaces search.py, before is a command that starts it.
+    """
+
+    @contextlib.contextmanager
+    def start_search(*args, config=None, how=SEARCH, before=(), **variables):
+        if config:
+            (home / "config.yml").write_text(yaml.safe_dump(config))
+            args = (home / "config.yml", *args)
+        process = subprocess.Popen(
+            [str(part) for part in (*before, sys.executable, *how, *args)],
+            env=environment | {"HOME": str(home), "TMPDIR": str(home)} | variables,
+            cwd=home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Ctrl-C works, also where the tests run in the background of a script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()  # which does nothing to one that has ended
+
+    return start_search
+
+
+@pytest.fixture
+def run_search(start_search):
+    """Start as above and wait; return what was printed, with the exit status in returncode."""
+
+    def run_search(*args, **how):
+        with start_search(*args, **how) as process:
+            stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return run_search
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import yaml
-from conftest import ROOT, running
+from conftest import ROOT
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
 from nnis_files import database, trial
@@ -62,13 +61,12 @@ class Judge(Assessor):
 
 
 @pytest.fixture
-def start_search(home, environment):
+def start_search(home, start_search):
     """Start a search whose trials run these pieces of Python in turn, and what shows it."""
     (home / "trial.py").write_text(TRIAL)
     (home / "dying.py").write_text(DYING)
 
-    @contextlib.contextmanager
-    def start_search(*pieces, before=(), **changes):
+    def start_pieces(*pieces, before=(), **changes):
         config = {
             "experimentName": "in turn",
             "searchSpace": {"do": {"_type": "choice", "_value": list(pieces)}},
@@ -79,30 +77,23 @@ def start_search(home, environment):
             "tuner": {"name": "GridSearch"},
             "trainingService": {"platform": "local"},
         }
-        (home / "config.yml").write_text(yaml.safe_dump(config | changes))
-        command = [*before, sys.executable, *UNCHECKED, home / "config.yml", "-p", free_port()]
-        with running(command, home, environment) as process:
-            yield process
+        how = {"config": config | changes, "how": UNCHECKED, "before": before}
+        return start_search("-p", free_port(), **how)
 
-    return start_search
+    return start_pieces
 
 
 @pytest.fixture
-def run_search(start_search):
-    """Start as above and wait; return the status, the lines of its trials, stdout and stderr."""
+def run_search(run_search):
+    """Start as above and wait; return what was printed, and the lines of its trials in lines."""
 
-    def run_search(*pieces, **how):
-        with start_search(*pieces, **how) as process:
-            stdout, stderr = process.communicate(timeout=200)
-        lines = re.findall(r"^trial (\d+) \(\w+\)(?:: | )(.*)", stdout, re.MULTILINE)
-        return SimpleNamespace(
-            returncode=process.returncode,
-            lines=[f"{number}: {text}" for number, text in lines],
-            stdout=stdout,
-            stderr=stderr,
-        )
+    def run_pieces(*pieces, **how):
+        search = run_search(*pieces, **how)
+        lines = re.findall(r"^trial (\d+) \(\w+\)(?:: | )(.*)", search.stdout, re.MULTILINE)
+        search.lines = [f"{number}: {text}" for number, text in lines]
+        return search
 
-    return run_search
+    return run_pieces
 
 
 def nnictl(home, *args):

@@ -14,41 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address, running
-from experiment import MANAGER, SEARCH, UNCHECKED, free_port, processes_at
+from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
+from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from stand_ins import stand_in_nvidia_smi
 
 import search
 
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
-
-
-@pytest.fixture
-def start_search(home, environment):
-    """Start `python search.py ...` without waiting, in its HOME, with a configuration if given."""
-
-    @contextlib.contextmanager
-    def start_search(*args, config=None, how=SEARCH, **variables):
-        if config:
-            (home / "config.yml").write_text(yaml.safe_dump(config))
-            args = (home / "config.yml", *args)
-        command = (sys.executable, *how, *args)
-        with running(command, home, environment, **variables) as process:
-            yield process
-
-    return start_search
-
-
-@pytest.fixture
-def run_search(start_search):
-    """Start as above and wait; return what was printed, with the exit status in returncode."""
-
-    def run_search(*args, **how):
-        with start_search(*args, **how) as process:
-            stdout, stderr = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    return run_search
 
 
 def demo(**changes):
