@@ -31,16 +31,25 @@ const [INITIALIZED, NEW_TRIAL_JOB, REPORT_METRIC_DATA] = ["ID", "TR", "ME"]; // 
 const ENDED = ["SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"];
 const isUnended = ({ status }) => !ENDED.includes(status);
 
+// The trials that a user has added and that have not started; they start in the order of their events.
+const LEFT = `select data from TrialJobEvent where event = 'ADD_CUSTOMIZED' order by rowid
+    limit -1 offset (select count(distinct trialJobId) from TrialJobEvent
+        where event = 'WAITING' and data like '%"parameter_source":"customized"%')`;
+
 // Resuming runs the unended trials again, from their start.
 function resumeExactly(prototype) {
-    const { addRecoveredTrialJob, resumeExperiment } = prototype;
+    const { addCustomizedTrialJob, addRecoveredTrialJob, resumeExperiment } = prototype;
     prototype.resumeExperiment = async function (isView) {
+        if (isView) return resumeExperiment.call(this, isView);
         const database = this.dataStore.db.db;
-        const forget = promisify(database.run.bind(database));
-        const jobs = isView ? [] : (await this.dataStore.listTrialJobs()).filter(isUnended);
-        for (const { trialJobId } of jobs) // they will report everything again
-            await forget("delete from MetricData where trialJobId = ?", trialJobId);
-        return resumeExperiment.call(this, isView);
+        const query = promisify(database.all.bind(database));
+        for (const { trialJobId } of (await this.dataStore.listTrialJobs()).filter(isUnended))
+            await query("delete from MetricData where trialJobId = ?", trialJobId); // reported again
+        await resumeExperiment.call(this, isView);
+        // Their events are stored already.
+        const view = Object.create(this, { dataStore: { value: { storeTrialJobEvent() {} } } });
+        for (const { data } of await query(LEFT))
+            await addCustomizedTrialJob.call(view, data).catch(({ message }) => this.log.warning(message));
     };
     prototype.addRecoveredTrialJob = function (jobs) {
         // After a second kill NNI forgets trials that the first resume had queued but not started.

@@ -115,6 +115,37 @@ def test_a_tuner_without_more_sets_is_asked_after_a_trials_end_or_a_new_space():
     assert run(start(more=1, trialConcurrency=2, maxTrialNumber=9) + script) == [1, 2]
 
 
+def test_a_trial_that_a_user_has_added_starts_after_a_resume_if_it_has_not_started():
+    script = """
+        const { Database } = load("node_modules/sqlite3");
+        const database = new Database(":memory:");
+        const query = process.mainModule.require("util").promisify(database.all.bind(database));
+        await query("create table TrialJobEvent (trialJobId, event, data)");
+        const add = (...row) => query("insert into TrialJobEvent values (?, ?, ?)", row);
+        const started = JSON.stringify({ parameter_source: "customized", parameters: { x: 1 } });
+        await add("", "ADD_CUSTOMIZED", '{"x": 1}');
+        await add("t0", "WAITING", started);
+        await add("t0", "WAITING", started);
+        await add("", "ADD_CUSTOMIZED", '{"x": 2}');
+        const nothing = async () => {};
+        Object.assign(manager, {
+            setupTuner: nothing, createCheckpointDir: nothing, exportData: async () => "[]",
+            run: nothing,
+        });
+        Object.assign(manager.dataStore, {
+            db: { db: database }, listTrialJobs: async () => [], getImportedData: async () => [],
+            getExperimentProfile: async () => manager.experimentProfile,
+        });
+        load("common/globals").default.args = { experimentId: "abc" };
+        await manager.resumeExperiment(false);
+        return [manager.waitingTrials.map((form) => JSON.parse(form.hyperParameters.value)), events];
+    """
+    make = START.replace("PARAMS", "{ maxTrialNumber: 9 }, 0").splitlines()[1]
+    waiting, events = run(make + script)
+    assert [trial["parameters"] for trial in waiting] == [{"x": 2}]
+    assert events == []  # it is not stored a second time
+
+
 def test_wrong_values_for_a_button_are_refused_in_one_line():
     script = """
         const refused = [];
