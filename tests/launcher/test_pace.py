@@ -138,11 +138,12 @@ def test_a_trial_that_a_user_has_added_starts_after_a_resume_if_it_has_not_start
         });
         load("common/globals").default.args = { experimentId: "abc" };
         await manager.resumeExperiment(false);
-        return [manager.waitingTrials.map((form) => JSON.parse(form.hyperParameters.value)), events];
+        const given = (form) => JSON.parse(form.hyperParameters.value).parameters;
+        return [manager.waitingTrials.map(given), events];
     """
     make = START.replace("PARAMS", "{ maxTrialNumber: 9 }, 0").splitlines()[1]
     waiting, events = run(make + script)
-    assert [trial["parameters"] for trial in waiting] == [{"x": 2}]
+    assert waiting == [{"x": 2}]
     assert events == []  # it is not stored a second time
 
 
