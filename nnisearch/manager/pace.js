@@ -269,7 +269,13 @@ module.exports = function (settings) {
             prototype.manageTrials = function () {
                 manager = this;
                 const service = this.trainingService;
-                const { submitTrialJob } = service;
+                const { getTrialJob, submitTrialJob } = service;
+                service.getTrialJob = async (id) => {
+                    const job = await getTrialJob.call(service, id);
+                    // NNI that stops hears no reports. A trial that ends then runs again on resuming.
+                    const isStopping = this.status.status === "STOPPING";
+                    return isStopping ? this.trialJobs.get(id) ?? job : job;
+                };
                 service.submitTrialJob = async (form) => {
                     const job = await submitTrialJob.call(service, form);
                     // NNI does this only after a write to the database, and may miss earlier reports.

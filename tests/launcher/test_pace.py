@@ -57,6 +57,24 @@ def test_a_result_reaches_the_tuner_before_its_trials_end():
     assert told.count("stored metric t0") == 2
 
 
+def test_a_trial_that_ends_while_the_search_is_stopped_does_not_count_as_ended():
+    script = """
+        await until(() => jobs.size === 2);
+        const { dataStore } = manager;
+        const { storeTrialJobEvent } = dataStore;
+        dataStore.storeTrialJobEvent = (...event) => { // NNI asks for the second trial afterwards
+            manager.setStatus("STOPPING");
+            endTrial("t1");
+            return storeTrialJobEvent(...event);
+        };
+        endTrial("t0");
+        await ended.catch(() => {}); // NNI's loop does not expect a stop
+        return events.filter((event) => event.startsWith("stored SUCCEEDED"));
+    """
+    told = run(start(trialConcurrency=2, maxTrialNumber=2) + script)
+    assert told == ["stored SUCCEEDED t0"]
+
+
 def test_a_tuner_on_a_busy_machine_is_waited_for():
     script = """
         load("common/globals").default.args = { logLevel: "fatal" };
