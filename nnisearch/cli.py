@@ -5,8 +5,8 @@
     nnisearch --view ID        # show a stopped search in the Web UI
 
 CONFIG may be any configuration of NNI, of any project. A search that cannot work is refused in one
-line and leaves nothing behind. Only its user can reach the search (guard.js). It continues when
-this command ends. For nnictl it is an experiment like any other.
+line and leaves nothing behind. A search is closed to other users (guard.js), and continues when
+this command ends. nnictl can handle it like any experiment.
 """
 
 import ipaddress
@@ -45,9 +45,9 @@ LIST_SIZE = 1  # MB: NNI loses its list of experiments if the disk is full
 class Project:
     """Settings of a project's own command, such as search.py; the defaults are nnisearch's own.
 
-    A user starts a search by command, and chooses a trial by choose_command. default_config()
-    returns the path of the default configuration, and the reason for it. check(config) raises
-    ValueError for what the project's trial refuses. within is choose.main's.
+    command starts a search, and choose_command chooses a trial. default_config() returns the path
+    of the default configuration, and the reason for it. check(config) raises ValueError for what
+    the project's trial refuses. within is an argument of choose.main().
     """
 
     command: str = "nnisearch"
@@ -62,7 +62,8 @@ def begin(args, project):
     listed = resume.list_experiments()
     if id := args.resume or args.view:
         known = resume.find(id, listed, "--view" if args.view else "--resume")
-        if known["status"] != "STOPPED" if args.view else resume.is_running(known):
+        is_up = known["status"] != "STOPPED" if args.view else resume.is_running(known)
+        if is_up:
             if args.listen:
                 allowed = "only at a start, and this search already runs"
                 raise ValueError(f"--listen is {args.listen}; allowed: {allowed}")
@@ -79,7 +80,7 @@ def begin(args, project):
 
 
 def new(args, project):
-    """Return the experiment of the configuration that args name, or of the project's default."""
+    """Return an experiment of the configuration in args, or of the project's default one."""
     path, reason = (args.config, args.config) if args.config else project.default_config()
     print(f"Configuration: {one_line(reason)}")
     return Experiment(configuration.load(path))
@@ -123,7 +124,7 @@ def start(experiment, args, project):
             try:
                 rehearse(config, folder / "rehearsal", watchdog)
             except (ValueError, OSError):
-                checks.check_disk(folder, EXPERIMENT_SIZE)  # it may have become full
+                checks.check_disk(folder, EXPERIMENT_SIZE)  # a full disk may be the cause
                 raise
             remove(folder / "rehearsal")
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
@@ -193,15 +194,11 @@ def main(argv=None, project=Project()):  # noqa: B008 - it does not change
         print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
         if args.listen:
             reach = f"everybody who reaches {args.listen}:{port} can run any command as you"
-            print(f"Warning: {reach}; --listen turns that protection off")
+            print(f"Warning: {reach}, because of --listen")
         elif not Path("/proc/net/tcp").exists():
-            print(
-                "Other users of this machine can use it, too: it has no /proc to tell users apart"
-            )
+            print("Other users of this machine can use it, too, because it has no /proc")
         elif "microsoft" in platform.release().lower():
-            print(
-                "Processes of root can use it, too: in WSL, Windows' browser connects through one"
-            )
+            print("Processes of root can use it, too: in WSL, Windows' browser comes through one")
         if args.detach or args.view:
             return 0
         has_result = progress.watch(id, port, config, again, f"{project.choose_command} {id}")

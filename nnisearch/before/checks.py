@@ -1,7 +1,7 @@
 """Checks a configuration, before a search starts, for mistakes that NNI ignores.
 
-The rehearsal finds what NNI cannot run; these checks find what it would silently do wrong. Each
-check raises ValueError with one line that names the key, the value and what is allowed.
+The rehearsal finds what fails; these checks find what NNI would silently do wrong. Each check
+raises ValueError with one line that names the key, the value and what is allowed.
 """
 
 import grp
@@ -22,7 +22,7 @@ from nnisearch.before.config import check_code, is_local, known_algorithms, ship
 from nnisearch.before.gpus import check_gpus
 from nnisearch.before.space import check_space, nested_choices, numbers_as_text
 
-# NNI's tuners with another form of search space.
+# NNI's tuners whose search space has another form.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
 
 # Tuners that raise KeyError for a choice nested in an option that they have not drawn.
@@ -98,7 +98,7 @@ def check_algorithms(config):
 
 
 def check_addresses(config):
-    """Check that NNI's programs can connect to each other. Raises ValueError with a solution."""
+    """Check that NNI's programs can connect to each other."""
     try:
         found = {place[4][0].split("%")[0] for place in socket.getaddrinfo("localhost", None)}
     except OSError:
@@ -140,8 +140,7 @@ def check_private(folder, key="experimentWorkingDirectory"):
 def is_private_group(number):
     """Return whether a group is this user's private group, which many systems create per user.
 
-    It has the user's name and no other member. If the system has no such names, it has the user's
-    number.
+    Such a group has the user's name and no other member. Without names, it has the user's number.
     """
     with suppress(KeyError):
         group, name = grp.getgrgid(number), pwd.getpwuid(os.getuid()).pw_name

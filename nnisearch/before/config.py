@@ -1,6 +1,5 @@
 """Loads NNI configurations as nnictl does: version 1 or 2, with or without annotation."""
 
-import contextlib
 import difflib
 import json
 import logging
@@ -22,7 +21,7 @@ from nnisearch.shared.results import DATABASE, PROFILE, open_database
 from nnisearch.shared.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"
-# Types of values: NNI's names, and ours in messages.
+# {pattern of NNI's name for a type: the name in our messages}
 TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"} | {
     r"typing\.Union\[pathlib\.Path, str.*": "a path",
     r"typing\.List\[nni\..*": "a list of objects",
@@ -30,7 +29,7 @@ TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"} | {
 }
 CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
 LEVELS = ["fatal", "error", "warning", "info", "debug", "trace"]
-# Keys of version 1, in the form in which NNI compares keys, and their replacements in version 2.
+# {key of version 1, in the form in which NNI compares keys: its replacement in version 2}
 VERSION_1 = dict.fromkeys(
     ("authorname", "description", "multithread", "versioncheck", "logcollection"), "to leave it out"
 ) | {
@@ -67,7 +66,7 @@ def seconds(value):
 
 
 def is_object(value):
-    """Return True, or raise ValueError."""
+    """Return True if a value is an object, and raise ValueError otherwise."""
     if not isinstance(value, dict):
         raise ValueError("it has no keys")
     return True
@@ -84,8 +83,8 @@ GPUS = (
     lambda value: utils.validate_gpu_indices(utils.canonical_gpu_indices(value)) is None,
     "a GPU's number, or several such as 0,1 or [0, 1]",
 )
-# Keys that NNI does not name when it refuses their values, or whose bad values it accepts. Each has
-# a test, which may raise ValueError with a reason, and the allowed values.
+# {key: (a test of its value, the allowed values in words)}, for keys that NNI's own messages do not
+# name, or whose bad values NNI accepts. A test may raise ValueError with a reason.
 LIMITS = {
     "trainingService": (
         lambda value: value != [] and all(map(is_object, as_list(value))),
@@ -147,15 +146,16 @@ def check_values(content):
     for key, value in (item for part in objects(content) for item in part.items()):
         if not isinstance(key, str):  # YAML reads 1 as a number, and yes as true
             raise ValueError(f"the key {key!r} is no text; allowed: NNI's keys")
-        is_good, allowed = limits.get(utils.case_insensitive(key), (bool, None))
+        is_good, allowed = limits.get(utils.case_insensitive(key), (None, None))
         why = ""
-        with contextlib.suppress(TypeError):  # NNI reports the right type
-            try:
-                if value is None or allowed is None or is_good(value):
-                    continue
-            except ValueError as error:
-                why = f": {error}"
-            raise ValueError(f"{key} is {value!r}{why}; allowed: {allowed}")
+        try:
+            if value is None or is_good is None or is_good(value):
+                continue
+        except TypeError:  # NNI's own message names the right type
+            continue
+        except ValueError as error:
+            why = f": {error}"
+        raise ValueError(f"{key} is {value!r}{why}; allowed: {allowed}")
 
 
 def objects(content):
@@ -258,7 +258,7 @@ def load_stored(experiment, folder):
 
 
 def from_stored(params, where):
-    """Return the configuration in NNI's stored params of an experiment; where is for errors.
+    """Return the configuration in NNI's stored params of an experiment; where begins messages.
 
     Raises ValueError if they are no configuration, or if NNI's serializer would run code in them.
     """
@@ -291,7 +291,7 @@ def check_code(value, where):
 def convert_version_1(content):
     """Convert a configuration of NNI's version 1 into version 2.
 
-    Raises ValueError if NNI cannot; nnictl then starts it by separate code.
+    Raises ValueError if NNI cannot convert it. nnictl has separate code to start such a search.
     """
     platform = content["trainingServicePlatform"]
     section = content.get(f"{platform}Config")
@@ -318,7 +318,7 @@ def convert_version_1(content):
 
 
 def expand(config, folder):
-    """Expand an annotated project's code into the folder; set it and its search space in config.
+    """Expand an annotated project's code into the folder, and set config to use the result.
 
     Raises ValueError if the code has no annotation.
     """
@@ -341,7 +341,7 @@ def expand(config, folder):
 
 
 def services(config):
-    """Return a configuration's training services as a list, even if there is only one."""
+    """Return a configuration's training services as a list."""
     return as_list(config.training_service)
 
 

@@ -45,9 +45,10 @@ def holder(pid):
 
 
 def allow_visible(service):
-    """Use CUDA_VISIBLE_DEVICES if a local training service has no gpuIndices: NNI ignores it.
+    """Set a local training service's gpuIndices, if unset, to CUDA_VISIBLE_DEVICES.
 
-    Returns a line about it, or None. Raises ValueError if it is no list of GPU numbers.
+    NNI ignores this variable. Returns a line for the user, or None. Raises ValueError if the
+    variable is no list of GPU numbers.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not service.trial_gpu_number or service.gpu_indices is not None or visible is None:
@@ -72,9 +73,9 @@ def free_gpus(service):
 
 
 def waiting_for(service):
-    """Return a line with the processes on a local training service's GPUs, None if one is free.
+    """Return a line with the processes on a local training service's GPUs; None if a GPU is free.
 
-    If nvidia-smi fails, the line is its error.
+    If nvidia-smi fails, the line is nvidia-smi's error.
     """
     try:
         found = gpus_for(service)

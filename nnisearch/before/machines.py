@@ -24,9 +24,9 @@ try:
     import nni, pkg_resources, psutil, websockets
     found["message"] = "it has nni " + nni.__version__
     if nni.__version__ == VERSION:
-        found["stage"] = "way"
+        found["stage"] = "route"
         is_ours = asyncio.run(call()) == sys.argv[2]
-        found = {"stage": None if is_ours else "way", "message": "another one answers there"}
+        found = {"stage": None if is_ours else "route", "message": "another one answers there"}
 except BaseException as error:
     found["message"] = f"{type(error).__name__}: {error}"
 print("<" + json.dumps(found) + ">")
@@ -36,9 +36,9 @@ print("<" + json.dumps(found) + ">")
 def check_machines(config, find_port):
     """Try all machines at once, each as NNI would use it.
 
-    find_port() returns a port of this machine that their runners connect to. Returns a line for
-    each machine that is off or out of reach, and so left out for now. Raises ValueError if no
-    machine works, or if the configuration is at fault.
+    find_port() returns the port here to which their runners will connect. Returns a line for each
+    machine that is off or out of reach, and so left out for now. Raises ValueError if no machine
+    works, or if the configuration is wrong.
     """
     remotes = [service for service in services(config) if service.platform == "remote"]
     machines = [machine for service in remotes for machine in service.machine_list]
@@ -60,10 +60,10 @@ def check_machines(config, find_port):
         why = one_line(tried.stderr.strip())
         raise ValueError(f"the machines of machineList cannot be tried: {why}")
     found = list(zip(machines, json.loads(tried.stdout), strict=True))
-    wrong = [fault(config, *one, port) for one in found if one[1]["stage"] not in (None, "machine")]
+    wrong = [pair for pair in found if pair[1]["stage"] not in (None, "machine")]
     if wrong:
-        raise ValueError("; ".join(wrong))
-    off = [f"{name(machine)}: {one_line(of['message'])}" for machine, of in found if of["stage"]]
+        raise ValueError("; ".join(fault(config, *pair, port) for pair in wrong))
+    off = [f"{name(each)}: {one_line(said['message'])}" for each, said in found if said["stage"]]
     # Without reuseMode NNI ends when a machine fails.
     if len(off) == len(found) or (off and not all(service.reuse_mode for service in remotes)):
         raise ValueError(f"machineList; allowed: machines that answer; {'; '.join(off)}")
@@ -71,9 +71,9 @@ def check_machines(config, find_port):
 
 
 def fault(config, machine, found, port):
-    """Return a text with the wrong key of the configuration and what is allowed."""
+    """Return a text that names the wrong key of the configuration, and what is allowed."""
     where, why = name(machine), one_line(found["message"])
-    if found["stage"] == "way":
+    if found["stage"] == "route":
         given = f"nniManagerIp is {config.nni_manager_ip or 'not set'}"
         return f"{given}; allowed: an address that leads from {where} to port {port} here; {why}"
     if found["stage"] == "python":

@@ -1,7 +1,7 @@
 """Tries the tuner and the trial before the search, each in a process as NNI would start it.
 
-A failure here would be a failure of the search, so it is refused in one line. A slow tuner or trial
-is not refused: after five seconds a line tells the user what the command waits for.
+If one of them fails, the search is refused in one line. A slow tuner or trial is not refused: after
+five seconds a line tells the user what the command waits for.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason, tail
 
 TUNER_PATIENCE = 120  # s; then the search starts although its tuner has not answered
 TRIAL_PATIENCE = 600  # s; the same for the trial, which may have to download its data
-QUEUE_PATIENCE = 60  # s; the same in SLURM's queue, and then again on a node
+QUEUE_PATIENCE = 60  # s; the same for a trial in SLURM's queue, and again on its node
 NOTICE = 5  # s until the user is told what the command waits for
-RESULTS = 25  # results for NNI's tuners; some use their model only after ten or twenty
-RESULTS_PATIENCE = 3  # s for all these results
+RESULTS = 25  # for NNI's tuners; some use their model only after ten or twenty results
+RESULTS_PATIENCE = 3  # s for all results
 STEPS = 10  # intermediate results per trial, if there is an assessor
-MOST_TRIALS = 5  # tries if the trial fails with each set of parameters
-AFTER_ASKING = 2  # s; a trial that runs so long after reading its parameters is good
-# Errors of NNI's tuners: what they allow.
+MOST_TRIALS = 5  # sets of parameters for a trial that fails; results for nnisearch's tuners
+AFTER_ASKING = 2  # s; a trial that still runs so long after reading its parameters is good
+# {error of one of NNI's tuners: what it allows}
 HINTS = {
     "is not a valid OptimizeMode": "allowed: maximize, minimize",
     r"\{'_name': .*\} is not in list": "allowed for PBT: options that have no parameters",
@@ -50,7 +50,7 @@ IN_OPEN = 0x20  # of inotify(7)
 
 
 class Waiting:
-    """A time limit in seconds; after NOTICE seconds the user is told what is awaited."""
+    """A time limit in seconds. After NOTICE seconds, a line tells what the command waits for."""
 
     def __init__(self, what, patience):
         self.what, self.patience = what, patience
@@ -58,7 +58,7 @@ class Waiting:
         self.is_said = False
 
     def goes_on(self, words=""):
-        """Return whether the time limit is not reached; words is the last output so far."""
+        """Return whether time is left; words is the last line that was printed so far."""
         seconds = time.monotonic() - self.start
         if seconds > NOTICE and not self.is_said:
             self.is_said = True
@@ -70,8 +70,8 @@ class Waiting:
 def rehearse(config, folder, watchdog):
     """Try the tuner and, if trials run on this machine, the trial with the tuner's parameters.
 
-    folder is new, for their files; watchdog runs them (launch.Watchdog). Raises ValueError with the
-    reason if one fails.
+    folder is made for their files; watchdog, a launch.Watchdog, runs them. Raises ValueError with
+    the reason if one fails.
     """
     proposals = rehearse_tuner(config, folder / "tuner", watchdog)
     if not proposals or not is_local(config):
@@ -80,8 +80,10 @@ def rehearse(config, folder, watchdog):
     free = free_gpus(config.training_service) if wanted else []
     if wanted and len(free) < wanted:
         return  # the trial would have to wait
-    devices = None if wanted is None else ",".join(map(str, free[:wanted])) or "-1"
-    for number, proposal in enumerate(proposals):  # the first parameters may be at fault
+    devices = None  # NNI does not schedule GPUs: the trial sees all
+    if wanted is not None:
+        devices = ",".join(map(str, free[:wanted])) or "-1"
+    for number, proposal in enumerate(proposals):  # a trial may fail with some parameters only
         place = folder / f"trial{number}"
         why, has_asked = rehearse_trial(config, place, proposal, number, devices, watchdog)
         if why is None:
@@ -99,8 +101,8 @@ def rehearse(config, folder, watchdog):
 def rehearse_tuner(config, folder, watchdog):
     """Return the tuner's first sets of parameters, in the format of NNI's parameter.cfg.
 
-    NNI's dispatcher runs the tuner and the assessor, or the advisor. It gets the same command and
-    environment as from NNI's manager, and this process plays the manager. Raises ValueError if the
+    NNI's dispatcher runs the tuner and the assessor, or the advisor. This process plays NNI's
+    manager: it gives the dispatcher the same command and environment. Raises ValueError if the
     dispatcher ends before it has answered.
     """
     algorithms = config.json()
@@ -112,7 +114,7 @@ def rehearse_tuner(config, folder, watchdog):
         Manager() as manager,
         (folder / "output").open("w") as output,
         watchdog.running(
-            dispatcher_command(manager.other),
+            [sys.executable, DISPATCHER, str(manager.other.fileno())],
             cwd=folder,
             env=os.environ | dispatcher_environment(config, folder),
             stdout=output,
@@ -120,19 +122,17 @@ def rehearse_tuner(config, folder, watchdog):
             pass_fds=[manager.other.fileno()],
         ) as tuner,
     ):
-        manager.begin(algorithms)
-        waiting = Waiting("the tuner's first parameters", TUNER_PATIENCE)
         log = folder / "dispatcher.log"
 
         def has_ended():
             return tuner.poll() is not None or bool(THREAD_DIED.search(read(log)))
 
+        manager.begin(algorithms, has_ended)
         try:
-            manager.send(CommandType.Initialize, as_javascript(space), has_ended, waiting)
-            manager.send(CommandType.RequestTrialJobs, number, has_ended, waiting)
-            proposals = manager.parameters(number, has_ended, waiting)
+            manager.send(CommandType.Initialize, as_javascript(space))
+            proposals = manager.request_parameters(number)
             with contextlib.suppress(TimeoutError):
-                rehearse_results(manager, config, proposals, limit, has_ended)
+                rehearse_results(manager, config, proposals, limit)
         except TimeoutError:
             return []
         except EOFError:
@@ -142,27 +142,27 @@ def rehearse_tuner(config, folder, watchdog):
     return proposals[:MOST_TRIALS]
 
 
-def rehearse_results(manager, config, proposals, limit, has_ended):
+def rehearse_results(manager, config, proposals, limit):
     """Send results to the tuner and the assessor; append the tuner's next parameters to proposals.
 
-    Some only fail after several results. A user's own tuner gets none: it might store them. Raises
-    EOFError if the tuner ends, TimeoutError if it takes too long.
+    Some tuners fail only after several results. A user's own tuner gets none, because it might
+    store them. Raises EOFError if the tuner ends, TimeoutError if it takes too long.
     """
     shipped = shipped_class(config.tuner) or ""
     arguments = config.tuner.class_args or {}
     is_nnis = shipped.startswith("nni.")
     count = RESULTS + arguments.get("population_size", 0) if is_nnis else MOST_TRIALS
     has_assessor = bool(config.assessor and config.assessor.name)
-    waiting = Waiting("the tuner's next parameters", RESULTS_PATIENCE)
+    manager.waiting = Waiting("the tuner's next parameters", RESULTS_PATIENCE)
     ended = 0
     while shipped and ended < min(count, len(proposals)):
         for command, data in events(proposals[ended], ended, has_assessor):
             manager.send(command, data)
         ended += 1
         if len(proposals) < limit:
-            manager.send(CommandType.RequestTrialJobs, 1)
-            proposals += manager.parameters(1, has_ended, waiting)
-    if len(proposals) < limit and has_ended():  # with the last result the search ends, too
+            proposals += manager.request_parameters(1)
+    # If all trials were proposed, the last result ends the search, so the tuner may fail then.
+    if len(proposals) < limit and manager.has_ended():
         raise EOFError
 
 
@@ -176,7 +176,7 @@ def as_javascript(value):
 
 
 def read(path):
-    """Return the end of another process's file, "" if it does not exist yet."""
+    """Return the end of a file, "" if it does not exist yet."""
     return tail(path) if path.exists() else ""
 
 
@@ -201,11 +201,6 @@ def algorithms_in_words(config):
             arguments = f" with {algorithm.class_args}" if algorithm.class_args else ""
             words.append(f"{kind} is {algorithm.name or algorithm.class_name}{arguments}")
     return one_line(", ".join(words), 300)
-
-
-def dispatcher_command(connection):
-    """Return guard.js's command for the dispatcher, with the dispatcher's end of a connection."""
-    return [sys.executable, DISPATCHER, str(connection.fileno())]
 
 
 def dispatcher_environment(config, folder):
@@ -237,7 +232,7 @@ def events(proposal, number, has_assessor):
 
 
 class Manager:
-    """The manager's end of a web socket to NNI's dispatcher, which gets the socket other."""
+    """Plays NNI's manager: own is the manager's end of a web socket, other is the dispatcher's."""
 
     def __enter__(self):
         self.own, self.other = socket.socketpair()
@@ -249,36 +244,31 @@ class Manager:
         self.own.close()
         self.other.close()
 
-    def begin(self, config):
-        """Send the configuration to the running dispatcher."""
+    def begin(self, config, has_ended):
+        """Send the configuration to the running dispatcher; has_ended() tells if the tuner died."""
+        self.has_ended = has_ended
+        self.waiting = Waiting("the tuner's first parameters", TUNER_PATIENCE)
         self.other.close()
         self.write(json.dumps(config).encode() + b"\n")
 
     def write(self, data):
-        with contextlib.suppress(OSError):  # it has ended, which read_on() notices
+        with contextlib.suppress(OSError):  # the dispatcher has ended, which read_on() notices
             self.own.sendall(data)
 
-    def send(self, command, data, has_ended=None, waiting=None):
+    def send(self, command, data):
         """Send a command, once the dispatcher has connected. Raises what read_on() does."""
         while self.protocol.state is State.CONNECTING:
-            self.read_on(has_ended, waiting)
+            self.read_on()
         if self.protocol.state is State.OPEN:
             self.protocol.send_text(command.value + json.dumps(data).encode())
             self.write(b"".join(self.protocol.data_to_send()))
 
-    def next(self, has_ended, waiting):
-        """Return the next message. Raises what read_on() does."""
-        while not self.received:
-            self.send(CommandType.Ping, "")  # lets a dispatcher end if its worker has died
-            self.read_on(has_ended, waiting)
-        return self.received.pop(0)
-
-    def read_on(self, has_ended, waiting):
+    def read_on(self):
         """Read for 0.1 s. Raises EOFError if the tuner has ended, TimeoutError after the limit."""
-        if not waiting.goes_on():
+        if not self.waiting.goes_on():
             raise TimeoutError
         if not select.select([self.own], [], [], 0.1)[0]:
-            if has_ended():
+            if self.has_ended():
                 raise EOFError
             return
         try:
@@ -298,11 +288,15 @@ class Manager:
                     self.part = b""
         self.write(b"".join(self.protocol.data_to_send()))
 
-    def parameters(self, number, has_ended, waiting):
+    def request_parameters(self, number):
         """Return number sets of parameters, as JSON, or fewer if the tuner has no more."""
+        self.send(CommandType.RequestTrialJobs, number)
         proposals = []
         while len(proposals) < number:
-            message = self.next(has_ended, waiting)
+            while not self.received:
+                self.send(CommandType.Ping, "")  # lets a dispatcher end if its worker has died
+                self.read_on()
+            message = self.received.pop(0)
             kind, data = message[:2].encode(), message[2:]
             if kind == CommandType.NewTrialJob.value:
                 proposals.append(data)
@@ -312,9 +306,9 @@ class Manager:
 
 
 def rehearse_trial(config, folder, proposal, number, devices, watchdog):
-    """Run the trial command until it reports, ends, or has used its parameters for AFTER_ASKING s.
+    """Run the trial command until it reports, ends, or has had its parameters for AFTER_ASKING s.
 
-    Returns the reason of a failure, or None, and whether the trial has read its parameters. number
+    Returns the reason for a failure, or None, and whether the trial has read its parameters. number
     counts the trials from 0; devices is the trial's CUDA_VISIBLE_DEVICES, or None.
     """
     (folder / ".nni").mkdir(parents=True)
@@ -350,14 +344,14 @@ def rehearse_trial(config, folder, proposal, number, devices, watchdog):
             stderr=stderr,
         ) as trial,
     ):
-        asked = None
-        if uses_slurm and not begins(trial, folder, watchdog.folder.name, errors):
+        if uses_slurm and not leaves_queue(trial, folder, watchdog.folder.name, errors):
             return None, True
         patience = QUEUE_PATIENCE if uses_slurm else TRIAL_PATIENCE
         waiting = Waiting("the trial to read its parameters", patience)
-        while waiting.goes_on(last_line(errors) or last_line(output)):
-            if trial.poll() is not None:
-                break
+        asked = None  # the time when it has read its parameters
+        while trial.poll() is None:
+            if not waiting.goes_on(last_line(errors) or last_line(output)):
+                return None, was_opened()
             if metrics.stat().st_size:
                 return None, True
             if asked is None and was_opened():
@@ -365,9 +359,7 @@ def rehearse_trial(config, folder, proposal, number, devices, watchdog):
             if asked and time.monotonic() - asked > AFTER_ASKING:
                 return None, True
             time.sleep(0.05)
-        else:
-            return None, bool(asked)
-        has_asked = bool(asked) or was_opened()
+        has_asked = was_opened()
         if trial.returncode == 0:
             return None, has_asked
     words = tail(errors) or tail(output)
@@ -375,17 +367,17 @@ def rehearse_trial(config, folder, proposal, number, devices, watchdog):
         print(f"The search starts although its trial could not be tried: {one_line(lost[0])}")
         return None, has_asked
     status = trial.returncode
-    if status < 0 or 128 < status < 128 + signal.NSIG:  # of bash itself, or of what it ran
+    if status < 0 or 128 < status < 128 + signal.NSIG:  # bash was killed, or a command in it
         how = f"it was ended by signal {abs(status) % 128}"
     else:
         how = f"it fails with status {status}"
     return f"{how}: {reason(words)}", has_asked
 
 
-def begins(trial, folder, id, errors):
+def leaves_queue(trial, folder, id, errors):
     """Wait until a trial's job has started on a node or has ended; return whether it has.
 
-    After a minute in the queue a line says that the search starts without trying the trial.
+    After QUEUE_PATIENCE seconds, a line says that the search starts without trying the trial.
     """
     waiting = Waiting("the trial, which is in SLURM's queue", QUEUE_PATIENCE)
     while waiting.goes_on(last_line(errors)):

@@ -6,7 +6,7 @@ import re
 from nnisearch.shared.results import finite
 from nnisearch.shared.text import one_line
 
-# The number of values in _value, by _type.
+# {_type: the number of values in _value}
 NUMBERS = {"uniform": 2, "randint": 2, "loguniform": 2, "normal": 2, "lognormal": 2}
 NUMBERS |= {"quniform": 3, "qloguniform": 3, "qnormal": 3, "qlognormal": 3}
 

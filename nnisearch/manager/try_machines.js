@@ -1,9 +1,9 @@
 // Tries the machines of a configuration before a search starts, all at once:
 //     echo '{"machines": [...], "address": IP or null, "port": N, "probe": CODE}' |
 //         node try_machines.js
-// It connects by NNI's own classes, as the search would. On each machine it runs the Python code with
-// an address to connect back to as argument. It prints [{stage, message}, ...], an object per machine:
-// stage is "machine", "login", "python" or "way" if the machine fails there, else null.
+// It connects by NNI's own classes, as the search would. On each machine it runs the Python code; the
+// argument is an address to connect back to. It prints [{stage, message}, ...], an object per machine:
+// stage is "machine", "login", "python" or "route" if the machine fails there, else null.
 "use strict";
 const crypto = require("crypto");
 const fs = require("fs");

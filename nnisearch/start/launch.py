@@ -74,24 +74,24 @@ def prepare_environment(config, listen):
     if slurm.is_used(config):
         guard["slurm"] = {"lost": slurm.LOST, "note": slurm.NOTE}
     preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))
-    # NNI's Node of 2022 misreads today's openssl.cnf, and then refuses Ed25519 keys.
     options, debuggers = re.subn(r"(?<!\S)--inspect(-brk)?(=\S*)?(?!\S)", "", guard["nodeOptions"])
     if debuggers:
         reach = "all users of this machine could run commands by it"
         print(f"NODE_OPTIONS has --inspect; NNI's manager starts without that debugger: {reach}")
+    # NNI's Node of 2022 misreads today's openssl.cnf, and then refuses Ed25519 keys.
     os.environ["NODE_OPTIONS"] = f'--require "{preload}" {options} --openssl-config=/dev/null'
     os.environ["NNI_GUARD"] = json.dumps(guard)
 
 
 @contextlib.contextmanager
 def experiment_folder(experiment):
-    """Create the folder (mode 700), and yield a Watchdog for what is started there.
+    """Create the experiment's folder, and yield a Watchdog for what is started there.
 
     Removes the folder if a new search fails to start. Raises OSError if it cannot be created.
     """
     folder = Path(experiment.config.experiment_working_directory, experiment.id)
     made = [parent for parent in folder.parents if not parent.exists()]
-    # In it NNI creates folders that everybody may write to, and runs files in them.
+    # NNI creates folders in it that everybody may write to, and runs files from them.
     for parent in reversed([folder, *made]):
         parent.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
@@ -143,7 +143,7 @@ def launch(experiment, wanted, watchdog):
         except Exception as error:
             if port and not wanted and not are_free(port, count):
                 return launch(experiment, wanted, watchdog)  # another user has just taken the port
-            if not started:
+            if not started:  # no process of NNI has caused it
                 raise
             words = "; ".join([one_line(error), *last_words(folder / "log", logs)])
             raise RuntimeError(f"the search does not start: {words}") from error
@@ -151,9 +151,10 @@ def launch(experiment, wanted, watchdog):
 
 
 class Watchdog:
-    """Undoes a start that fails, and lets undo.py do that if this process is killed.
+    """Undoes a start that fails. If this process is killed, undo.py does that in its place.
 
-    undo.py reads a pipe from this process, which closes even at kill -9. It follows the last line.
+    undo.py reads a pipe from this process. The pipe closes even at kill -9, and its last line tells
+    what to undo.
     """
 
     def __init__(self, folder, action):
@@ -161,7 +162,7 @@ class Watchdog:
 
     def __enter__(self):
         command = [sys.executable, UNDO, self.folder, self.action]
-        with uninterrupted():  # a new session, which Ctrl-C does not reach
+        with uninterrupted():  # in a new session, because Ctrl-C does not reach that
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         return self
 
@@ -193,7 +194,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def starting(self):
-        """Undo what the block has started if it fails."""
+        """Undo the start of NNI's manager in the block if the block fails."""
         latest = read_latest(self.folder)
         self.tell(f"start {latest}")
         try:
@@ -212,9 +213,10 @@ def read_latest(folder):
 
 
 def undo(folder, action, latest):
-    """End the processes of a start, and restore NNI's list and its link to the latest experiment.
+    """End the processes of a start, and restore NNI's list and NNI's link to the latest experiment.
 
-    folder is the experiment's. action is "create", or "resume", which keeps the experiment.
+    folder is the experiment's; latest is what read_latest() returned before the start. The
+    experiment is removed from the list if action is "create", and marked as stopped otherwise.
     """
     id = folder.name
     if manager := manager_of(id):

@@ -40,7 +40,7 @@ class StartLock(WaitingAloud, FileLock):
 
 
 class ListLock(WaitingAloud, common_utils.SimplePreemptiveLock):
-    """NNI's lock on its list: a file with this name and a PID, at most two seconds old.
+    """NNI's lock on its list: a file whose name ends with a PID, at most two seconds old.
 
     A date in the future counts as new.
     """
@@ -49,9 +49,9 @@ class ListLock(WaitingAloud, common_utils.SimplePreemptiveLock):
 
 
 def write_list(experiments):
-    """Write NNI's list of experiments in one step; if that fails, as on a full disk, it stays.
+    """Write NNI's list of experiments in one step. If that fails, the old list stays.
 
-    NNI empties the file and then writes it: if it is killed in between, all experiments are lost.
+    NNI empties the file and then writes it: if NNI is killed in between, the list is lost.
     """
     with contextlib.suppress(OSError):
         content = json.dumps(experiments.experiments, indent=4)
@@ -76,9 +76,9 @@ def without_warnings():
 
 @contextlib.contextmanager
 def patience():
-    """Let NNI's launcher wait for the web server while its process lives, at most PATIENCE seconds.
+    """Let NNI wait for its web server while the server's process lives, at most PATIENCE seconds.
 
-    NNI has no setting for that. Yields the list of processes that the launcher has started.
+    NNI has no setting for that. Yields the list of processes that NNI has started in the block.
     """
     started = []
     start, wait, timeout = launcher._start_rest_server, launcher._check_rest_server, rest.timeout

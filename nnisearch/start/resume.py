@@ -1,7 +1,7 @@
 """Finds an experiment, and prepares it to be resumed; pace.js then restores its exact state.
 
-An experiment counts as running if its manager lives. If the manager was killed, its remaining
-processes are ended before trials start again.
+An experiment counts as running if its manager lives. If the manager was killed, the experiment's
+remaining processes are ended before trials start again.
 """
 
 import contextlib

@@ -1,11 +1,14 @@
-"""Undoes a start if the launcher dies before it has finished.
+"""Undoes a start if the launcher dies. Otherwise its processes would run on, unknown to NNI.
 
-    python undo.py FOLDER ACTION
+    python undo.py FOLDER ACTION     # the arguments of launch.undo()
 
-FOLDER is the experiment's, ACTION is that of launch.undo(). The launcher holds the other end of the
-standard input, which closes when it dies, even by kill -9: otherwise a manager that NNI has not
-listed yet would run unnoticed. The launcher's last line tells what it was doing: "run PID" for a
-command in a session of its own, "start LATEST" for NNI's manager, "done" at its end.
+The standard input is a pipe from the launcher, which closes when the launcher dies, even by
+kill -9. The last line in it tells what the launcher was doing:
+
+    run PID          it ran a command in a session of its own
+    start LATEST     it started NNI's manager; _latest was a link to experiment LATEST
+    wait             neither
+    done             it has ended by itself, and has undone what it had to
 """
 
 import sys
@@ -14,7 +17,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder
     folder, action = Path(sys.argv[1]), sys.argv[2]
-    doing, _, what = ["", *sys.stdin.read().splitlines()][-1].partition(" ")
+    lines = sys.stdin.read().splitlines() or ["wait"]
+    doing, _, what = lines[-1].partition(" ")
     if doing == "run":
         from nnisearch.shared.processes import stop
 
