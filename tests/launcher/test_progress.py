@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -22,55 +21,18 @@ from nnis_files import database, trial
 from nnisearch.shared import results
 from nnisearch.watch import life, progress
 
-# A light trial: it runs the Python code that its tuner has chosen.
-TRIAL = """
-import functools, itertools, os, signal, sys, time
-import other_project
-tell = functools.partial(other_project.report, "FINAL")
-number = itertools.count()
-report = lambda value: other_project.report("PERIODICAL", value, next(number))
-exec(other_project.GIVEN["parameters"]["do"])
-"""
-NNIS_OWN = "import nni, numpy; nni.get_next_parameter(); nni.report_final_result"
-DYING = """
-import os, signal
-from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
-from nni.assessor import Assessor
-
-class Dying(GridSearchTuner):
-    def __init__(self, when):
-        super().__init__()
-        self.when, self.asked = when, 0
-
-    def generate_parameters(self, *args, **others):
-        self.asked += 1
-        if self.when == "asked" and self.asked > 1:
-            raise ZeroDivisionError("no more ideas")
-        return super().generate_parameters(*args, **others)
-
-    def receive_trial_result(self, *args, **others):
-        if self.when == "told":
-            raise KeyError("what is that?")
-        if self.when == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class Judge(Assessor):
-    def assess_trial(self, *args):
-        raise ValueError("no idea")
-"""
+TRIAL = ROOT / "tests" / "support" / "scripted_trial.py"
 
 
 @pytest.fixture
-def start_search(home, start_search):
-    """Start a search whose trials run these pieces of Python in turn, and what shows it."""
-    (home / "trial.py").write_text(TRIAL)
-    (home / "dying.py").write_text(DYING)
+def start_pieces(home, start_search):
+    """Start a search whose trials run these pieces of Python, and what shows it."""
 
     def start_pieces(*pieces, before=(), **changes):
         config = {
             "experimentName": "in turn",
             "searchSpace": {"do": {"_type": "choice", "_value": list(pieces)}},
-            "trialCommand": f"{sys.executable} trial.py",
+            "trialCommand": f"{sys.executable} {TRIAL}",
             "trialCodeDirectory": str(home),
             "trialConcurrency": 1,
             "maxTrialNumber": len(pieces),
@@ -84,23 +46,18 @@ def start_search(home, start_search):
 
 
 @pytest.fixture
-def run_search(run_search):
+def run_pieces(start_pieces):
     """Start as above and wait; return what was printed, and the lines of its trials in lines."""
 
     def run_pieces(*pieces, **how):
-        search = run_search(*pieces, **how)
-        lines = re.findall(r"^trial (\d+) \(\w+\)(?:: | )(.*)", search.stdout, re.MULTILINE)
-        search.lines = [f"{number}: {text}" for number, text in lines]
-        return search
+        with start_pieces(*pieces, **how) as process:
+            stdout, stderr = process.communicate(timeout=200)
+        lines = re.findall(r"^trial (\d+) \(\w+\)(?:: | )(.*)", stdout, re.MULTILINE)
+        lines = [f"{number}: {text}" for number, text in lines]
+        how = {"returncode": process.returncode, "stdout": stdout, "stderr": stderr}
+        return SimpleNamespace(lines=lines, **how)
 
     return run_pieces
-
-
-def nnictl(home, *args):
-    command = [Path(sys.executable).parent / "nnictl", *map(str, args)]
-    return subprocess.run(
-        command, env=os.environ | {"HOME": str(home)}, capture_output=True, text=True, check=True
-    ).stdout
 
 
 def read_until(process, part):
@@ -114,160 +71,125 @@ def read_until(process, part):
 # What trials report, and how they end
 
 
-def test_each_trial_without_a_result_is_explained(run_search):
-    pieces = [
-        "tell(0.5)",
-        "tell({'default': 0.25, 'other': 'x'})",
-        f"{NNIS_OWN}(numpy.float32(0.125))",
-        f"{NNIS_OWN}({{'default': numpy.array(0.75)}})",
-        "tell('\\x1b[31mhigh')",
-        "tell(None)",
-        "tell(10 ** 400)",
-        "tell(float('nan'))",
-        "tell([1, 2])",
-        "tell({'loss': 1})",
-        "pass",
-    ]
-    search = run_search(*pieces, trialConcurrency=3, experimentName=None)
-    assert search.returncode == 0, search.stderr
-    while_it_ran, table = search.stdout.split("4 of 11 trials have a result; left out: ")
-    # Each trial has one line, which ends with the best so far.
-    lines = re.findall(r"^trial \d+ \(\w+\):? (.*); (?:best|no res)", while_it_ran, re.MULTILINE)
-    assert sorted(lines) == sorted(
-        [
-            "0.5",
-            "0.25",
-            "0.125",
-            "0.75",
-            f'reported "\\u001b[31mhigh", {results.NO_RESULT}',
-            f"reported null, {results.NO_RESULT}",
-            f"reported 1{'0' * 19}...{'0' * 37}, {results.NO_RESULT}",
-            f"reported NaN, {results.NO_RESULT}",
-            f"reported [1, 2], {results.NO_RESULT}",
-            f'reported {{"loss": 1}}, {results.NO_RESULT}',
-            "has ended without reporting a result",
-        ]
+def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces, home):
+    nnis_own = "import nni, numpy; nni.get_next_parameter(); nni.report_final_result"
+    results_of = {
+        "tell(0.5)": "0.5",
+        "tell({'default': 0.25, 'other': 'x'})": "0.25",
+        f"{nnis_own}(numpy.float32(0.125))": "0.125",
+        "tell({'default': {'__ndarray__': 0.75, 'dtype': 'float64', 'shape': []}})": "0.75",
+        "tell(1); tell(2)": "1",  # NNI's TPE dies of the second result
+        "[report(1.0) for _ in range(50)]; tell(4); Path('good').touch()": "4",
+    }
+    reported = {
+        "tell('\\x1b[31mhigh')": '"\\u001b[31mhigh"',
+        "tell(None)": "null",
+        "tell(10 ** 400)": f"1{'0' * 19}...{'0' * 37}",
+        "tell(float('nan'))": "NaN",
+        "tell([1, 2])": "[1, 2]",
+        "tell({'loss': 1})": '{"loss": 1}',
+    }
+    others = {
+        "wait_for('good'); [(report(0.0), time.sleep(0.5)) for _ in range(50)]": (
+            "was ended by the assessor"
+        ),
+        "pass": "has ended without reporting a result",
+    }
+    others |= {piece: f"reported {text}, {results.NO_RESULT}" for piece, text in reported.items()}
+    pieces = results_of | others
+    search = run_pieces(
+        *pieces,
+        tuner={"name": "TPE"},
+        assessor={"name": "Medianstop", "classArgs": {"start_step": 1}},
+        trialConcurrency=3,
+        maxTrialNumber=50,
+        maxTrialDuration="100s",
+        experimentName=None,
     )
-    assert table.startswith("7 without a result\n")
+    assert search.returncode == 0, search.stderr
+    while_it_ran, table = search.stdout.split("6 of 14 trials have a result; left out: ")
+    assert "The tuner has no more after 14 trials; maxTrialNumber is 50" in while_it_ran
+    line = r"^trial \d+ \(\w+\):? (.*); (?:best (.*)|no result yet)$"
+    told = re.findall(line, while_it_ran, re.MULTILINE)
+    assert sorted(text for text, _ in told) == sorted(pieces.values())
+    so_far = []
+    for text, best in told:
+        so_far += [float(text)] if text in results_of.values() else []
+        assert best == (f"{min(so_far):g}" if so_far else "")
+    stopped = "1 EARLY_STOPPED (by maxTrialDuration or an assessor)"
+    assert sorted(table.splitlines()[0].split(", ")) == [stopped, "7 without a result"]
     assert table.count(results.NO_RESULT) == 5
     assert "\x1b" not in search.stdout
     assert "Traceback" not in search.stderr
+    command = [sys.executable, "-m", "nnisearch.after.choose", "--json"]
+    variables = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
+    found = json.loads(subprocess.check_output(command, env=variables))
+    assert found["direction"] == "minimize"
+    (chosen,) = (t for t in found["trials"] if t["id"] == found["choice"])
+    assert chosen["result"] == 0.125
 
 
-def test_a_repeated_failure_is_explained_once_and_counted(run_search):
+def test_each_failure_is_explained_once_and_counted(run_pieces):
     again = "raise ValueError('no luck')"
-    kill = "os.kill(os.getpid(), signal.SIGKILL)"
-    search = run_search(f"{again} # 1", f"{again} # 2", "sys.exit(3)", kill)
+    late = "report(1.0); time.sleep(60)"
+    pieces = [
+        f"{again} # 1",
+        f"{again} # 2",
+        "raise SystemExit(3)",
+        "be_killed()",
+        "tell(3); raise SystemExit(2)",
+    ]
+    search = run_pieces(*pieces, late, maxTrialDuration=8, trialConcurrency=3)
     assert search.returncode == 1
     assert search.stdout.count("has FAILED: ValueError: no luck (exit status 1)") == 1
     assert search.stdout.count("FAILED with exit status 1; no result yet") == 1
     assert len(re.findall(r"has FAILED: .* \(exit status 3\); no result", search.stdout)) == 1
     assert len(re.findall(r"has FAILED: .* \(exit status 137\); no result", search.stdout)) == 1
-    assert len(search.lines) == 4
-    assert search.lines[-1].endswith("; no result")
-    assert "None of 4 trials has a result: 2 FAILED with exit status 1, " in search.stdout
-
-
-def test_early_stopped_trials_name_the_duration_or_the_assessor(run_search):
-    search = run_search("report(1.0); time.sleep(60)", maxTrialDuration=2)
-    assert search.returncode == 1
-    assert search.lines[-1] == "0: was ended by maxTrialDuration (2); no result"
-    assert "None of 1 trials has a result: 1 ended by maxTrialDuration (2)" in search.stdout
-    bad = "[(report(0.0), time.sleep(0.5)) for _ in range(100)]"
-    good = "[report(1.0) for _ in range(4)]; tell(1.0); time.sleep(2)"
-    turns = [*[f"{good} # {number}" for number in range(3)], bad]
-    search = run_search(
-        *turns,
-        maxTrialDuration="60s",
-        assessor={"name": "Medianstop", "classArgs": {"start_step": 1}},
-        searchSpace={"combine_params": {"_type": "choice", "_value": [{"do": x} for x in turns]}},
-        tuner={"name": "Batch"},  # which gives them in this order
-    )
-    assert search.returncode == 0, search.stderr
-    assert search.lines[-1] == "3: was ended by the assessor; best 1"
-
-
-def test_the_best_result_is_the_least_if_the_tuner_minimizes(run_search, home):
-    pieces = [f"tell({number})" for number in (4, 1, 3, 2)]
-    search = run_search(*pieces, tuner={"name": "TPE", "classArgs": {"seed": 1}})
-    assert search.returncode == 0, search.stderr
-    told = [line.split(": ")[1].split("; best ") for line in search.lines]
-    values = [float(value) for value, _ in told]
-    assert [float(best) for _, best in told] == [min(values[: n + 1]) for n in range(4)]
-    printed = subprocess.run(
-        [sys.executable, "-m", "nnisearch.after.choose", "--json"],
-        env=os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        check=True,
-    ).stdout
-    found = json.loads(printed)
-    assert found["direction"] == "minimize"
-    (chosen,) = (t for t in found["trials"] if t["id"] == found["choice"])
-    assert chosen["result"] == min(values)
-
-
-def test_a_grid_smaller_than_max_trial_number_ends_the_search(run_search):
-    search = run_search("tell(1)", "tell(2)", "tell(3)", maxTrialNumber=50, trialConcurrency=2)
-    assert search.returncode == 0, search.stderr
-    assert len(search.lines) == 3
-    assert "The tuner has no more after 3 trials; maxTrialNumber is 50" in search.stdout
-
-
-def test_the_first_result_counts_unless_the_trial_fails(run_search):
-    tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}  # NNI's dies of the second
-    twice, fails = "tell(1); tell(2); time.sleep(2)", "tell(3); sys.exit(2)"
-    search = run_search(f"{twice} # 1", f"{twice} # 2", tuner=tuner)
-    assert search.returncode == 0, search.stderr
-    assert [line.split(": ")[1] for line in search.lines] == ["1; best 1"] * 2
-    search = run_search(fails)
-    assert search.returncode == 1
-    assert "(exit status 2); so its result, 3, does not count; no result" in search.lines[0]
-
-
-def test_a_closed_output_ends_the_command(run_search):
-    pipe = ["bash", "-c", 'set -o pipefail; "$@" | head -3', "-"]  # up to the Web UI's address
-    search = run_search("tell(1)", "tell(2)", before=pipe)
-    assert search.returncode == 128 + signal.SIGPIPE
-    assert search.stdout.count("\n") == 3
-    assert search.stderr == ""
+    assert "(exit status 2); so its result, 3, does not count; no result" in search.stdout
+    assert len(search.lines) == 6
+    assert search.lines[-1] == "5: was ended by maxTrialDuration (8); no result"
+    assert "None of 6 trials has a result: 2 FAILED with exit status 1, " in search.stdout
+    assert ", 1 ended by maxTrialDuration (8)" in search.stdout
 
 
 # Other ends of a search
 
 
 @pytest.mark.parametrize(
-    ("when", "words"),
+    ("is_killed", "words"),
     [
-        ("asked", "the tuner has died: ZeroDivisionError: no more ideas"),
-        ("told", "the tuner has died: KeyError: 'what is that?'"),
-        ("killed", "the tuner has died"),
+        (False, "the tuner has died: KeyError: 'what is that?'"),
+        (True, "the tuner has died"),
     ],
 )
-def test_a_dead_tuner_is_noticed_and_its_error_shown(run_search, when, words):
-    tuner = {"className": "dying.Dying", "codeDirectory": ".", "classArgs": {"when": when}}
-    search = run_search("tell(1)", "tell(2)", "tell(3)", tuner=tuner)
-    assert search.returncode == 1
-    (line,) = search.stderr.splitlines()[-1:]
+def test_a_dead_tuner_is_noticed_and_its_error_shown(start_pieces, home, is_killed, words):
+    arguments = {"classArgs": {"is_killed": is_killed}}
+    tuner = {"className": "own.Mortal", "codeDirectory": str(TRIAL.parent)} | arguments
+    with start_pieces("wait_for('start'); tell(1)", "tell(2)", tuner=tuner) as process:
+        id = read_until(process, "Web UI").split()[-1]
+        (home / "start").touch()
+        _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1
+    line = stderr.splitlines()[-1]
     assert words in line
-    id = re.search(r"^Search (\w+)", search.stdout, re.MULTILINE)[1]
-    what = "fix that and continue" if when != "killed" else "to continue"
-    assert f"; {what}: " in line
     assert f"python search.py --resume {id}" in line
-    if when == "asked":  # after a first result
+    assert ("fix that and continue: " in line) != is_killed
+    if not is_killed:  # after a first result
         assert line.endswith(f"; results so far: python choose.py {id}")
 
 
-def test_a_dead_assessor_is_not_called_the_tuner(run_search):
-    judge = {"className": "dying.Judge", "codeDirectory": "."}
-    search = run_search("report(1.0); time.sleep(60)", assessor=judge)
+def test_a_dead_assessor_is_not_called_the_tuner(run_pieces):
+    assessor = {"className": "own.Patient", "codeDirectory": str(TRIAL.parent)}
+    search = run_pieces(
+        "report('no idea'); time.sleep(60)", assessor=assessor | {"classArgs": {"patience": 1}}
+    )
     died = "the assessor has died: ValueError: no idea; fix that and continue: "
     assert died in search.stderr
 
 
-def test_a_killed_manager_is_not_called_stopped(start_search, home):
-    with start_search("time.sleep(60)") as process:
-        read_until(process, "Web UI")
-        time.sleep(1)
+def test_a_killed_manager_is_not_called_stopped(start_pieces, home):
+    with start_pieces("time.sleep(60)") as process:
+        read_until(process, "counts as the best")  # now the manager's process is known
         for manager in processes_at(home, MANAGER):
             manager.kill()
         _, stderr = process.communicate(timeout=30)
@@ -276,15 +198,24 @@ def test_a_killed_manager_is_not_called_stopped(start_search, home):
     assert f"{died}; to continue: python search.py" in stderr
 
 
-def test_a_stopped_search_is_called_stopped(start_search, home):
-    with start_search("time.sleep(60)") as process:
-        id = read_until(process, "Web UI").split()[-1]
-        nnictl(home, "stop", id)
+def test_a_closed_output_ends_only_the_command_and_a_stopped_search_is_called_stopped(
+    start_pieces, start_search, home
+):
+    pipe = ["bash", "-c", 'set -o pipefail; "$@" | head -3', "-"]  # up to the Web UI's address
+    with start_pieces("tell(1)", "time.sleep(60)", before=pipe) as process:
+        stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert stdout.count("\n") == 3
+    assert stderr == ""
+    id = stdout.split()[-1]
+    with start_search("--resume", id) as process:
+        read_until(process, "trial 0")
+        for manager in processes_at(home, MANAGER):
+            manager.terminate()  # as nnictl stop does
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert stderr.endswith(
-        f"search {id} has been stopped; to continue: python search.py --resume {id}\n"
-    )
+    next_steps = f"python search.py --resume {id}; results so far: python choose.py {id}"
+    assert stderr.endswith(f"search {id} has been stopped; to continue: {next_steps}\n")
 
 
 @pytest.fixture
