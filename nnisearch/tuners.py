@@ -70,7 +70,7 @@ class OptunaTuner(Tuner):
         return study
 
     def stop(self):
-        """Note that the sampler, such as BruteForceSampler, has tried all parameters."""
+        """Note that the sampler, such as BruteForceSampler, has tried all sets of parameters."""
         self.is_used_up = True
 
     def update_search_space(self, search_space):
@@ -159,7 +159,7 @@ class OptunaTuner(Tuner):
 
 
 class Hyperband(hyperband_advisor.Hyperband):
-    """NNI's Hyperband, mended. A trial's budget is a number of epochs from 1 to R.
+    """NNI's Hyperband without its faults. A trial's budget is a number of epochs from 1 to R.
 
     budget names the parameter that holds a trial's budget; trials written for NNI's own Hyperband
     call it TRIAL_BUDGET. optimize_mode, R, eta and exec_mode are NNI's.

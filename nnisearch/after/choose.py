@@ -6,9 +6,9 @@
     nnichoose --file FOLDER           # read an experiment's folder
 
 Good trials have a result within --within of the best. The choice is the good trial with the
-shortest run, in whole seconds. Among equally short ones it is the trial that learned fastest: its
-curve of intermediate results has the least area if such curves fall, as losses do, and the greatest
-area if they rise. The experiment may be running, stopped or finished: its database is read.
+shortest run, in whole seconds. Among equally short ones it is the trial that learned fastest: the
+area under its curve of intermediate results is the least if curves fall, as losses do, and the
+greatest if they rise. The experiment may be running, stopped or finished: its database is read.
 """
 
 import collections
@@ -28,7 +28,7 @@ from nnisearch.shared.results import ENDED, NO_RESULT, find_database, read_file
 from nnisearch.shared.text import one_line
 
 BEST = {"minimize": "least", "maximize": "greatest"}
-MOST = 5  # of a kind are named: unusable results, and the trials that reported one
+MOST = 5  # unusable results to name, and trials to name for each of them
 
 
 def rank(result, direction):
@@ -90,7 +90,7 @@ def table(trials, choice):
 
 
 def as_csv(trials):
-    """Return trials as CSV, with a column per hyperparameter and each text as it is."""
+    """Return trials as CSV, with a column per hyperparameter; texts are unchanged."""
     measured = ["trial", "id", "result", "seconds", "last", "area"]
     rows = [[trial.as_json()[key] for key in measured] for trial in trials]
     given = [as_dict(trial.hyperparameters) for trial in trials]
@@ -211,7 +211,7 @@ def no_results(trials):
 
 
 def left_behind(search, folder):
-    """Return a line if trials have no end, and the search's manager does not run here.
+    """Return a line if trials have not ended, but the search's manager does not run here.
 
     folder is the experiment's.
     """
@@ -225,7 +225,7 @@ def left_behind(search, folder):
 def main(argv=None, prog="nnichoose", within=0.0, was_watched=False):
     """Print a search's results, and write the files that the arguments name.
 
-    was_watched: the user has been told already that the direction of the search is not known.
+    was_watched: the user already knows if the direction of the search is unknown.
     """
     prepare_output()
     args = parse_args(argv, prog, within)

@@ -2,14 +2,14 @@
 
 import math
 
-LEAST = 10  # trials; with fewer the answer would be chance
+LEAST = 10  # trials; with fewer the answer would be random
 MOST_VALUES = 20  # different values of a hyperparameter that is no number
 
 
 def importances(trials):
     """Return {hyperparameter: its share of 1}, the greatest first, from trials with a result.
 
-    It is {} if there are too few trials, or all results are equal. Numbers are replaced by their
+    Returns {} if there are too few trials, or all results are equal. Numbers are replaced by their
     ranks, so that their scale does not matter; other and missing values are categories.
     Hyperparameters with more than MOST_VALUES categories are left out: they would explain all.
     """

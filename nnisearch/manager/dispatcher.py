@@ -1,10 +1,10 @@
-"""Runs the tuner's process: `python -m nni` with mends, connected only to its manager.
+"""Runs the tuner's process: `python -m nni` with fixes, connected only to the search's manager.
 
     python dispatcher.py FD
 
 FD is one end of a socket pair; the manager holds the other end. The manager first sends the
 configuration, one line of JSON. Then the pair replaces NNI's connection to the manager's port. So
-no other process can pose as the manager, ps does not show the configuration, and this process ends
+no other process can act as the manager, ps does not show the configuration, and this process ends
 with the manager.
 """
 
@@ -30,11 +30,11 @@ def load(path):
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":  # so it ends with the manager even during a long computation
+    if sys.platform == "linux":  # end with the manager, even during a long computation
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    # The buffer takes no more than this line: the manager then waits for an answer.
+    # Nothing after this line gets into the buffer, because the manager waits for an answer.
     config = connection.makefile("rb").readline()
     # The user's tuner finds the same arguments and path as in `python -m nni --exp_params CONFIG`.
     sys.argv[1:] = ["--exp_params", base64.b64encode(config).decode()]

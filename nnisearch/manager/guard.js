@@ -39,7 +39,7 @@ function entries(address, port) {
     return [[0, 4, 8, 12].map((at) => word(bytes.slice(at, at + 4))).join("") + end];
 }
 
-// The UIDs of the processes at the other ends of connections, by both addresses; undefined without /proc.
+// {both addresses of a connection: UID of the process at its other end}; undefined without /proc.
 function readOwners() {
     const tables = ["/proc/net/tcp", "/proc/net/tcp6"].filter((file) => fs.existsSync(file));
     const lines = tables.flatMap((file) => fs.readFileSync(file, "latin1").trim().split("\n"));

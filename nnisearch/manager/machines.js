@@ -1,7 +1,7 @@
-// Mends NNI's runners, which start trials on machines over SSH and with reuseMode. As shipped, the next
-// trial starts seconds later, and a lost machine is neither noticed nor used again. With this file the
-// next trial starts within a second. A lost machine is noticed within a minute. Its trial runs again
-// with the same parameters and number, and the machine is used again when it is back. The user is told.
+// Fixes faults of NNI's runners, which start trials on machines over SSH and with reuseMode. As
+// shipped, the next trial starts seconds later, and a lost machine is neither noticed nor used again.
+// With this file the next trial starts within a second. A lost machine is noticed within a minute. Its
+// trial runs again with the same parameters and number. A machine that is back is used again.
 "use strict";
 const timers = require("timers/promises");
 const { promisify } = require("util");

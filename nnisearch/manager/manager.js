@@ -1,4 +1,4 @@
-// Mends NNI's manager, into which Node's --require loads this file. The changes are about access
+// Fixes faults of NNI's manager, into which Node's --require loads this file. The fixes concern access
 // (guard.js), speed and correctness (pace.js), SLURM jobs (slurm.js), machines over SSH (machines.js)
 // and other machines with the same HOME (place.js). Each file changes modules of NNI, which it names
 // by their paths below nni_node.
@@ -7,7 +7,7 @@ const fs = require("fs");
 const Module = require("module");
 const path = require("path");
 
-// Node's debugger runs commands of all users of this machine. SIGUSR1 starts it, which batch systems
+// All users of this machine can run commands by Node's debugger. SIGUSR1 starts it, which batch systems
 // send; a module in the user's NODE_OPTIONS may start it, too.
 process.on("SIGUSR1", () => {});
 const inspector = require("inspector");

@@ -1,4 +1,4 @@
-"""Mends NNI in the tuner's process, each change with its reason.
+"""Fixes faults of NNI in the tuner's process, each change with its reason.
 
 dispatcher.py loads this file outside of its package, so it must not import nnisearch.
 """
@@ -29,7 +29,7 @@ CALLING_MINIMIZE = ("gp_tuner.util", "metis_tuner.lib_acquisition_function")
 
 
 def apply(connection):
-    """Mend NNI before it starts; connection is the socket to its manager."""
+    """Change NNI before it starts; connection is the socket to the manager."""
     use_only(connection)
     msg_dispatcher.MsgDispatcher = Dispatcher
     msg_dispatcher_base.MsgDispatcherBase.enqueue_command = enqueue_in_order
@@ -56,10 +56,10 @@ def prepare_and_run(dispatcher):
 
 
 def use_only(connection):
-    """Let NNI only use this socket, and end when it closes.
+    """Let NNI use only this socket, and end when the socket closes.
 
-    NNI connects to a port, and again after a lost connection. By then another user may have the
-    port, and could run any command here.
+    By itself NNI connects to a port, and again after a lost connection. By then another user may
+    have the port, and could run any command here.
     """
 
     async def connect(url):
@@ -83,8 +83,8 @@ def enqueue_in_order(advisor, command, data):
 class Dispatcher(msg_dispatcher.MsgDispatcher):
     """NNI's dispatcher, which tells the tuner of each trial once and in order.
 
-    - The tuner runs in one thread. NNI reports a trial's end in the assessor's thread, at any
-      moment, and most tuners fail if a result comes after its trial's end.
+    - The tuner runs in one thread. By itself NNI reports a trial's end in the assessor's thread, at
+      any moment, and most tuners fail if a result comes after its trial's end.
     - A resumed search does not repeat parameters that it has tried before.
     - NNI's own tuners do not get data that they fail on: results that are no finite numbers or do
       not fit the search space, and trials that the user has added.
@@ -98,7 +98,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         self.told = set()  # (trial's ID, parameter ID) of the results that the tuner knows
         self.results = []  # in the form of import_data()
         self.given_out = collections.Counter()  # how often each set of parameters was given out
-        self.expected = collections.Counter()  # how many repetitions of each set are still skipped
+        self.expected = collections.Counter()  # how many repetitions of each set are still to skip
 
     def enqueue_command(self, command, data):
         is_intermediate = command is CommandType.ReportMetricData and data["type"] == "PERIODICAL"
@@ -249,7 +249,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
 
 
 def scalar(value):
-    """Return a result, or the default of an object, as a finite number; None if it is none."""
+    """Return a result, or an object's "default", as a finite number; None if there is none."""
     value = value.get("default") if isinstance(value, dict) else value
     value = value.item() if getattr(value, "shape", None) == () else value  # a NumPy number
     try:
@@ -281,8 +281,8 @@ def note_direction(tuner):
 def work_with_todays_packages():
     """Let NNI's GP, Metis and Curvefitting work with NumPy 1.24 and SciPy 1.11 or later.
 
-    Otherwise they fail after ten results or at the first assessment. If the search uses them, they
-    have been imported by now.
+    Otherwise they fail after ten results or at the first assessment. NNI has already imported the
+    one that the search uses.
     """
     np.float, np.int = float, int  # NumPy has removed these names
     for name in CALLING_MINIMIZE:

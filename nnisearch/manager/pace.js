@@ -11,7 +11,7 @@ const timers = require("timers/promises");
 const { promisify } = require("util");
 
 // Pauses in ms of the loops that notice a trial's end, start the next one and read the GPUs' state;
-// NNI has 5,000. Other training services keep NNI's: a trial must not be stored before its machine.
+// NNI has 5,000. Other training services keep NNI's: a trial would be stored before its machine.
 const PAUSES = { manageTrials: 50, runJobLoop: 50, "GPUScheduler.run": 500 };
 
 function shortenPauses(settings, isIdle) {
@@ -36,7 +36,7 @@ const LEFT = `select data from TrialJobEvent where event = 'ADD_CUSTOMIZED' orde
     limit -1 offset (select count(distinct trialJobId) from TrialJobEvent
         where event = 'WAITING' and data like '%"parameter_source":"customized"%')`;
 
-// Resuming runs the unended trials again, from their start.
+// Resuming runs unfinished trials again, from their start.
 function resumeExactly(prototype) {
     const { addCustomizedTrialJob, addRecoveredTrialJob, resumeExperiment } = prototype;
     prototype.resumeExperiment = async function (isView) {
@@ -83,7 +83,7 @@ function requestMissingSets(prototype) {
     };
 }
 
-// A text as one word in a shell; NNI does not quote all paths.
+// A text as one word in a shell, since NNI does not quote all paths.
 const inQuotes = (text) => String(text).replaceAll("'", "'\\''"); // if NNI writes the quotes
 const quoted = (text) => `'${inQuotes(text)}'`;
 
@@ -211,7 +211,7 @@ function checkSpace(space, python) {
     });
 }
 
-// ms to wait for the database's lock: a reader may be slow or suspended. NNI ends after 1 s.
+// ms to wait for the database's lock, since a reader may be slow or suspended. NNI ends after 1 s.
 const PATIENCE = 600_000;
 
 const LOOK = 1000; // ms between two checks of a trial's reports

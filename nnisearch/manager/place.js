@@ -54,7 +54,7 @@ module.exports = function ({ folder, action }, root) {
         });
     }));
     const { listen } = net.Server.prototype;
-    net.Server.prototype.listen = function (...args) { // NNI changes nothing before this
+    net.Server.prototype.listen = function (...args) { // NNI changes nothing until then
         held.then(() => listen.apply(this, args));
         return this;
     };

@@ -1,4 +1,4 @@
-"""Mends and runs NNI's trial runner, on the machine of the trials.
+"""Fixes and runs NNI's trial runner, on the machine of the trials.
 
 pace.js sends this file to `python3 -c`, which starts in the runner's folder. A trial ends when its
 command has ended. A runner that loses its manager ends its trials and itself, and never connects
@@ -33,7 +33,7 @@ os.environ.update(dict.fromkeys((*NAMES, "MULTI_PHASE"), "runner"))
 from nni.tools.trial_tool import base_channel, log_utils, trial, web_channel  # noqa: E402
 
 PAUSE = 0.05  # s between checks for commands and for a trial's end; NNI has 0.5
-# s: the manager is lost after 35 s of silence. It gives this runner up after 50 s (machines.js).
+# s: the manager is lost after 35 s of silence. A runner is lost after 50 s (machines.js).
 PING, PATIENCE = 5, 30
 
 
@@ -97,7 +97,7 @@ class Channel(base_channel.BaseChannel):
 
 
 class Reader(threading.Thread):
-    """Passes a trial's output on. NNI's own reader waits for 6 to 11 s after the trial's end."""
+    """Passes a trial's output on. NNI's own reader waits 6 to 11 s after the trial's end."""
 
     is_read_completed = False
 

@@ -15,9 +15,9 @@ UNKNOWN = "The greatest result counts as the best: no optimize_mode is known"
 def direction(params, folder):
     """Return "minimize", "maximize", or None if it is unknown.
 
-    The first source is the tuner's attribute optimize_mode, noted in the experiment's folder when
-    the search started. Without a note, as after nnictl, params tells it: the configuration as NNI
-    stores it.
+    The first source is the tuner's attribute optimize_mode, which was noted in the experiment's
+    folder when the search started. The second is params, the configuration as NNI stores it: nnictl
+    leaves no note.
     """
     note = folder / NOTE
     said = note.read_text(encoding="utf-8") if note.is_file() else ""

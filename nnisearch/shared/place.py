@@ -23,9 +23,9 @@ def namespace(pid="self"):
 
 
 def elsewhere(folder):
-    """Return a text if an experiment's manager runs elsewhere: where, and what to do; else None.
+    """Return where an experiment's manager runs, and what to do, if it runs elsewhere; else None.
 
-    In the experiment's folder place.js notes where the manager runs, and holds a lock.
+    place.js notes in the experiment's folder where the manager runs, and holds a lock there.
     """
     try:
         note = json.loads((folder / "manager.json").read_text())

@@ -24,8 +24,8 @@ def own_processes():
 def managers():
     """Return {ID: process} of all running managers.
 
-    NNI only checks that a process has the noted PID. After a reboot that may be another program,
-    or it may be a zombie. So the arguments are read: those of NNI's main.js name the experiment.
+    NNI only checks that a process has the noted PID. This process may be a zombie or, after a
+    reboot, another program. So the arguments are read: those of NNI's main.js name the experiment.
     """
     found = {}
     for process in own_processes():

@@ -109,8 +109,8 @@ def known_ids(experiments):
 def find_folder(experiment, known):
     """Return the folder of an experiment, or None if there is none.
 
-    known is NNI's list. If the list has lost the experiment, or both have been moved, the folder
-    is found beside the list.
+    known is NNI's list. If the list lacks the experiment, or both have been moved, the folder is
+    found beside the list.
     """
     listed = Path(known[experiment]["logDir"], experiment) if experiment in known else None
     beside = EXPERIMENTS.expanduser().with_name(Path(experiment).name)
@@ -141,7 +141,7 @@ def open_database(path):
     """Open NNI's database; yield a function that returns the rows of a query.
 
     NNI cannot write during a query, so queries are short and Ctrl-Z waits for their end. Raises
-    OSError that names the file if it is no database of NNI 2.10 or stays locked for 5 seconds.
+    OSError that names the file if it is not a database of NNI 2.10, or is locked for 5 seconds.
     """
 
     def rows(query, values=()):
@@ -191,7 +191,7 @@ class Trial:
 
     @property
     def has_result(self):
-        """Whether it counts: it has ended by itself and reported a result."""
+        """Whether the trial counts: it has ended by itself and reported a result."""
         return self.status == "SUCCEEDED" and self.result is not None
 
     @property

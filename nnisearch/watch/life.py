@@ -1,4 +1,4 @@
-"""Tells if a search's manager and tuner live, and the last error of a dead one."""
+"""Tells if a search's manager and tuner live, and the last error of one that has died."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ class Life:
         self.id, self.logs = id, folder / "log"
         self.manager = self.find_manager()
         self.tuner = None
-        self.passes_without = 0
+        self.passes_without = 0  # a tuner
         self.dispatcher = Log(self.logs / "dispatcher.log", 0)
         errors = self.logs / "nnictl_stderr.log"
         # Skip the lines from before a resume.
@@ -73,7 +73,7 @@ class Life:
         return None
 
     def last_words(self):
-        """Return the last error that the manager or the tuner has printed since, or None."""
+        """Return the last error that the manager or tuner has printed since the start, or None."""
         self.errors.read_on()
         found = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
         # The tuner's lost connection is a result of the manager's end, not the cause.
@@ -82,7 +82,7 @@ class Life:
 
 
 class Log:
-    """A growing file; read_on() appends new content to text, which keeps the last KEPT of it."""
+    """A growing file. read_on() appends its new content to text, and keeps the last KEPT of it."""
 
     KEPT = 100_000  # characters
 

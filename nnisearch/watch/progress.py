@@ -38,8 +38,8 @@ QUIET = 6  # s: longer than the pause of NNI's loop that starts waiting trials
 def watch(id, port, config, resume, choose):
     """Show a search until all its trials have ended; return whether a trial has a result.
 
-    resume and choose are the commands that continue it and show its results. Raises RuntimeError if
-    the search ends in another way.
+    resume and choose are the commands that continue the search and show its results. Raises
+    RuntimeError if the search ends in another way.
     """
     folder = Path(config.experiment_working_directory, id)
     with (
@@ -74,8 +74,8 @@ class Search:
     def ask(self):
         """Return the manager's status and the trials that have changed.
 
-        They are None and [] while one cannot be read. Raises RuntimeError if the manager has
-        ended or the database has been removed.
+        Returns None and [] if one of the two cannot be read now. Raises RuntimeError if the manager
+        has ended or the database has been removed.
         """
         try:
             status = rest.get(self.port, "/check-status", prefix=self.prefix)
@@ -84,7 +84,7 @@ class Search:
             if self.life.is_over() or (self.life.manager is None and silence > SILENCE):
                 raise RuntimeError(self.death()) from None
             return self.silence(error)
-        if self.life.is_over():  # then somebody else has the port, and has answered
+        if self.life.is_over():  # somebody else has the port now, and has answered
             raise RuntimeError(self.death())
         try:
             changed = self.trials.update()
@@ -101,7 +101,7 @@ class Search:
         return status, changed
 
     def silence(self, error):
-        """Print once that the search has not answered for long; return None and []."""
+        """Print once that the search has not answered for SILENCE seconds; return None and []."""
         silence = time.monotonic() - self.heard
         if silence > SILENCE and not self.is_silent:
             self.is_silent = True
@@ -131,7 +131,7 @@ class Search:
             return {}
 
     def shortfall(self, status):
-        """Return why a search has ended with fewer trials than maxTrialNumber, "" if it has not."""
+        """Return why a search has ended before maxTrialNumber trials, "" if it has not."""
         params = self.profile().get("params", {})  # they may have changed since the start
         limit, asked = params.get("maxExperimentDuration"), params.get("maxTrialNumber") or 0
         why = {
@@ -144,7 +144,7 @@ class Search:
         return f"{why} after {ended} trials; maxTrialNumber is {asked}"
 
     def check(self, status):
-        """Raise RuntimeError if the search cannot continue: why, and how to continue it."""
+        """Raise RuntimeError if the search cannot continue. It says why, and how to continue."""
         if status["status"] in ("STOPPING", "STOPPED"):
             raise RuntimeError(f"search {self.id} has been stopped; {self.next_steps()}")
         if status["status"] == "VIEWED":
@@ -249,7 +249,7 @@ class Endings:
         self.said = set()
 
     def news(self, trial):
-        """Return why an ended trial has no result; None if it has one, or that was said before."""
+        """Return why an ended trial has no result; None if it has one, or this was said before."""
         if trial.has_result or trial.status in ("USER_CANCELED", "SYS_CANCELED"):
             return None
         if trial.status == "FAILED":
@@ -349,7 +349,7 @@ def title(trial):
 
 
 def failure(trial, folder):
-    """Return why a trial has failed, from its stderr; if it is not here, where its files are."""
+    """Return why a trial has failed, by its stderr. If that is not here, return where it is."""
     try:
         return one_line(reason(tail(folder / "trials" / trial.id / "stderr")))
     except OSError:
