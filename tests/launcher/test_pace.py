@@ -1,33 +1,11 @@
 """pace.js in NNI's own manager and local training service; all other parts are stand-ins."""
 
 import json
-import os
-import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
-import nni_node
 import pytest
-from conftest import ROOT
-
-NNI_NODE = Path(nni_node.__path__[0]).resolve()
-
-
-def run(script, *args):
-    """Return what a script for tests/support/pace.js returns."""
-    given = {
-        "NNI_NODE": str(NNI_NODE),
-        "PACE": str(ROOT / "nnisearch" / "manager" / "pace.js"),
-        "PYTHON": sys.executable,
-    }
-    node = [NNI_NODE / "node", ROOT / "tests" / "support" / "pace.js", script, *map(str, args)]
-    ended = subprocess.run(
-        node, env=os.environ | given, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
-
+from nnis_manager import run
 
 START = """
     const { manager, endTrial, jobs } = makeManager(PARAMS);

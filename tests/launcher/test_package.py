@@ -12,8 +12,8 @@ import yaml
 from conftest import ROOT, SPACE
 from experiment import free_port
 from nni.experiment import rest
+from projects import CONFIG, TRIAL
 from stand_ins import stand_in_nvidia_smi
-from test_other_projects import CONFIG, TRIAL
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from projects import CONFIG, TRIAL
 from stand_ins import stand_in_nvidia_smi
 from test_checks import LOCAL
-from test_other_projects import CONFIG, TRIAL
 
 from nnisearch.before import config, rehearsal
 from nnisearch.start.launch import UNDO, Watchdog

@@ -25,7 +25,7 @@ class Constant(Tuner):
 
 
 class Counter(MsgDispatcherBase):
-    """An advisor that counts."""
+    """An advisor that counts, and proposes the search space, too."""
 
     count = 0
 
@@ -33,11 +33,13 @@ class Counter(MsgDispatcherBase):
         super().__init__(os.environ["NNI_TUNER_COMMAND_CHANNEL"])
 
     def handle_initialize(self, data):
+        self.space = data
         self.send(CommandType.Initialized, "")
 
     def handle_request_trial_jobs(self, data):
         for _ in range(data):
-            given = {"parameter_id": self.count, "parameters": {"x": self.count}}
+            parameters = {"x": self.count, "space": self.space}
+            given = {"parameter_id": self.count, "parameters": parameters}
             self.count += 1
             self.send(CommandType.NewTrialJob, json.dumps(given))
 
