@@ -228,7 +228,7 @@ def rehearse_trial(project, monkeypatch):
 
         def rehearse_trial(command):
             project.configure(trialCommand=command)
-            folder = project.home / f"trial {len(os.listdir(project.home))}"
+            folder = project.home / f"trial{len(os.listdir(project.home))}"
             found = config.load(project.folder / "config.yml")
             return rehearsal.rehearse_trial(found, folder, PROPOSAL, 0, None, watchdog)
 
