@@ -120,7 +120,7 @@ class Experiment:
 
     def resume(self):
         """Go on with the experiment after its manager has ended."""
-        self.run(sys.executable, *SEARCH, "--resume", self.id, "-p", self.port, "--detach")
+        self.run(sys.executable, *UNCHECKED, "--resume", self.id, "-p", self.port, "--detach")
 
     def get(self, what):
         """Return the answer of NNI's REST server."""

@@ -1,6 +1,5 @@
 """A search is resumed exactly, whenever its manager or tuner was killed."""
 
-import ast
 import contextlib
 import json
 import os
@@ -10,26 +9,19 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import types
+from functools import partial
 from pathlib import Path
 
 import nni_node
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, nobody
-from experiment import (
-    MANAGER,
-    UNCHECKED,
-    Experiment,
-    free_port,
-    metric_value,
-    parameters,
-    processes_at,
-)
+from conftest import ROOT, ask, nobody, outside_address
+from experiment import MANAGER, UNCHECKED, free_port, metric_value, parameters, processes_at
 from filelock import FileLock
 from nni.experiment import rest
+from waiting import wait_for
 
 from nnisearch.before import config
 from nnisearch.shared import place, processes
@@ -37,13 +29,15 @@ from nnisearch.start import patches
 from nnisearch.start import resume as recovery
 
 TRIALS, REPORTS = 9, 5
+# In its middle a trial waits until the test lets it pass.
 TRIAL = f"""
-import sys, time
+import os, sys, time
 sys.path.append({str(ROOT / "tests" / "support")!r})
 from other_project import report
 for number in range({REPORTS}):
     report("PERIODICAL", number, number)
-    time.sleep(0.3)
+    while number == 2 and not os.path.exists("pass" + os.environ["NNI_TRIAL_SEQ_ID"]):
+        time.sleep(0.1)
 report("FINAL", 0.5)
 """
 CONFIG = {
@@ -57,42 +51,10 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def search(tmp_path, home, environment):
-    """Start the search above with changes; of which nothing is left when the test ends."""
-    (tmp_path / "trial.py").write_text(TRIAL)
-    (tmp_path / "killed.yml").write_text(yaml.safe_dump(CONFIG))
-
-    def start(**changes):
-        changes = {"trialCodeDirectory": str(tmp_path)} | changes
-        return Experiment(tmp_path / "killed.yml", home, environment, UNCHECKED, **changes)
-
-    return start
-
-
-def resuming(search):
-    """Return the command that resumes a search, and what it is started with."""
-    args = ["--resume", search.id, "-p", str(search.port), "--detach"]
-    how = {"env": search.environment, "cwd": search.home, "text": True}
-    return [sys.executable, *UNCHECKED, *args], how
-
-
-def resume(search):
-    """Resume a search and return what was printed."""
-    command, how = resuming(search)
-    return subprocess.run(
-        command, **how, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=300
-    ).stdout
-
-
-def manager(search):
-    (found,) = processes_at(search.home, MANAGER)
-    return found
-
-
-def tuner(search):
-    """Return the tuner's process."""
-    return next(filter(processes.is_tuner, processes_at(search.home)))
+def let_pass(folder, number):
+    """Let so many trials of the search in a folder come to their end."""
+    for trial in range(number):
+        (folder / f"pass{trial}").touch()
 
 
 def trial_processes(search):
@@ -111,70 +73,40 @@ def reports(search, trial):
     return [(metric["type"], metric_value(metric)) for metric in metrics]
 
 
-def assert_is_exact(search):
-    """Assert that a search comes to its end with all that was asked for, each once."""
-    trials = search.wait(240)
-    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * TRIALS
-    assert len({trial["sequenceId"] for trial in trials}) == TRIALS
-    assert len({str(parameters(trial)) for trial in trials}) == TRIALS
-    once = [("PERIODICAL", number) for number in range(REPORTS)] + [("FINAL", 0.5)]
-    assert [reports(search, trial) for trial in trials] == [once] * TRIALS
+def wait_in_the_middle(search, folder, number):
+    """Wait until so many trials have ended, and the next two are in their middle."""
+    let_pass(folder, number)
 
-
-# The moment of the kill: the number of ended trials, and if a running one has reported.
-MOMENTS = {
-    "at its first trial": lambda ended, has_reported: True,
-    "in the middle of a trial": lambda ended, has_reported: has_reported,
-    "in the middle": lambda ended, has_reported: ended >= 3 and has_reported,
-    "at its end": lambda ended, has_reported: ended >= TRIALS - 2 and has_reported,
-}
-
-
-def wait_for(search, moment):
-    """Wait until a search has come to the moment."""
-
-    def is_there(trials):
+    def is_there():
+        trials = search.get("trial-jobs")
         running = [trial for trial in trials if trial["status"] == "RUNNING"]
-        has_reported = any(1 <= len(reports(search, trial)) <= 3 for trial in running)
-        return running and moment(len([t for t in trials if "endTime" in t]), has_reported)
+        ended = [trial for trial in trials if "endTime" in trial]
+        return (
+            len(ended) == number and [len(reports(search, t)) >= 3 for t in running] == [True] * 2
+        )
 
-    end = time.monotonic() + 120
-    while not is_there(search.get("trial-jobs")):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(is_there)
 
 
-@pytest.mark.parametrize(
-    ("when", "orphans"),
-    [
-        ("at its first trial", "run on"),
-        ("in the middle of a trial", "have ended"),
-        ("in the middle", "run on"),
-        ("at its end", "have ended"),
-    ],
-)
-def test_after_its_manager_is_killed_a_search_is_exact(search, when, orphans):
-    one = search()
-    wait_for(one, MOMENTS[when])
-    trials = trial_processes(one)
+def kill_manager(search):
+    """Kill the manager of a search; return the processes of its trials."""
+    trials = trial_processes(search)
     assert trials
-    manager(one).kill()
-    if orphans == "have ended":
-        psutil.wait_procs(trials, timeout=60)
-    resume(one)
-    assert not any(map(processes.lives, trials))
-    assert_is_exact(one)
-    assert one.stop() == []
+    (manager,) = processes_at(search.home, MANAGER)
+    manager.kill()
+    return trials
 
 
-def test_after_its_tuner_is_killed_a_search_is_exact(search):
-    one = search(tuner={"name": "TPE"})
-    wait_for(one, MOMENTS["in the middle"])
-    tuner(one).kill()
-    time.sleep(5)
-    resume(one)
-    assert_is_exact(one)
-    assert one.stop() == []
+def start_resuming(search, port, **variables):
+    """Start the command that resumes a search, and do not wait."""
+    return subprocess.Popen(
+        [sys.executable, *UNCHECKED, "--resume", search.id, "-p", str(port), "--detach"],
+        env=search.environment | variables,
+        cwd=search.home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def events(search):
@@ -186,57 +118,104 @@ def events(search):
         return [event for (event,) in rows]
 
 
+def assert_is_exact(search):
+    """Assert that a search comes to its end with all that was asked for, each once."""
+    trials = search.wait(240)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * TRIALS
+    assert len({trial["sequenceId"] for trial in trials}) == TRIALS
+    assert len({str(parameters(trial)) for trial in trials}) == TRIALS
+    once = [("PERIODICAL", number) for number in range(REPORTS)] + [("FINAL", 0.5)]
+    assert [reports(search, trial) for trial in trials] == [once] * TRIALS
+    assert search.stop() == []
+
+
+@pytest.fixture
+def search(tmp_path, experiment):
+    """Start the search above with changes; of which nothing is left when the test ends."""
+    (tmp_path / "trial.py").write_text(TRIAL)
+    (tmp_path / "killed.yml").write_text(yaml.safe_dump(CONFIG))
+    return partial(experiment, tmp_path / "killed.yml", trialCodeDirectory=str(tmp_path))
+
+
 # Lets the manager wait at a moment when it has queued the trials but not started them.
-SLOW_TUNER = "import sys, time; time.sleep(5 * ('dispatcher.py' in ' '.join(sys.orig_argv)))"
+SLOW_TUNER = "import sys, time; time.sleep(600 * ('dispatcher.py' in ' '.join(sys.orig_argv)))"
 
 
-def test_a_search_that_is_killed_while_it_is_resumed_is_exact(search, tmp_path):
+def test_a_search_whose_manager_is_killed_is_exact(search, tmp_path):
     one = search()
-    wait_for(one, MOMENTS["in the middle"])
-    manager(one).kill()
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_TUNER)
-    command, how = resuming(one)
-    how["env"] = one.environment | {
-        "PYTHONPATH": f"{tmp_path / 'slow'}:{one.environment['PYTHONPATH']}"
-    }
-    with subprocess.Popen(command, **how, stderr=subprocess.DEVNULL) as broken:
-        while "ADD_RESUMED" not in events(one):
-            assert broken.poll() is None
-        manager(one).kill()
-        assert broken.wait(60) == 1
-    assert events(one)[-1] == "ADD_RESUMED"  # killed before the first trial was started anew
-    resume(one)
-    assert_is_exact(one)
-    assert one.stop() == []
-
-
-def test_only_one_of_two_concurrent_resumes_succeeds(search):
-    one = search()
-    manager(one).kill()
-    command, how = resuming(one)
-    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    elsewhere = [str(free_port()) if part == str(one.port) else part for part in command]
-    with subprocess.Popen(command, **how) as first, subprocess.Popen(elsewhere, **how) as second:
-        printed = [process.communicate(timeout=120)[0] for process in (first, second)]
-    arguments = manager(one).cmdline()  # there is one only
-    one.port = int(arguments[arguments.index("--port") + 1])
+    wait_for(lambda: any(trial["status"] == "RUNNING" for trial in one.get("trial-jobs")))
+    trials = kill_manager(one)  # at the first trial; the trials run on
+    with (
+        start_resuming(one, one.port) as first,
+        start_resuming(one, free_port()) as second,
+    ):
+        printed = [process.communicate(timeout=240)[0] for process in (first, second)]
     # Whoever comes later is refused, or shows what the other has started.
     assert sorted([first.returncode, second.returncode]) in ([0, 0], [0, 1]), printed
     assert "Traceback" not in "".join(printed)
+    assert not any(map(processes.lives, trials))
+    (manager,) = processes_at(one.home, MANAGER)  # there is one only
+    arguments = manager.cmdline()
+    one.port = int(arguments[arguments.index("--port") + 1])
+
+    wait_in_the_middle(one, tmp_path, 3)
+    trials = kill_manager(one)
+    before = len(events(one))
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_TUNER)
+    path = f"{tmp_path / 'slow'}:{one.environment['PYTHONPATH']}"
+    with start_resuming(one, one.port, PYTHONPATH=path) as broken:
+        wait_for(lambda: "ADD_RESUMED" in events(one)[before:])
+        (manager,) = processes_at(one.home, MANAGER)
+        manager.kill()
+        assert broken.wait(60) == 1
+    assert events(one)[-1] == "ADD_RESUMED"  # killed before the first trial was started anew
+    one.resume()
+    assert not any(map(processes.lives, trials))
+
+    wait_in_the_middle(one, tmp_path, TRIALS - 2)
+    trials = kill_manager(one)
+    let_pass(tmp_path, TRIALS)
+    psutil.wait_procs(trials, timeout=120)  # the trials end
+    one.resume()
     assert_is_exact(one)
-    assert one.stop() == []
 
 
-def test_a_search_that_was_stopped_and_resumed_twice_is_exact(search):
-    one = search()
-    for when in ("in the middle of a trial", "in the middle"):
-        wait_for(one, MOMENTS[when])
-        one.nnictl("stop", one.id)
-        (one.home / "nni-experiments" / ".experiment").unlink()  # a search is found without it
-        resume(one)
-    assert_is_exact(one)
+def test_a_search_that_is_stopped_or_loses_its_tuner_is_exact(search, tmp_path):
+    one = search(tuner={"name": "TPE"})
+    wait_in_the_middle(one, tmp_path, 0)
+    trials = kill_manager(one)
+    let_pass(tmp_path, 2)
+    psutil.wait_procs(trials, timeout=120)
+    one.resume()
+
+    home = one.home / "nni-experiments"
+    wait_in_the_middle(one, tmp_path, 2)
+    one.nnictl("stop", one.id)
+    before = events(one)
+    shown = one.run(sys.executable, *UNCHECKED, "--view", one.id, "-p", one.port)
+    assert f"Web UI: http://127.0.0.1:{one.port}, until: nnictl stop {one.id}" in shown
+    assert one.get("check-status")["status"] == "VIEWED"
+    assert len(one.get("trial-jobs")) == 4
+    assert ask(one.port, address=outside_address()) is None
+    assert ask(one.port, user=nobody()) == 403
     assert one.stop() == []
+    assert events(one) == before
+    (home / ".experiment").unlink()  # a search is found without it
+    (home / one.id).chmod(0o755)  # as an older version has left it
+    one.resume()
+    assert (home / one.id).stat().st_mode & 0o777 == 0o700
+
+    wait_in_the_middle(one, tmp_path, 4)
+    assert one.stop() == []
+    one.resume()
+
+    wait_in_the_middle(one, tmp_path, 6)
+    next(filter(processes.is_tuner, processes_at(one.home))).kill()
+    wait_for(lambda: not processes_at(one.home, MANAGER))
+    let_pass(tmp_path, TRIALS)
+    one.resume()
+    assert_is_exact(one)
 
 
 SLEEP = "import os, sys, time; {change}; print(flush=True); time.sleep(600)"
@@ -275,20 +254,11 @@ def write_list(home, listed):
     return path
 
 
-def statuses(home, environment, numbers):
-    """Return what nnisearch makes of NNI's list, of running experiments with these processes."""
-    write_list(home, {id: ENTRY | {"id": id, "pid": pid} for id, pid in numbers.items()})
-    code = "from nnisearch.start import resume as recovery; print(recovery.list_experiments())"
-    command = [sys.executable, "-c", code]
-    printed = subprocess.check_output(command, env=environment | {"HOME": str(home)}, text=True)
-    return {id: known["status"] for id, known in ast.literal_eval(printed).items()}
-
-
-def test_an_experiment_runs_if_its_manager_lives(start_sleeper, tmp_path, environment):
+def test_an_experiment_runs_if_its_manager_lives(start_sleeper, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     zombie = start_sleeper(*manager_arguments("zombie"))
     zombie.kill()
-    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.1)
+    wait_for(lambda: psutil.Process(zombie.pid).status() == psutil.STATUS_ZOMBIE)
     numbers = {
         "alive": start_sleeper(*manager_arguments("alive")).pid,
         "another": start_sleeper(*manager_arguments("alive")).pid,
@@ -296,14 +266,13 @@ def test_an_experiment_runs_if_its_manager_lives(start_sleeper, tmp_path, enviro
         "zombie": zombie.pid,
         "gone": 2**22 + 1,
     }
-    found = statuses(tmp_path, environment, numbers)
+    if os.getuid() == 0:
+        change = f"os.setuid({nobody()})"
+        feigned = start_sleeper(*manager_arguments("another user's"), change=change)
+        numbers["another user's"] = feigned.pid
+    write_list(tmp_path, {id: ENTRY | {"id": id, "pid": pid} for id, pid in numbers.items()})
+    found = {id: known["status"] for id, known in recovery.list_experiments().items()}
     assert found == dict.fromkeys(numbers, "STOPPED") | {"alive": "RUNNING"}
-
-
-def test_another_users_process_is_no_manager(start_sleeper, tmp_path, environment):
-    change = f"os.setuid({nobody()})"
-    numbers = {"feigned": start_sleeper(*manager_arguments("feigned"), change=change).pid}
-    assert statuses(tmp_path, environment, numbers) == {"feigned": "STOPPED"}
 
 
 def test_a_viewed_or_prefixed_search_is_not_resumed(tmp_path):
