@@ -52,7 +52,7 @@ COLUMNS = {  # key: (heading, format)
 def run_timed(command, **environment):
     """Run a command; return what it printed, [(seconds since its start, line), ...], and its costs.
 
-    The costs are seconds, CPU seconds of all its processes and the MiB of the largest at its peak.
+    The costs are seconds, CPU seconds of all its processes, and the largest one's peak in MiB.
     Raises RuntimeError, with its stderr, if it fails.
     """
     with tempfile.TemporaryFile("w+") as errors:

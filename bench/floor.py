@@ -1,6 +1,6 @@
 """train.py with one fixed batch, as floats on the device: the time of the steps alone.
 
-train.py takes longer by the handling of the data. The flags are train.py's.
+The rest of train.py's time goes into handling data. The flags are train.py's.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Record trainings at random places of search_space.json, for tuners.py.
+"""Record trainings at random points of search_space.json, for tuners.py.
 
     python bench/record.py     # 127 trainings, some 35 minutes on 2 cores
 
-The first places are trained for 1 epoch and for each number of epochs in the space, the others for
+The first points are trained for 1 epoch and for each number of epochs in the space, the others for
 one random number of epochs. A training holds out images and uses one thread; one runs per core.
 bench/table.json gets a row per training: hyperparameters, losses, accuracy in percent on the
 held-out and on the test images, and CPU seconds. Rows that are there already are kept, so an
@@ -45,7 +45,7 @@ def record(values, tested):
 
 
 def draw(space, number, seed):
-    """Return number random places of a search space, drawn by NNI."""
+    """Return number random points of a search space, drawn by NNI."""
     tuner = RandomTuner(seed=seed)
     tuner.update_search_space(space)
     return [tuner.generate_parameters() for _ in range(number)]
@@ -53,14 +53,14 @@ def draw(space, number, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--places", type=int, default=20, help="places trained several times")
-    parser.add_argument("--others", type=int, default=47, help="places trained once")
+    parser.add_argument("--points", type=int, default=20, help="points trained several times")
+    parser.add_argument("--others", type=int, default=47, help="points trained once")
     args = parser.parse_args()
     space = json.loads((ROOT / "search_space.json").read_text())
     others = draw(space, args.others, seed=1)
     epochs = [1, *space.pop("epochs")["_value"]]  # 1: where Hyperband begins
-    places = draw(space, args.places, seed=0)
-    wanted = [place | {"epochs": number} for place in places for number in epochs] + others
+    points = draw(space, args.points, seed=0)
+    wanted = [point | {"epochs": number} for point in points for number in epochs] + others
     rows = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
     recorded = [row["hyperparameters"] for row in rows]
     wanted = [values for values in wanted if values not in recorded]

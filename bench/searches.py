@@ -1,4 +1,4 @@
-"""Run real searches by configs/cpu.yml, with its tuner and with NNI's TPE; print their best.
+"""Run real searches by configs/cpu.yml, with its tuner and with NNI's TPE; compare their best.
 
     python bench/searches.py     # 90 minutes
 

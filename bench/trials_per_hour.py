@@ -55,7 +55,7 @@ echo "</nvidia_smi_log>"
 
 
 def around(parameters):
-    """Return a search space of these values alone, where the last digits of lr vary."""
+    """Return a search space of only these values, except that lr's last digits vary."""
     space = {key: {"_type": "choice", "_value": [value]} for key, value in parameters.items()}
     space["lr"] = {"_type": "uniform", "_value": [parameters["lr"], parameters["lr"] + 1e-6]}
     return space

@@ -4,7 +4,7 @@
     python bench/tuners.py --tuners random "Optuna's GPSampler" --plot docs/tuners.png     # some
 
 Nothing is trained: a model predicts the accuracy and the seconds of a trial. It has learned them
-from the trainings in bench/table.json, which bench/record.py records. Its error at places that it
+from the trainings in bench/table.json, which bench/record.py records. Its error at points that it
 has not seen is printed first. Two trials run at a time.
 """
 
@@ -122,8 +122,8 @@ class Model:
         self.trees = ExtraTreesRegressor(200, max_features=0.5, random_state=0)
         self.inputs = [features(row["hyperparameters"]) for row in rows]
         self.targets = [(row["test"], np.log(row["seconds"])) for row in rows]
-        places = [{**row["hyperparameters"], "epochs": None} for row in rows]
-        self.groups = [places.index(place) for place in places]
+        points = [{**row["hyperparameters"], "epochs": None} for row in rows]
+        self.groups = [points.index(point) for point in points]
         self.trees.fit(self.inputs, self.targets)
 
     def predict(self, given):
@@ -131,7 +131,7 @@ class Model:
         return accuracy, np.exp(logarithm)
 
     def report(self):
-        """Print the error at unseen places, by cross-validation with ten folds."""
+        """Print the error at unseen points, by cross-validation with ten folds."""
         folds = GroupKFold(10)
         guessed = cross_val_predict(
             self.trees, self.inputs, self.targets, groups=self.groups, cv=folds

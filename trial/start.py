@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 gc.freeze()
 gc.enable()
-for name in spin:  # torch has read it, and the trial's child processes must not inherit it
+for name in spin:  # torch has read it; child processes must not inherit it
     del os.environ[name]
 
 # By default, tqdm makes a lock for several processes, which starts a process in Python 3.14.

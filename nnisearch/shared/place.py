@@ -29,13 +29,13 @@ def elsewhere(folder):
     """
     try:
         note = json.loads((folder / "manager.json").read_text())
-        host, boot, numbers = note["host"], note["boot"], note["namespace"]
+        host, boot, pids = note["host"], note["boot"], note["namespace"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # it has ended, or was started by nnictl
     boot_file = Path("/proc/sys/kernel/random/boot_id")
     this_boot = boot_file.read_text().strip() if boot_file.exists() else platform.node()
-    if (boot, numbers) == (this_boot, namespace()):
-        return None  # it is here, where its process shows if it lives
+    if (boot, pids) == (this_boot, namespace()):
+        return None  # it is here, where other code looks for its process
     is_other_machine = boot != this_boot and host != platform.node()
     if not is_locked(folder / "manager.lock") and not (is_other_machine and has_own_locks(folder)):
         return None

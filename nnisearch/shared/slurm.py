@@ -47,8 +47,8 @@ def job_name(id, trial):
 def prepare(id, folder):
     """Let srun note the start of each task, and cancel jobs that an earlier manager has left."""
     prolog = folder / "slurm_prolog.sh"
-    users = os.environ.get("SLURM_TASK_PROLOG")
-    then = f"exec {shlex.quote(users)}" if users and users != str(prolog) else "exit 0"
+    given = os.environ.get("SLURM_TASK_PROLOG")  # the user's own, which runs next
+    then = f"exec {shlex.quote(given)}" if given and given != str(prolog) else "exit 0"
     prolog.write_text(PROLOG.format(note=NOTE, then=then))
     prolog.chmod(0o700)
     os.environ["SLURM_TASK_PROLOG"] = str(prolog)
@@ -61,7 +61,7 @@ def prepare(id, folder):
 
 
 def queue(id, states="PENDING,CONFIGURING"):
-    """Return {name: state and reason} of a search's jobs in these states, as PENDING (Priority)."""
+    """Return {name: "STATE (reason)"} of a search's jobs in these states."""
     given = ["-h", "-u", str(os.getuid()), "-t", states, "-o", "%j|%T (%r)"]
     lines = ask("squeue", *given).splitlines()
     return dict(line.rsplit("|", 1) for line in lines if line.startswith(job_name(id, "")))

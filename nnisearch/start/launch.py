@@ -65,10 +65,10 @@ def find_port(wanted, count):
 def prepare_environment(config, listen):
     """Set the environment of NNI's manager, so that Node loads manager.js with its settings."""
     machines = [m for one in services(config) for m in getattr(one, "machine_list", None) or []]
-    found = [socket.getaddrinfo(machine.host, None) for machine in machines]
+    found = [info for machine in machines for info in socket.getaddrinfo(machine.host, None)]
     guard = {
         "listen": listen,
-        "machines": [place[4][0] for places in found for place in places],
+        "machines": [address[0] for *_, address in found],
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
     if slurm.is_used(config):

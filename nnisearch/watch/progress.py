@@ -68,7 +68,7 @@ class Search:
         self.prefix = listed(id).get("prefixUrl")
         self.trials = Trials(folder / "db" / "nni.sqlite")
         self.life = Life(id, folder)
-        self.heard = self.changed = time.monotonic()
+        self.heard = self.changed = time.monotonic()  # when it last answered, and last changed
         self.is_silent = self.is_idle = False
 
     def ask(self):
@@ -306,8 +306,8 @@ class Notices:
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
         self.said = set()
-        self.uses_slurm, self.asked = slurm.is_used(config), 0
-        self.managers = Log(folder / "log" / "notices.log", 0)
+        self.uses_slurm, self.last_query = slurm.is_used(config), 0
+        self.manager_log = Log(folder / "log" / "notices.log", 0)
 
     def __call__(self, trials):
         """Return the new lines, given all trials."""
@@ -324,15 +324,15 @@ class Notices:
                 found[trial.id, trial.message] = f"{title(trial)} is {trial.message}"
         new = {about: line for about, line in found.items() if line and about not in self.said}
         self.said |= new.keys()
-        self.managers.text = ""
-        self.managers.read_on()
-        return [*new.values(), *map(one_line, self.managers.text.splitlines())]
+        self.manager_log.text = ""
+        self.manager_log.read_on()
+        return [*new.values(), *map(one_line, self.manager_log.text.splitlines())]
 
     def queued(self, trials):
         """Return {state: line} of the trials in SLURM's queue."""
-        if time.monotonic() - self.asked < ASK:
+        if time.monotonic() - self.last_query < ASK:
             return {}
-        self.asked, id = time.monotonic(), self.folder.name
+        self.last_query, id = time.monotonic(), self.folder.name
         states = slurm.queue(id)
         names = {trial.id: slurm.job_name(id, trial.id) for trial in trials}
         waiting = [trial for trial in trials if trial.status == "WAITING"]
