@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def default_config():
-    """Return the path of the configuration for this machine, and words with the reason."""
+    """Return the path of the configuration for this machine, and the reason in words."""
     try:
         number = len(gpus.gpus())
         why = f"since nvidia-smi lists {number or 'no'} GPUs"

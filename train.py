@@ -210,7 +210,7 @@ def parse_args(argv):
     add("--tta", action="store_true", help="test each image mirrored and shifted, too")
     add("--save", type=data.as_path, metavar="FILE", help="write the trained weights there")
     args, unknown = parser.parse_known_args(argv)
-    flags = {key: vars(args).pop(key) for key in HYPERPARAMETERS if key in args}  # those given
+    flags = {key: vars(args)[key] for key in HYPERPARAMETERS if key in args}  # those given
     for key, entry in HYPERPARAMETERS.items():
         setattr(args, key, entry.kind(entry.default))  # Number(0) means 0.0
     try:

@@ -19,7 +19,7 @@ import math
 import signal
 import sys
 
-from nnisearch.after.importance import as_dict, importances
+from nnisearch.after.importance import hyperparameters, importances
 from nnisearch.shared.direction import UNKNOWN
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
 from nnisearch.shared.place import elsewhere
@@ -41,8 +41,9 @@ def choose(trials, within, direction="maximize"):
     best = min((trial.result for trial in trials), key=lambda result: rank(result, direction))
     # Intermediate results may fall, as losses do, or rise, as accuracies do.
     curves = [trial.intermediate for trial in trials if trial.area is not None]
-    fallen = sum((curve[0] > curve[-1]) - (curve[0] < curve[-1]) for curve in curves)
-    is_falling = fallen > 0 or (fallen == 0 and direction == "minimize")
+    falls = sum(curve[0] > curve[-1] for curve in curves)
+    rises = sum(curve[0] < curve[-1] for curve in curves)
+    is_falling = falls > rises or (falls == rises and direction == "minimize")
 
     def is_good(trial):
         gap = abs(best - trial.result)
@@ -74,8 +75,7 @@ def cell(value):
 
 def table(trials, choice):
     """Return a table of trials as text; an asterisk marks the choice."""
-    given = [as_dict(trial.hyperparameters) for trial in trials]
-    keys = list(dict.fromkeys(key for values in given for key in values))
+    given, keys = hyperparameters(trials)
     rows = [["", "trial", "result", "seconds", "last", "area", *map(cell, keys)]]
     for trial, values in zip(trials, given, strict=True):
         numbers = (("result", ".6g"), ("seconds", ".0f"), ("last", ".4g"), ("area", ".4g"))
@@ -93,8 +93,7 @@ def as_csv(trials):
     """Return trials as CSV, with a column per hyperparameter; texts are unchanged."""
     measured = ["trial", "id", "result", "seconds", "last", "area"]
     rows = [[trial.as_json()[key] for key in measured] for trial in trials]
-    given = [as_dict(trial.hyperparameters) for trial in trials]
-    keys = list(dict.fromkeys(key for values in given for key in values))
+    given, keys = hyperparameters(trials)
     for row, values in zip(rows, given, strict=True):
         for value in map(values.get, keys):
             is_plain = value is None or isinstance(value, (str, int, float))
@@ -207,7 +206,9 @@ def no_results(trials):
     for reported, who in list(named.items())[:MOST]:
         more = f" and {len(who) - MOST} more" if len(who) > MOST else ""
         lines.append(f"trial {', '.join(who[:MOST])}{more} reported {reported}, {NO_RESULT}")
-    return [*lines, *([f"and {len(named) - MOST} other things"] if len(named) > MOST else [])]
+    if len(named) > MOST:
+        lines.append(f"and {len(named) - MOST} other things")
+    return lines
 
 
 def left_behind(search, folder):

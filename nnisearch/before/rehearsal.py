@@ -149,13 +149,13 @@ def rehearse_results(manager, config, proposals, limit):
     store them. Raises EOFError if the tuner ends, TimeoutError if it takes too long.
     """
     shipped = shipped_class(config.tuner) or ""
-    arguments = config.tuner.class_args or {}
-    is_nnis = shipped.startswith("nni.")
-    count = RESULTS + arguments.get("population_size", 0) if is_nnis else MOST_TRIALS
+    count = MOST_TRIALS if shipped else 0
+    if shipped.startswith("nni."):
+        count = RESULTS + (config.tuner.class_args or {}).get("population_size", 0)
     has_assessor = bool(config.assessor and config.assessor.name)
     manager.waiting = Waiting("the tuner's next parameters", RESULTS_PATIENCE)
     ended = 0
-    while shipped and ended < min(count, len(proposals)):
+    while ended < min(count, len(proposals)):
         for command, data in events(proposals[ended], ended, has_assessor):
             manager.send(command, data)
         ended += 1

@@ -61,8 +61,9 @@ def read_result(text):
     except MALFORMED:
         value = text
     found = number(value)
-    shown = text if isinstance(text, str) else json.dumps(text)
-    return found, None if found is not None else one_line(shown, 60)
+    if found is not None:
+        return found, None
+    return None, one_line(text if isinstance(text, str) else json.dumps(text), 60)
 
 
 def read_experiments(**types):
@@ -113,9 +114,11 @@ def find_folder(experiment, known):
     found beside the list.
     """
     listed = Path(known[experiment]["logDir"], experiment) if experiment in known else None
+    if listed and (listed / DATABASE).is_file():
+        return listed
     beside = EXPERIMENTS.expanduser().with_name(Path(experiment).name)
     is_beside = beside.name == experiment and (beside / DATABASE).is_file()
-    return beside if is_beside and not (listed and (listed / DATABASE).is_file()) else listed
+    return beside if is_beside else listed
 
 
 def find_database(experiment):

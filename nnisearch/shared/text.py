@@ -69,7 +69,8 @@ def reason(text):
     found = -1
     for number, line in enumerate(lines):
         if line.startswith("Traceback (most recent call last):"):
-            ends = [n for n in range(number + 1, len(lines)) if lines[n].strip() == lines[n] != ""]
+            later = range(number + 1, len(lines))
+            ends = [n for n in later if lines[n] and lines[n] == lines[n].strip()]
             found = ends[0] if ends else found
         elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line) and not SRUNS_END.match(line):
             found = number

@@ -65,12 +65,13 @@ class Life:
 
     def tuners_end(self):
         """Return a text on what ended the tuner or the assessor; None if it is unknown."""
-        for text in self.fatal_entries()[:1]:
-            who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", text) else "tuner"
-            last = text.split("Traceback (most recent call last):")[-1]
-            lines = [line for line in last.splitlines() if re.match(r"[\w.]+(:|$)", line)]
-            return f"the {who} has died: {one_line(lines[0])}" if lines else None
-        return None
+        entries = self.fatal_entries()
+        if not entries:
+            return None
+        who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", entries[0]) else "tuner"
+        last = entries[0].split("Traceback (most recent call last):")[-1]
+        lines = [line for line in last.splitlines() if re.match(r"[\w.]+(:|$)", line)]
+        return f"the {who} has died: {one_line(lines[0])}" if lines else None
 
     def last_words(self):
         """Return the last error that the manager or tuner has printed since the start, or None."""
