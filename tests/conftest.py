@@ -39,6 +39,9 @@ SPACE = {
 # Where the search is tested, and not train.py: a trial that costs next to nothing.
 LIGHT_TRIAL = "python3 tests/support/light_trial.py"
 ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
+# A web socket's first request.
+UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
 from experiment import SEARCH, UNCHECKED, Experiment, processes_at  # noqa: E402
@@ -92,6 +95,12 @@ def outside_address():
             if entry.family == socket.AF_INET and not entry.address.startswith("127."):
                 return entry.address
     pytest.skip("this machine has no address but the loopback's")
+
+
+def writable(folder):
+    """Return what below the folder everybody may write."""
+    command = ["find", folder, "-not", "-type", "l", "-perm", "/o+w"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def nobody():

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
+from conftest import LIGHT_TRIAL, ROOT, SPACE, UPGRADE, ask, nobody, outside_address, writable
 from experiment import MANAGER, SEARCH, UNCHECKED, free_port, metric_value, parameters, processes_at
 from machines import PASSPHRASE, SSHD, Machine, make_key
 from nni.experiment.config.training_services.remote import RemoteConfig, RemoteMachineConfig
@@ -23,9 +23,6 @@ from nni.experiment.config.training_services.remote import RemoteConfig, RemoteM
 from nnisearch.before.machines import check_machines
 from nnisearch.shared.results import Trials
 
-# A web socket's first request.
-UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
-UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
 GPU = (  # as nvidia-smi shows one that is free
     "<gpu><processes></processes><product_name>A</product_name>"
     "<utilization><gpu_util>0 %</gpu_util><memory_util>0 %</memory_util></utilization>"
@@ -110,12 +107,6 @@ def wait_for(condition):
         assert time.monotonic() < end
         time.sleep(0.2)
     return found
-
-
-def writable(folder):
-    """Return what below the folder everybody may write."""
-    command = ["find", folder, "-not", "-type", "l", "-perm", "/o+w"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def machine_of(trial):
