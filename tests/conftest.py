@@ -215,11 +215,16 @@ def synthetic():
 
 
 @pytest.fixture
-def main(capsys, kernels, monkeypatch, synthetic):
-    """Call train.main(flags) in this process; return what it prints, and its exit status."""
+def main(capsys, kernels, monkeypatch):
+    """Call train.main(flags) in this process; return what it prints, and its exit status.
+
+    Its synthetic data set is the one of few_images.py.
+    """
+    import few_images
+
     import train
 
-    monkeypatch.setattr("trial.data.make_synthetic", lambda: synthetic)
+    monkeypatch.setattr("trial.data.make_synthetic", few_images.make)
 
     def main(*flags):
         with warnings.catch_warnings():

@@ -1,4 +1,7 @@
-"""Programs as processes that need not import torch: forks of a process that has imported it."""
+"""Programs as processes that need not import torch: forks of a process that has imported it.
+
+Their synthetic data set is the one of few_images.py.
+"""
 
 import multiprocessing
 import os
@@ -7,7 +10,10 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+import few_images
 import pytest
+
+from trial import data
 
 SUPPORT = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -49,4 +55,5 @@ def run(path, argv, folder, environment, files):
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), number)
     sys.argv[:] = [path, *argv]
+    data.make_synthetic = few_images.make
     runpy.run_path(path, run_name="__main__")

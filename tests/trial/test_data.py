@@ -39,13 +39,6 @@ def test_the_cache_holds_what_torchvision_decodes(archive, folder):
     assert_equals_torchvisions(data.load_cifar10(folder), folder.parent / "copy")
 
 
-def test_the_real_cache_holds_what_torchvision_decodes(cifar10_dir):
-    data.load_cifar10(cifar10_dir)
-    tensors = data.load_cifar10(cifar10_dir)
-    assert [len(tensor) for tensor in tensors] == [50_000, 50_000, 10_000, 10_000]
-    assert_equals_torchvisions(tensors, cifar10_dir)
-
-
 def test_twenty_trials_at_once_download_once(program, archive, folder):
     with tiny_cifar10.server(archive) as (port, requests):
         loading = [program("load_data.py", folder, archive, port) for _ in range(20)]

@@ -54,34 +54,18 @@ def hyperparameters(args):
 
 
 def test_the_defaults_are_the_baseline():
-    assert hyperparameters(train.parse_args([])) == BASELINE
+    args = train.parse_args([])
+    assert hyperparameters(args) == BASELINE
+    assert args.report_every == 2000
 
 
 def test_every_hyperparameter_is_a_flag():
-    flags = [
-        "--batch-size",
-        "64",
-        "--lr",
-        "1e-2",
-        "--epochs",
-        "10",
-        "--optimizer",
-        "AdamW",
-        "--momentum",
-        ".5",
-        "--weight-decay",
-        "1e-4",
-        "--label-smoothing",
-        "0.1",
-        "--lr-schedule",
-        "cosine",
-        "--augment",
-        "2",
-    ]
+    flags = "--batch-size 64 --lr 1e-2 --epochs 10 --optimizer AdamW --momentum .5 --augment 2"
+    flags += " --weight-decay 1e-4 --label-smoothing 0.1 --lr-schedule cosine"
     expected = {"batch_size": 64, "lr": 0.01, "epochs": 10, "optimizer": "AdamW", "momentum": 0.5}
     expected |= {"weight_decay": 1e-4, "label_smoothing": 0.1}
     expected |= {"lr_schedule": "cosine", "augment": 2}
-    assert hyperparameters(train.parse_args(flags)) == expected
+    assert hyperparameters(train.parse_args(flags.split())) == expected
 
 
 def test_the_tuner_overrides_flags_and_flags_override_the_file(tmp_path):
