@@ -45,6 +45,15 @@ def processes_at(home, part=""):
     return found
 
 
+def kill_at(home):
+    """Kill the processes with this HOME and return them."""
+    found = processes_at(home)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            process.kill()
+    return found
+
+
 def free_port():
     """Return a free even port whose next port is free, too: a remote search uses both.
 
@@ -158,7 +167,4 @@ class Experiment:
         for manager in processes_at(self.home, MANAGER):
             manager.terminate()  # as nnictl stop does, whose start takes a second
         psutil.wait_procs(processes_at(self.home), timeout=30)
-        alive = processes_at(self.home)  # without zombies, which have ended
-        for process in alive:
-            process.kill()
-        return alive
+        return kill_at(self.home)

@@ -44,7 +44,7 @@ UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 
 UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
-from experiment import SEARCH, UNCHECKED, Experiment, processes_at  # noqa: E402
+from experiment import SEARCH, UNCHECKED, Experiment, kill_at  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -271,8 +271,7 @@ def home(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     yield home
-    for process in processes_at(home):
-        process.kill()
+    kill_at(home)
 
 
 @pytest.fixture
