@@ -9,16 +9,16 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import LIGHT_TRIAL, ROOT, SPACE, UPGRADE, ask, nobody, outside_address, writable
-from experiment import MANAGER, SEARCH, UNCHECKED, free_port, metric_value, parameters, processes_at
+from experiment import MANAGER, SEARCH, free_port, metric_value, parameters, processes_at
 from machines import PASSPHRASE, SSHD, Machine, make_key
 from nni.experiment.config.training_services.remote import RemoteConfig, RemoteMachineConfig
+from waiting import wait_for
 
 from nnisearch.before.machines import check_machines
 from nnisearch.shared.results import Trials
@@ -100,15 +100,6 @@ def notices(search):
     return path.read_text() if path.exists() else ""
 
 
-def wait_for(condition):
-    """Wait until the condition holds, whatever a busy machine takes, and return it."""
-    end = time.monotonic() + 120
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
-
-
 def machine_of(trial):
     """Return the address of the machine that a trial ran on, or None before it runs."""
     return trial["logPath"].split("/")[2].split(":")[0] if "logPath" in trial else None
@@ -149,10 +140,19 @@ def test_the_machines_are_tried_before_the_start(machines, tmp_path):
         check(on, address="255.255.255.255")
 
 
-def test_a_search_runs_on_its_machines_although_one_is_off(search, machines, tmp_path):
+def last_states(search):
+    """Return {ID: state} of the trials, as a manager that has been killed has noted them."""
+    path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
+    trials = Trials(path)
+    trials.update()
+    return {id: trial.status for id, trial in trials.known.items()}
+
+
+def test_a_search_goes_on_while_machines_come_and_go(search, machines, tmp_path):
+    first, second, third = machines
     before = set(Path("/tmp").iterdir())
-    gate = tmp_path / "gate"  # until it is there no trial ends
-    command = f"API_KEY=xyz98765; echo on GPU $CUDA_VISIBLE_DEVICES; {LIGHT_TRIAL}"
+    gate = tmp_path / "gate"  # until it is there no trial ends; one on the first machine never does
+    command = f"API_KEY=xyz98765; echo on GPU $CUDA_VISIBLE_DEVICES; {LIGHT_TRIAL} $EPOCHS"
     command += f" && until [ -e {gate} ]; do sleep 0.2; done"
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '<log>{GPU * 2}</log>'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -160,6 +160,7 @@ def test_a_search_runs_on_its_machines_although_one_is_off(search, machines, tmp
         machine.settings["gpuIndices"] = [1]
         machine.settings["pythonPath"] += f":{tmp_path}"
     changes = {"trialCommand": command, "trialConcurrency": 3, "trialGpuNumber": 1}
+    changes["searchSpace"] = {key: SPACE[key] for key in SPACE if key != "epochs"}
     demo = search(5, [*SEARCH, "--no-rehearsal"], **changes)
     assert "127.0.0.4" in demo.said and "left out until it answers" in demo.said
     # The port that the machines report to is open to them and to nobody else.
@@ -179,7 +180,11 @@ def test_a_search_runs_on_its_machines_although_one_is_off(search, machines, tmp
     proof = hmac.new(secret.encode(), b"runner 7", "sha256").hexdigest()
     assert ask(demo.port + 1, *UPGRADE, path=f"/8/{proof}") == 400
     assert ask(demo.port + 1, *UPGRADE, path=f"/7/{proof}") == 101
-    demo.wait_for(lambda trials: [t["status"] for t in trials].count("RUNNING") == 2, 120)
+
+    def have_reported(kind):
+        return {machine_of(t) for t in demo.get("trial-jobs") if values(demo, t)[kind]}
+
+    wait_for(lambda: have_reported("PERIODICAL") == {"127.0.0.2", "127.0.0.3"})
     ps = ["ps", "axww", "-o", "args"]
     shown = subprocess.run(ps, capture_output=True, text=True).stdout
     assert secret not in shown
@@ -187,14 +192,21 @@ def test_a_search_runs_on_its_machines_although_one_is_off(search, machines, tmp
     assert "xyz98765" not in shown
     assert remote_files(demo).name in shown  # the shell of a trial
 
-    machines[2].start()
+    # The first machine hangs, and the third one comes.
+    (hung,) = [trial for trial in demo.get("trial-jobs") if machine_of(trial) == "127.0.0.2"]
+    first.signal(signal.SIGSTOP)
+    third.start()
     wait_for(lambda: re.search("127.0.0.4:.* is back, and used again", notices(demo)))
-    wait_for(lambda: sum(bool(values(demo, t)["FINAL"]) for t in demo.get("trial-jobs")) == 3)
-    assert {trial["status"] for trial in demo.get("trial-jobs")} == {"RUNNING"}
+    name = f"trial {hung['sequenceId']} ({hung['trialJobId']}) is run again"
+    wait_for(lambda: name in notices(demo))
+    first.die()
+    assert values(demo, hung) == {"PERIODICAL": [], "FINAL": []}
+    wait_for(lambda: have_reported("FINAL") == {"127.0.0.3", "127.0.0.4"})
+    assert {t["status"] for t in demo.get("trial-jobs")} == {"RUNNING", "WAITING"}
     (manager,) = processes_at(demo.home, MANAGER)
     manager.kill()
     # The runners and their trials end, and so nothing runs twice.
-    wait_for(lambda: not any(machine.processes("trial") for machine in machines))
+    wait_for(lambda: not any(machine.processes("trial") for machine in (second, third)))
     # As a runner leaves a trial's folder that ends while it unpacks the code there.
     folders = {path.parent.name: path.parent for path in remote_files(demo).glob("trials/*/code")}
     (under_way, *_) = (id for id, state in last_states(demo).items() if state == "RUNNING")
@@ -205,68 +217,33 @@ def test_a_search_runs_on_its_machines_although_one_is_off(search, machines, tmp
     trials = demo.wait(240)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
     assert sorted(trial["sequenceId"] for trial in trials) == [0, 1, 2, 3, 4]
-    assert {machine_of(trial) for trial in trials} <= {m.settings["host"] for m in machines}
+    assert {machine_of(trial) for trial in trials} <= {"127.0.0.3", "127.0.0.4"}
+    again = [trial for trial in trials if trial["trialJobId"] == hung["trialJobId"]]
+    assert [parameters(trial) for trial in again] == [parameters(hung)]
     outputs = remote_files(demo).glob("envs/*/trialrunner_stdout")  # one for each runner
     printed = "".join(output.read_text() for output in outputs)
     assert {line for line in printed.splitlines() if line.startswith("on GPU")} == {"on GPU 1"}
     for trial in trials:
         found = values(demo, trial)
-        assert len(found["PERIODICAL"]) == 2 * parameters(trial)["epochs"]  # each once
+        assert len(found["PERIODICAL"]) == 2  # each once
         (result,) = found["FINAL"]
         assert f"Acc: {result:.3f}%" in printed
         assert repr(parameters(trial)["lr"]) in printed
+
+    second.die()
+    third.die()
+    wait_for(lambda: "no machine is left" in notices(demo))
+    first.start()
+    wait_for(lambda: re.search("127.0.0.2:.* is back, and used again", notices(demo)))
     assert demo.stop() == []
     left = {path.name for path in set(Path("/tmp").iterdir()) - before if "nni" in path.name}
     # Other tests' searches, which run beside this one, have such a folder each, too.
     assert {name for name in left if not re.fullmatch(r"nni-\w{8}", name)} == set()
-
-
-def last_states(search):
-    """Return {ID: state} of the trials, as a manager that has been killed has noted them."""
-    path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
-    trials = Trials(path)
-    trials.update()
-    return {id: trial.status for id, trial in trials.known.items()}
-
-
-def test_a_machine_that_hangs_or_dies_is_noticed_and_used_again(search, machines):
-    first, second, _ = machines
-    both = {machine.settings["host"] for machine in machines[:2]}
-    # A trial on the first machine cannot end by itself.
-    changes = {"trialCommand": f"{LIGHT_TRIAL} $EPOCHS", "trialConcurrency": 2}
-    changes["searchSpace"] = {key: SPACE[key] for key in SPACE if key != "epochs"}
-    demo = search(3, UNCHECKED, **changes)
-    demo.wait_for(
-        lambda trials: {machine_of(t) for t in trials if values(demo, t)["PERIODICAL"]} == both, 240
-    )
-    first.signal(signal.SIGSTOP)
-    (hung,) = [trial for trial in demo.get("trial-jobs") if machine_of(trial) == "127.0.0.2"]
-    name = f"trial {hung['sequenceId']} ({hung['trialJobId']}) is run again"
-    wait_for(lambda: name in notices(demo))
-    trials = demo.wait(240)
-    assert [(trial["status"], machine_of(trial)) for trial in trials] == [
-        ("SUCCEEDED", "127.0.0.3")
-    ] * 3
-    assert {trial["sequenceId"] for trial in trials} == {0, 1, 2}
-    assert [parameters(t) for t in trials if t["trialJobId"] == hung["trialJobId"]] == [
-        parameters(hung)
-    ]
-    for trial in trials:
-        found = values(demo, trial)
-        assert (len(found["PERIODICAL"]), len(found["FINAL"])) == (2, 1)
-    second.die()
-    wait_for(lambda: "no machine is left" in notices(demo))
-    first.die()
-    first.start()
-    wait_for(lambda: re.search("127.0.0.2:.* is back, and used again", notices(demo)))
-    assert demo.stop() == []
-
     # The folder's name is known once a search has started; a resumed one must not fall for that.
-    folder = remote_files(demo).parents[1]
     shutil.rmtree(folder)
     folder.mkdir(0o700)
     os.chown(folder, nobody(), nobody())
-    demo.run(sys.executable, *SEARCH, "--resume", demo.id, "--detach")
+    demo.resume()
     wait_for(lambda: f"{folder} is not a private folder of this user" in notices(demo))
     assert list(folder.iterdir()) == []
 
