@@ -145,6 +145,21 @@ def test_a_resumed_search_gives_out_each_set_once(name):
     assert search.other[-1][0] is CommandType.NoMoreTrialJobs
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "values"),
+    [
+        ("quniform", [0.1, 0.7, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        ("choice", [[1, 2], {"a": 1}, None, "text"], [[1, 2], {"a": 1}, None, "text"]),
+    ],
+)
+def test_a_grid_has_each_value_once(kind, given, values):
+    search = Search(builtin("GridSearch"), {"x": {"_type": kind, "_value": given}})
+    found = [parameters["x"] for parameters in search.ask(9)]
+    found = [round(x, 3) if isinstance(x, float) else x for x in found]
+    assert sorted(found, key=repr) == sorted(values, key=repr)
+    assert search.other[-1][0] is CommandType.NoMoreTrialJobs
+
+
 def test_a_resumed_batch_tuner_continues():
     batch = BATCH["combine_params"]["_value"]
     first = Search(builtin("Batch"), BATCH)

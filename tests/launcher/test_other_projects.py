@@ -172,18 +172,11 @@ def test_annotation(project):
     assert "best 0.5" in out
 
 
-def test_a_space_of_lists_and_objects_that_is_smaller_than_the_number_of_trials(project):
-    values = [[1, 2], {"a": 1}, None, "text"]
-    space = {"x": {"_type": "choice", "_value": values}}
-    tuner = {"name": "GridSearch"}
-    _, given = project.succeeds(searchSpace=space, trials=4, tuner=tuner, maxTrialNumber=99999)
-    assert sorted((v["x"] for v in given), key=repr) == sorted(values, key=repr)
-
-
-def test_aliases_of_nnis_tuners_are_accepted(project):
-    values = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+def test_a_tuner_by_its_alias_and_a_space_that_is_smaller_than_the_number_of_trials(project):
+    values = [{"a": [1, 2]}, {"a": {"b": 1}}, {"a": None}, {"a": "text"}]
     space = {"combine_params": {"_type": "choice", "_value": values}}
-    _, given = project.succeeds(tuner={"name": "BatchTuner"}, searchSpace=space)
+    tuner = {"name": "BatchTuner"}
+    _, given = project.succeeds(searchSpace=space, trials=4, tuner=tuner, maxTrialNumber=99999)
     assert given == values
 
 

@@ -191,17 +191,6 @@ def test_the_death_of_tuner_or_assessor_is_noticed_and_its_error_shown(
         assert line.endswith(f"; results so far: python choose.py {id}")
 
 
-def test_a_killed_manager_is_not_called_stopped(start_pieces, home):
-    with start_pieces("time.sleep(60)") as process:
-        read_until(process, "counts as the best")  # now the manager's process is known
-        for manager in processes_at(home, MANAGER):
-            manager.kill()
-        _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 1
-    died = "NNI's manager has died: no error message; was it killed?"
-    assert f"{died}; to continue: python search.py" in stderr
-
-
 def test_a_closed_output_ends_only_the_command_and_a_stopped_search_is_called_stopped(
     start_pieces, start_search, home
 ):
@@ -236,7 +225,9 @@ def watched(tmp_path, monkeypatch):
     return progress.Search("abc123", 1, folder, *commands)
 
 
-def test_a_slow_manager_is_asked_again(watched, monkeypatch, capsys):
+def test_a_slow_manager_is_asked_again_and_a_dead_one_is_not_called_stopped(
+    watched, monkeypatch, capsys
+):
     def silent(*_, **__):
         raise ConnectionError("Read timed out.")
 
@@ -250,12 +241,11 @@ def test_a_slow_manager_is_asked_again(watched, monkeypatch, capsys):
         capsys.readouterr().out,
     )
     monkeypatch.setattr(life, "lives", lambda process: False)
-    for answers in (
-        silent,
-        lambda *_, **__: {"status": "DONE"},
-    ):  # the latter: who has its port now
-        monkeypatch.setattr(rest, "get", answers)
-        with pytest.raises(RuntimeError, match="NNI's manager has died: "):
+    died = "NNI's manager has died: no error message; was it killed?"
+    end = f"search abc123: {died}; to continue: nnisearch --resume abc123"
+    for answer in (silent, lambda *_, **__: {"status": "DONE"}):  # the latter: who has its port now
+        monkeypatch.setattr(rest, "get", answer)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(end)}$"):
             watched.ask()
 
 
