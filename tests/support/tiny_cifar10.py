@@ -14,6 +14,9 @@ from torchvision.datasets import CIFAR10
 from trial import data
 
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
+# What is in the folder after it was used for the first time, without and with a download.
+USED = ["cifar-10-batches-py", "cifar10.pt", "cifar10.pt.lock"]
+DOWNLOADED = ["cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar10.pt", "cifar10.pt.lock"]
 
 
 def pickled(seed):
@@ -75,7 +78,7 @@ def write_archive(folder):
 
 @contextlib.contextmanager
 def server(archive, cut=False, stalls=False, wrong=False):
-    """Serve the archive on a free port; yield the port and the paths asked for.
+    """Serve the archive on a free port, torchvision's now; yield the port and the paths asked for.
 
     It may be cut in the middle, stall there until the server ends, or be something else.
     """
@@ -101,6 +104,7 @@ def server(archive, cut=False, stalls=False, wrong=False):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        expect(archive, httpd.server_port)
         yield httpd.server_port, requests
         end.set()
         httpd.shutdown()

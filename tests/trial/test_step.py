@@ -101,7 +101,7 @@ def assert_agree(one, other, tolerance=1e-6):
 def double():
     """Compute with 64 bits.
 
-    With 32, the result of 200 steps of Adam depends on the kernels that torch chooses. With 64, it
+    With 32, the result of many steps of Adam depends on the kernels that torch chooses. With 64, it
     depends only on the computation.
     """
     torch.set_default_dtype(torch.float64)
