@@ -293,8 +293,10 @@ def start_search(home, environment):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Ctrl-C works, also where the tests run in the background of a script.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            # These signals end it, also where the tests run in the background or by nohup.
+            preexec_fn=lambda: [
+                signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
+            ],
         )
         with process:
             try:

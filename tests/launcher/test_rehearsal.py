@@ -17,6 +17,7 @@ from conftest import ROOT
 from projects import CONFIG, TRIAL
 from stand_ins import stand_in_nvidia_smi
 from test_checks import LOCAL
+from waiting import wait_for
 
 from nnisearch.before import config, rehearsal
 from nnisearch.start.launch import UNDO, Watchdog
@@ -52,6 +53,23 @@ def rehearse(tmp_path, monkeypatch):
         return folder
 
     return rehearse
+
+
+@pytest.fixture
+def rehearse_trial(rehearse, monkeypatch):
+    """Rehearse as above, but with given parameters and without the tuner, which takes longer."""
+    given = [json.dumps({"parameter_id": id, "parameters": {"x": id}}) for id in range(2)]
+    monkeypatch.setattr(rehearsal, "rehearse_tuner", lambda *_: given)
+    return rehearse
+
+
+# The command without its checks of the machine, and with given parameters.
+WITHOUT_TUNER = [
+    "-c",
+    "import sys; from nnisearch import cli; from nnisearch.before import checks, rehearsal;"
+    "checks.check = lambda _: []; rehearsal.rehearse_tuner = lambda *_: ['{}'];"
+    "sys.exit(cli.main())",
+]
 
 
 def write_tuner(tmp_path, init="self", update="pass", generate="return {'x': 7}"):
@@ -173,13 +191,13 @@ def test_no_password_is_in_the_tuners_command_line(rehearse, tmp_path):
         "true",
     ],
 )
-def test_working_trials_are_accepted(rehearse, command):
-    rehearse(trialCommand=command)
+def test_working_trials_are_accepted(rehearse_trial, command):
+    rehearse_trial(trialCommand=command)
 
 
-def test_no_argument_shows_the_trial_command(rehearse, tmp_path):
+def test_no_argument_shows_the_trial_command(rehearse_trial, tmp_path):
     shows = "ps axww -o args | grep [x]yz98765 > shown"
-    rehearse(trialCommand=f"export API_KEY=xyz98765; {shows}; cat $NNI_SYS_DIR/parameter.cfg")
+    rehearse_trial(trialCommand=f"export API_KEY=xyz98765; {shows}; cat $NNI_SYS_DIR/parameter.cfg")
     assert (tmp_path / "shown").read_text() == ""
 
 
@@ -192,9 +210,9 @@ def test_no_argument_shows_the_trial_command(rehearse, tmp_path):
         ("python3 -c 'raise KeyError(1)' 2>&1", "it fails with status 1: KeyError: 1"),
     ],
 )
-def test_failing_trials_are_refused_with_the_reason(rehearse, command, part):
+def test_failing_trials_are_refused_with_the_reason(rehearse_trial, command, part):
     with pytest.raises(ValueError) as error:
-        rehearse(trialCommand=command)
+        rehearse_trial(trialCommand=command)
     assert str(error.value).startswith("trialCommand is ")
     assert part in str(error.value)
 
@@ -206,10 +224,10 @@ def test_a_failure_with_some_parameters_is_no_refusal(rehearse, tmp_path):
         rehearse(trialCommand="cat $NNI_SYS_DIR/parameter.cfg; exit 1", maxTrialNumber=9)
 
 
-def test_a_line_tells_what_the_command_waits_for(rehearse, monkeypatch, capsys):
+def test_a_line_tells_what_the_command_waits_for(rehearse_trial, monkeypatch, capsys):
     monkeypatch.setattr(rehearsal, "NOTICE", 0.5)
     monkeypatch.setattr(rehearsal, "TRIAL_PATIENCE", 2)
-    rehearse(trialCommand=f"echo downloading; {NEVER}")
+    rehearse_trial(trialCommand=f"echo downloading; {NEVER}")
     printed = capsys.readouterr().out
     assert "Waiting for the trial to read its parameters (--no-rehearsal skips this)" in printed
     assert "its last line: downloading" in printed
@@ -220,8 +238,8 @@ def test_a_line_tells_what_the_command_waits_for(rehearse, monkeypatch, capsys):
     "start",
     ["sleep 987 & echo $! > pid", "setsid -f bash -c 'echo $$ > pid; exec sleep 987'; sleep 0.5"],
 )
-def test_nothing_is_left_of_the_trial_that_was_tried(rehearse, tmp_path, start, end):
-    rehearse(trialCommand=f"{start}; cat $NNI_SYS_DIR/parameter.cfg; {end}")
+def test_nothing_is_left_of_the_trial_that_was_tried(rehearse_trial, tmp_path, start, end):
+    rehearse_trial(trialCommand=f"{start}; cat $NNI_SYS_DIR/parameter.cfg; {end}")
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int((tmp_path / "pid").read_text()))
         assert process.status() == psutil.STATUS_ZOMBIE
@@ -251,58 +269,36 @@ def test_read_only_folders_are_removed_and_what_they_link_to_stays(tmp_path):
     assert other.stat().st_mode & 0o777 == 0o500
 
 
-def test_a_trial_is_tried_on_a_free_gpu_only(rehearse, tmp_path, monkeypatch):
+def test_a_trial_is_tried_on_a_free_gpu_only(rehearse_trial, tmp_path, monkeypatch):
     stand_in_nvidia_smi(tmp_path, busy=[True, False])
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     gpu = {"trialGpuNumber": 1, "trainingService": LOCAL}
     gpu |= {"trialCommand": "printenv CUDA_VISIBLE_DEVICES > seen"}
-    rehearse(**gpu)
+    rehearse_trial(**gpu)
     assert (tmp_path / "seen").read_text() == "1\n"
     (tmp_path / "seen").unlink()
     stand_in_nvidia_smi(tmp_path, busy=[True, True])
-    rehearse(**gpu)
+    rehearse_trial(**gpu)
     assert not (tmp_path / "seen").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name
 )
-def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(
-    tmp_path, home, environment, number
-):
+def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(start_search, home, number):
     trial = "echo $$ > pid; sleep 987 & echo $! >> pid; wait"
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"trialCommand": trial}))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nnisearch.cli", "config.yml"],
-        cwd=tmp_path,
-        env=environment | {"HOME": str(home), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # They end a command, also where the tests run in the background, or by nohup.
-        preexec_fn=lambda: [
-            signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)
-        ],
-    )
-    pids = tmp_path / "pid"
-    while not (pids.exists() and len(pids.read_text().split()) == 2):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    tried = [psutil.Process(int(pid)) for pid in pids.read_text().split()]
-    process.send_signal(number)
-    if number == signal.SIGINT:  # once more, while it tidies up
-        time.sleep(0.05)
+    with start_search(config=CONFIG | {"trialCommand": trial}, how=WITHOUT_TUNER) as process:
+        pids = home / "pid"
+        wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        tried = [psutil.Process(int(pid)) for pid in pids.read_text().split()]
         process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    _, alive = psutil.wait_procs(tried, timeout=30)
-    assert alive == []
-    end = time.monotonic() + 30
-    while left := [path.name for path in home.glob("nni-experiments/*")]:
-        if set(left) <= {".experiment", ".experiment.lock", ".nnisearch.lock"}:
-            break
-        assert time.monotonic() < end, left
-        time.sleep(0.1)
+        if number == signal.SIGINT:  # once more, while it tidies up
+            time.sleep(0.05)
+            process.send_signal(number)
+        printed = "".join(process.communicate(timeout=120))
+    assert psutil.wait_procs(tried, timeout=120)[1] == []
+    kept = {".experiment", ".experiment.lock", ".nnisearch.lock"}
+    wait_for(lambda: {path.name for path in home.glob("nni-experiments/*")} <= kept)
     assert "Traceback" not in printed
 
 

@@ -168,7 +168,9 @@ def test_a_search_whose_manager_is_killed_is_exact(search, tmp_path):
         wait_for(lambda: "ADD_RESUMED" in events(one)[before:])
         (manager,) = processes_at(one.home, MANAGER)
         manager.kill()
-        assert broken.wait(60) == 1
+        printed, _ = broken.communicate(timeout=120)
+    assert broken.returncode in (0, 1), printed  # 0: it had just seen the manager's trials
+    assert "Traceback" not in printed
     assert events(one)[-1] == "ADD_RESUMED"  # killed before the first trial was started anew
     one.resume()
     assert not any(map(processes.lives, trials))
