@@ -1,6 +1,7 @@
 """train.py in real experiments: NNI's manager, its scheduler, trials in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import psutil
 import pytest
 import yaml
 from conftest import BASELINE, ROOT
-from experiment import accuracy, metric_value, parameters, printed_parameters, processes_at
+from experiment import NNICTL, accuracy, metric_value, parameters, printed_parameters, processes_at
 from stand_ins import stand_in_nvidia_smi
 
 
@@ -29,10 +30,17 @@ def chosen(search, *args):
     return json.loads(printed.stdout)["trials"]
 
 
-def test_a_search_from_create_to_export(experiment, home):
+def test_nnictl_searches_with_the_trial_alone_from_create_to_export(experiment, home, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "trial", project / "trial")
+    shutil.copy(ROOT / "train.py", project)
+    (project / "trial" / "fast.py").unlink()  # may be deleted
+    (project / "nnisearch.py").write_text("raise ImportError('the trial runs without nnisearch')")
     stand_in_nvidia_smi(home, busy=[True, True, False, True])
     search = experiment(
         "config.yml",
+        NNICTL,
+        trialCodeDirectory=str(project),
         trialCommand="printenv CUDA_VISIBLE_DEVICES && python3 train.py --dataset synthetic"
         " --device cpu --report-every 50",
         **in_turn(
@@ -86,18 +94,18 @@ def test_a_search_from_create_to_export(experiment, home):
 
 
 def test_trials_of_multi_gpu_yml_get_two_gpus_each_and_end_without_a_trace(experiment, home):
-    stand_in_nvidia_smi(home, busy=[False] * 4)
+    stand_in_nvidia_smi(home, busy=[False, True, False, False, False])
     config = ROOT / "configs" / "multi_gpu.yml"
     command = yaml.safe_load(config.read_text())["trialCommand"]
     command = command.replace("gpu train.py", "2 train.py --dataset synthetic --device cpu")
-    values = {"batch_size": 128, "epochs": 1}
+    one = {"batch_size": 1000, "epochs": 1}
     search = experiment(
         config,
         trialCommand=f"printenv CUDA_VISIBLE_DEVICES && {command} --report-every 50",
-        **in_turn(values, values | {"epochs": 1000}),
+        **in_turn(one, {"batch_size": 8, "epochs": 1000}),
     )
     _, endless = search.wait_for(lambda trials: len(trials) == 2, 120)
-    search.wait_for(lambda _: search.get(f"metric-data/{endless['trialJobId']}"), 120)
+    search.wait_until(lambda: search.get(f"metric-data/{endless['trialJobId']}"), 120)
     running = processes_at(home, "train.py")
     assert len(running) >= 3  # torchrun and its two, and the shell that NNI starts
     search.request("DELETE", f"trial-jobs/{endless['trialJobId']}")
@@ -106,7 +114,7 @@ def test_trials_of_multi_gpu_yml_get_two_gpus_each_and_end_without_a_trace(exper
 
     trials = search.wait(60)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED", "USER_CANCELED"]
-    assert [search.trial_file(trial, "stdout") for trial in trials] == ["0,1\n", "2,3\n"]
+    assert [search.trial_file(trial, "stdout") for trial in trials] == ["0,2\n", "3,4\n"]
     log = search.trial_file(trials[0], "trial.log")
     assert "Training on cpu, one of 2 processes" in log
     assert log.count("Acc: ") == log.count("Hyperparameters: ") == 1
