@@ -1,4 +1,4 @@
-"""Run real searches by configs/cpu.yml, with its tuner and with NNI's TPE; compare their best.
+"""Run real searches with configs/cpu.yml, by its tuner and by NNI's TPE; compare their best.
 
     python bench/searches.py     # 90 minutes
 
