@@ -189,7 +189,7 @@ module.exports = function (settings) {
             proxy.createProxyServer = () => ({ web: (_, answer) => answer.status(403).end() });
         },
         // The tuner's process inherits its connection, because another user may take the port. It gets
-        // the configuration there, because ps shows arguments to all users.
+        // the configuration by this connection, because ps shows arguments to all users.
         "common/utils.js": (utils) => {
             const { getTunerProc } = utils;
             let config;

@@ -98,7 +98,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         self.told = set()  # (trial's ID, parameter ID) of the results that the tuner knows
         self.results = []  # in the form of import_data()
         self.given_out = collections.Counter()  # how often each set of parameters was given out
-        self.expected = collections.Counter()  # how many repetitions of each set are still to skip
+        self.to_skip = collections.Counter()  # how many repetitions of each set are still to come
 
     def enqueue_command(self, command, data):
         is_intermediate = command is CommandType.ReportMetricData and data["type"] == "PERIODICAL"
@@ -175,24 +175,25 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
             self.tuner = tuner
             self.recovered_max_param_id = msg_dispatcher._next_parameter_id - 1
             self.recovered_trial_params |= msg_dispatcher._trial_params
-            self.expected = self.given_out.copy()
+            self.to_skip = self.given_out.copy()
             known, self.results = self.results, []
             self.learn(known)
 
     def handle_request_trial_jobs(self, data):
-        is_short = False
-        while data:
-            ids = [msg_dispatcher._create_parameter_id() for _ in range(data)]
+        """Give out this number of sets of parameters, and skip those that were given out before."""
+        missing, is_short = data, False
+        while missing:
+            ids = [msg_dispatcher._create_parameter_id() for _ in range(missing)]
             sets = self.tuner.generate_multiple_parameters(
                 ids, st_callback=self.send_trial_callback
             )
-            is_short |= len(sets) < data
-            data = 0
+            is_short |= len(sets) < missing
+            missing = 0
             for id, parameters in zip(ids, sets, strict=False):
-                if self.expected[text := as_text(parameters)]:
-                    self.expected[text] -= 1
+                if self.to_skip[text := as_text(parameters)]:
+                    self.to_skip[text] -= 1
                     self.tuner.trial_end(id, False)
-                    data += 1
+                    missing += 1
                 else:
                     self.send_trial_callback(id, parameters)
         if is_short:
@@ -207,7 +208,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         super().handle_add_customized_trial(data)
         proposed = [trial for trial in data if trial["parameter_id"] is not None]
         self.given_out.update(as_text(trial["parameters"]) for trial in proposed)
-        self.expected |= self.given_out
+        self.to_skip |= self.given_out
 
     def handle_import_data(self, data):
         for record in data:
@@ -218,7 +219,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
                     continue  # it stays text
         # BatchTuner's import_data() ignores a 0, and forgets the sets that it has proposed.
         if isinstance(self.tuner, BatchTuner):
-            self.expected.update(as_text(record["parameter"]) for record in filter(self.fits, data))
+            self.to_skip.update(as_text(record["parameter"]) for record in filter(self.fits, data))
         else:
             self.learn(data)
 

@@ -272,7 +272,7 @@ module.exports = function (settings) {
                 const { getTrialJob, submitTrialJob } = service;
                 service.getTrialJob = async (id) => {
                     const job = await getTrialJob.call(service, id);
-                    // NNI that stops hears no reports. A trial that ends then runs again on resuming.
+                    // While NNI stops, it reads no reports. A trial that ends then runs again later.
                     const isStopping = this.status.status === "STOPPING";
                     return isStopping ? this.trialJobs.get(id) ?? job : job;
                 };
@@ -319,7 +319,7 @@ module.exports = function (settings) {
             };
             // A trial counts as ended when its process has ended and all its reports are stored.
             prototype.getTrialJob = async function (id) {
-                await endings[id]; // meanwhile NNI calls a trial that has SUCCEEDED FAILED
+                await endings[id]; // until then NNI calls a SUCCEEDED trial FAILED
                 const job = this.jobMap.get(id);
                 const stream = this.jobStreamMap.get(id);
                 if (job?.status !== "RUNNING" || !stream) return getTrialJob.call(this, id);

@@ -102,7 +102,7 @@ def experiment_folder(experiment):
         if experiment._action == "create":
             with uninterrupted():
                 remove(folder)
-                with contextlib.suppress(OSError):  # another search may use it, too
+                with contextlib.suppress(OSError):  # another search may use a parent, too
                     for parent in made:
                         parent.rmdir()
         raise
@@ -115,9 +115,9 @@ def launch(experiment, wanted, watchdog):
     RuntimeError with the manager's last errors if the start fails.
     """
     config = experiment.config
-    folder = Path(config.experiment_working_directory, experiment.id)
-    count = 2 if not is_local(config) or config.training_service.reuse_mode else 1
-    logs = {path: path.stat().st_size for path in folder.glob("log/*.log")}
+    uses_runners = not is_local(config) or config.training_service.reuse_mode
+    count = 2 if uses_runners else 1  # runners report to the next port
+    logs = {path: path.stat().st_size for path in watchdog.folder.glob("log/*.log")}
     port = None
     with patience() as started:
         try:
@@ -145,7 +145,7 @@ def launch(experiment, wanted, watchdog):
                 return launch(experiment, wanted, watchdog)  # another user has just taken the port
             if not started:  # no process of NNI has caused it
                 raise
-            words = "; ".join([one_line(error), *last_words(folder / "log", logs)])
+            words = "; ".join([one_line(error), *last_words(watchdog.folder / "log", logs)])
             raise RuntimeError(f"the search does not start: {words}") from error
     return port
 
@@ -180,9 +180,9 @@ class Watchdog:
     @contextlib.contextmanager
     def running(self, command, **how):
         """Run a command in a session of its own; end it and its children after the block."""
-        given = {"stdin": subprocess.DEVNULL, "start_new_session": True} | how
+        how |= {"stdin": subprocess.DEVNULL, "start_new_session": True}
         with uninterrupted():
-            process = subprocess.Popen(command, **given)
+            process = subprocess.Popen(command, **how)
             self.tell(f"run {process.pid}")
         try:
             yield process
@@ -248,9 +248,9 @@ def wait_for_trial(port):
 
 
 def last_words(folder, sizes):
-    """Return the last lines of the manager's stderr, and the last errors of both logs.
+    """Return the last lines of the manager's stderr, and the last errors in NNI's two logs.
 
-    sizes are {path: bytes} of what an earlier start has written there.
+    sizes is {path: bytes} of what an earlier start has written there.
     """
     words = []
     for name, pattern in (

@@ -203,7 +203,7 @@ class Display:
 
     def show(self, known, changed):
         """Show news, given all trials as {ID: trial}, and the changed ones as a list."""
-        for line in self.notices(known.values()):
+        for line in self.notices.new(known.values()):
             tqdm.write(line)
         late, self.late = self.late, {}
         for trial in [*late.values(), *changed]:
@@ -309,39 +309,36 @@ class Notices:
         self.uses_slurm, self.last_query = slurm.is_used(config), 0
         self.manager_log = Log(folder / "log" / "notices.log", 0)
 
-    def __call__(self, trials):
+    def new(self, trials):
         """Return the new lines, given all trials."""
         found = {}
         states = {trial.status for trial in trials}
         is_waiting = "WAITING" in states and "RUNNING" not in states
-        if is_waiting and self.config.trial_gpu_number and is_local(self.config):
-            holders = waiting_for(self.config.training_service)
-            found[holders] = holders and f"trials wait for a GPU: {holders}"
+        needs_gpus = self.config.trial_gpu_number and is_local(self.config)
+        if is_waiting and needs_gpus and (holders := waiting_for(self.config.training_service)):
+            found[holders] = f"trials wait for a GPU: {holders}"
         if self.uses_slurm and "WAITING" in states:
             found |= self.queued(trials)
         for trial in trials:
             if trial.message:
                 found[trial.id, trial.message] = f"{title(trial)} is {trial.message}"
-        new = {about: line for about, line in found.items() if line and about not in self.said}
+        new = {about: line for about, line in found.items() if about not in self.said}
         self.said |= new.keys()
         self.manager_log.text = ""
         self.manager_log.read_on()
         return [*new.values(), *map(one_line, self.manager_log.text.splitlines())]
 
     def queued(self, trials):
-        """Return {state: line} of the trials in SLURM's queue."""
+        """Return {state: line} for the first trial in each state in SLURM's queue."""
         if time.monotonic() - self.last_query < ASK:
             return {}
-        self.last_query, id = time.monotonic(), self.folder.name
-        states = slurm.queue(id)
-        names = {trial.id: slurm.job_name(id, trial.id) for trial in trials}
-        waiting = [trial for trial in trials if trial.status == "WAITING"]
-        found = {states.get(names[trial.id]): title(trial) for trial in reversed(waiting)}
-        return {
-            state: f"{trial} waits in SLURM's queue: {state}"
-            for state, trial in found.items()
-            if state
-        }
+        self.last_query, lines = time.monotonic(), {}
+        states = slurm.queue(self.folder.name)
+        for trial in trials:
+            state = states.get(slurm.job_name(self.folder.name, trial.id))
+            if state and trial.status == "WAITING":
+                lines.setdefault(state, f"{title(trial)} waits in SLURM's queue: {state}")
+        return lines
 
 
 def title(trial):
