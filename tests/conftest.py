@@ -274,6 +274,14 @@ def home(tmp_path):
     kill_at(home)
 
 
+def read_until(process, part):
+    """Return the line of a search's output that holds a part."""
+    for line in process.stdout:
+        if part in line:
+            return line
+    raise AssertionError(f"no {part!r}: {process.stderr.read()}")
+
+
 @pytest.fixture
 def start_search(home, environment):
     """Start `python search.py ...` in its HOME without waiting, and kill it at the end.

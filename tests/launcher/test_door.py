@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ENDLESS, ROOT, UPGRADE, ask, nobody, outside_address, writable
-from experiment import MANAGER, UNCHECKED, Experiment, free_port, processes_at
+from experiment import MANAGER, UNCHECKED, Experiment, free_port, kill_at, processes_at
 from machines import SSHD, Machine, make_key
 from stand_ins import stand_in_nvidia_smi
 from waiting import wait_for
@@ -39,8 +39,7 @@ def guarded(tmp_path_factory):
     changes |= {"trialConcurrency": 1, "trialGpuNumber": 1, "tuner": {"name": "Random"}}
     search = Experiment(ROOT / "config.yml", home, environment, UNCHECKED, **changes)
     yield search
-    for process in processes_at(home):
-        process.kill()
+    kill_at(home)
 
 
 def loopback6():

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import yaml
 from conftest import ROOT, as_process
-from experiment import free_port, processes_at
+from experiment import free_port, kill_at
 from nnis_manager import run
 from projects import CONFIG, SUPPORT, TRIAL
 from stand_ins import stand_in_nvidia_smi
@@ -61,8 +61,7 @@ class Project:
             timeout=300,
             stdin=subprocess.DEVNULL,
         )
-        for process in processes_at(self.home):
-            process.kill()
+        kill_at(self.home)
         return result
 
     def trials(self):
@@ -91,8 +90,7 @@ class Project:
 def project(tmp_path, environment):
     project = Project(tmp_path, environment)
     yield project
-    for process in processes_at(project.home):
-        process.kill()
+    kill_at(project.home)
 
 
 pytestmark = pytest.mark.slow

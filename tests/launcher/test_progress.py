@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_until
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
 from nnis_files import database, trial
@@ -58,14 +58,6 @@ def run_pieces(start_pieces):
         return SimpleNamespace(lines=lines, **how)
 
     return run_pieces
-
-
-def read_until(process, part):
-    """Return the line of a search's output that holds a part."""
-    for line in process.stdout:
-        if part in line:
-            return line
-    raise AssertionError(f"no {part!r}: {process.stderr.read()}")
 
 
 # What trials report, and how they end

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import yaml
-from conftest import LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address
+from conftest import LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address, read_until
 from experiment import MANAGER, UNCHECKED, free_port, kill_at, processes_at
 from stand_ins import stand_in_nvidia_smi
 
@@ -31,11 +31,6 @@ def demo(**changes):
         "searchSpace": SPACE,
     }
     return DEMO | light | changes
-
-
-def read_until(process, part):
-    """Return the next line of a search's output that holds a part."""
-    return next(line for line in process.stdout if part in line)
 
 
 def refusal(result):
