@@ -48,7 +48,12 @@ from experiment import SEARCH, UNCHECKED, Experiment, kill_at  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as slow what starts an experiment, or train.py as a process: that imports torch anew."""
+    """Mark as slow what starts an experiment, or train.py as a process: that imports torch anew.
+
+    Tests with forks come first: so the first of several workers has all of them, and the others
+    need no process that imports torch to be forked.
+    """
+    items.sort(key=lambda item: "program" not in item.fixturenames)
     for item in items:
         if {"experiment", "start_search", "guarded", "start", "cluster"} & set(item.fixturenames):
             item.add_marker("slow")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -102,11 +103,10 @@ def test_a_data_folder_without_room_for_the_download(archive, tmpfs):
     with tiny_cifar10.server(archive):
         with pytest.raises(FileNotFoundError) as error:
             data.load_cifar10(folder)
-        assert "No space left on device" in str(error.value)
-        assert f"Missing or damaged in {folder}/cifar-10-batches-py" in str(error.value)
-        assert "It takes 550 MB there, archive and cache included; 0 MB are free" in str(
-            error.value
-        )
+        message = str(error.value)
+        assert "No space left on device" in message
+        assert f"Missing or damaged in {folder}/cifar-10-batches-py" in message
+        assert "It takes 550 MB there, archive and cache included; 0 MB are free." in message
         subprocess.run(["mount", "-o", "remount,size=4m", folder], check=True)
         assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
@@ -192,7 +192,7 @@ def test_a_download_through_a_proxy(archive, tmp_path, monkeypatch):
         ["--momentum", "0.999"],
         ["--batch-size", "1000"],  # all images
         ["--batch-size", "1001"],
-        ["--batch-size", "50000"],
+        ["--batch-size", str(10**20)],
         ["--weight-decay", "1e30"],
         ["--augment", "16"],
         ["--lr-schedule", "one_cycle", "--batch-size", "1000"],
@@ -208,16 +208,9 @@ def test_extreme_hyperparameters_give_an_accuracy(main, flags):
 
 # What users and tuners may give, good or bad.
 KEYS = st.sampled_from([*train.HYPERPARAMETERS, "layers", "batchsize", "seed", ""])
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(0, 300),
-    st.floats(),
-    st.floats(0, 1),
-    st.text(max_size=8),
-    st.sampled_from([*OPTIMIZERS, *LR_SCHEDULES, "1e-3", "0x10", "1_000", "nan", "٣"]),
-)
+WORDS = st.sampled_from([*OPTIMIZERS, *LR_SCHEDULES, "1e-3", "0x10", "1_000", "nan", "٣"])
+NUMBERS = st.integers() | st.integers(0, 300) | st.floats() | st.floats(0, 1)
+SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | WORDS
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
@@ -226,10 +219,7 @@ VALUES = st.recursive(
 
 
 @settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(
     flags=st.lists(st.tuples(KEYS, SCALARS), max_size=3),
@@ -251,9 +241,7 @@ def test_hyperparameters_are_accepted_or_refused_in_one_line(tmp_path, capsys, f
         assert refusal.code == 2
         assert printed.count("\n") == 1, printed
         assert "error: " in printed
-        assert (
-            "allowed" in printed or "expected one argument" in printed or "invalid int" in printed
-        )
+        assert re.search("allowed|expected one argument|invalid int", printed)
     except ValueError as refusal:
         assert str(refusal).startswith("tuner")
         assert "\n" not in str(refusal)
@@ -275,31 +263,21 @@ def trial_processes(search, trial):
 
 
 def test_a_search_goes_on_when_its_trials_are_killed(experiment):
-    search = experiment(
-        "configs/demo.yml",
-        trialCommand=LIGHT_TRIAL,
-        maxTrialNumber=4,
-        trialConcurrency=3,
-        searchSpace=ENDLESS,
-    )
+    changes = {"trialCommand": LIGHT_TRIAL, "searchSpace": ENDLESS}
+    search = experiment("configs/demo.yml", maxTrialNumber=4, trialConcurrency=3, **changes)
     trials = search.wait_for(
         lambda trials: len({m["trialJobId"] for m in search.get("metric-data")}) == 3, 180
     )
     processes = [trial_processes(search, trial) for trial in trials]
     assert all(processes)
-    (terminated,) = {p for p in processes[0] if p.name().startswith("python")}
+    terminated, killed = (
+        next(p for p in found if p.name().startswith("python")) for found in processes[:2]
+    )
     terminated.terminate()
-    (killed,) = {p for p in processes[1] if p.name().startswith("python")}
     killed.kill()
     search.request("DELETE", f"trial-jobs/{trials[2]['trialJobId']}")  # as the Web UI does
-    _, alive = psutil.wait_procs({p for ps in processes for p in ps}, timeout=60)
+    _, alive = psutil.wait_procs({p for found in processes for p in found}, timeout=60)
     assert alive == []
-
-    by_id = {trial["trialJobId"]: trial["status"] for trial in trials}
-    trials = search.wait_for(
-        lambda trials: [t["status"] for t in trials if t["trialJobId"] not in by_id] == ["RUNNING"],
-        60,
-    )
-    by_id = {trial["trialJobId"]: trial["status"] for trial in trials}
-    assert sorted(by_id.values()) == ["FAILED", "FAILED", "RUNNING", "USER_CANCELED"]
+    ends = ["FAILED", "FAILED", "RUNNING", "USER_CANCELED"]  # the fourth has started
+    search.wait_for(lambda trials: sorted(trial["status"] for trial in trials) == ends, 60)
     assert search.stop() == []

@@ -129,15 +129,9 @@ def test_reports_as_nni_sees_them(trial):
     assert [metric["sequence"] for metric in sent] == [0, 1, 2, 3, 0]
     assert {metric["parameter_id"] for metric in sent} == {7}
     assert all(type(metric["value"]) is float for metric in sent)
-    *losses, accuracy = (metric["value"] for metric in sent)
-    printed = result.stdout.splitlines()
-    assert [line for line in printed if " loss: " in line] == [
-        f"[1,     6] loss: {losses[0]:.3f}",
-        f"[1,    12] loss: {losses[1]:.3f}",
-        f"[2,     6] loss: {losses[2]:.3f}",
-        f"[2,    12] loss: {losses[3]:.3f}",
-    ]  # an epoch has 16 batches
-    assert printed[-1].startswith(f"Acc: {accuracy:.3f}% (")
+    *reported, accuracy = (metric["value"] for metric in sent)
+    assert losses(result.stdout) == [round(loss, 3) for loss in reported]
+    assert result.stdout.splitlines()[-1].startswith(f"Acc: {accuracy:.3f}% (")
     assert result.stderr == ""
 
 
@@ -151,19 +145,11 @@ def test_a_loss_of_nan_ends_in_a_finite_final_result(trial, optimizer):
     assert 0 <= final["value"] <= 100
 
 
-@pytest.mark.parametrize(
-    ("tuned", "line"),
-    [
-        ({"lr": -1}, "tuner: lr is -1; allowed: a finite number > 0"),
-        ({"epochs": 3.0}, "tuner: epochs is 3.0; allowed: an integer >= 1"),
-        ({"layers": 4}, "tuner: layers is 4; allowed keys: batch_size, lr, epochs, optimizer"),
-    ],
-)
-def test_the_tuners_mistake_ends_the_trial(trial, tuned, line):
-    result, _ = trial(tuned, *QUICK)
+def test_the_tuners_mistake_ends_the_trial(trial):
+    result, _ = trial({"lr": -1}, *QUICK)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"train.py: error: {line}")
-    assert len(result.stderr.splitlines()) == 1
+    line = "train.py: error: tuner: lr is -1; allowed: a finite number > 0\n"
+    assert result.stderr == line
 
 
 def test_a_data_folder_that_is_a_file_ends_the_trial(main, tmp_path):
@@ -267,9 +253,9 @@ def test_a_trial_has_its_data_before_it_asks_for_hyperparameters(main, monkeypat
     assert order == ["data", "NNI"]
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Muon"])
-def test_training_computes_the_same_without_fast_py(main, monkeypatch, optimizer):
-    flags = [*QUICK, "--optimizer", optimizer, "--device", "cpu", "--report-every", "2"]
+def test_training_computes_the_same_without_fast_py(main, monkeypatch):
+    # Muon sees the memory layout of the weights; its losses change within a few steps.
+    flags = [*QUICK, "--optimizer", "Muon", "--device", "cpu", "--report-every", "2"]
     faster = main(*flags)
     monkeypatch.setattr(train, "fast", None)  # as train.py has it when the file is deleted
     slower = main(*flags)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from unittest.mock import Mock
 
 import few_images
 import pytest
@@ -17,7 +18,6 @@ from trial import batch, fast, optimizers
 from trial.optimizers import orthogonalize
 
 STEPS = 40
-OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those whose steps are torch.optim's
 SCHEDULERS = {
     "constant": lambda optimizer, lr, steps: lr_scheduler.ConstantLR(optimizer, factor=1),
     "cosine": lambda optimizer, lr, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
@@ -122,15 +122,10 @@ def samples():
         {"batch_size": 16, "lr_schedule": "one_cycle", "label_smoothing": 0.1},
     ],
 )
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])  # those that torch has, too
 def test_a_step_computes_the_same_as_the_tutorials_loop(samples, double, optimizer, values):
-    args = quick(optimizer=optimizer, **values)  # from 16 images with the layout of oneDNN
+    args = quick(optimizer=optimizer, **values)  # 16 images have the layout of oneDNN
     assert_agree(losses_and_weights(args, samples), reference(args, samples), tolerance=1e-9)
-
-
-def test_a_step_in_32_bits_computes_the_same_as_the_tutorials_loop(samples):
-    args = quick(batch_size=48)  # with oneDNN, which knows only 32 bits
-    assert_agree(losses_and_weights(args, samples), reference(args, samples), tolerance=0.01)
 
 
 @pytest.mark.parametrize("lr_schedule", SCHEDULERS)
@@ -159,7 +154,7 @@ def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_about_1()
 
 
 def test_orthogonalize_takes_any_shape_and_scale():
-    matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = torch.randn(20, 50, dtype=torch.float64)
     torch.testing.assert_close(orthogonalize(matrix.T), orthogonalize(matrix).T)
     torch.testing.assert_close(orthogonalize(1e6 * matrix), orthogonalize(matrix))
     assert torch.equal(orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
@@ -247,15 +242,10 @@ class RecordedGraph:
         work() if cls.recording is None else cls.recording.append(work)
 
 
-class StandInStream:
-    def wait_stream(self, stream):
-        pass
-
-
 @pytest.mark.parametrize("batch_size", [3, 10])
 def test_a_cuda_graph_runs_each_batch_once(monkeypatch, batch_size):
-    monkeypatch.setattr("torch.cuda.Stream", StandInStream)
-    monkeypatch.setattr("torch.cuda.current_stream", StandInStream)
+    monkeypatch.setattr("torch.cuda.Stream", Mock)
+    monkeypatch.setattr("torch.cuda.current_stream", Mock)
     monkeypatch.setattr("torch.cuda.stream", contextlib.nullcontext)
     monkeypatch.setattr("torch.cuda.CUDAGraph", RecordedGraph)
     monkeypatch.setattr("torch.cuda.graph", RecordedGraph.record)
@@ -358,13 +348,4 @@ def test_frozen_or_unused_parameters_do_not_change(samples, name):
     for index in batches(images, 8)[:3]:
         learn(index)
     same = {key for key, value in model.state_dict().items() if torch.equal(value, before[key])}
-    assert same == {
-        f"{layer}.{part}" for layer in ("conv1", "unused") for part in ("weight", "bias")
-    }
-
-
-def test_a_batch_may_be_larger_than_the_data(samples):
-    images, labels = (tensor[:64] for tensor in samples)
-    args = quick(batch_size=10**20, epochs=1, report_every=2000)
-    model = train.Net()
-    train.train(model, optimizers.SGD(args, model), images, labels, args)
+    assert same == {"conv1.weight", "conv1.bias", "unused.weight", "unused.bias"}
