@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT, ask, nobody, outside_address
 from experiment import MANAGER, UNCHECKED, free_port, metric_value, parameters, processes_at
 from filelock import FileLock
+from held_trial import REPORTS, let_pass
 from nni.experiment import rest
 from waiting import wait_for
 
@@ -28,33 +29,16 @@ from nnisearch.shared import place, processes
 from nnisearch.start import patches
 from nnisearch.start import resume as recovery
 
-TRIALS, REPORTS = 9, 5
-# In its middle a trial waits until the test lets it pass.
-TRIAL = f"""
-import os, sys, time
-sys.path.append({str(ROOT / "tests" / "support")!r})
-from other_project import report
-for number in range({REPORTS}):
-    report("PERIODICAL", number, number)
-    while number == 2 and not os.path.exists("pass" + os.environ["NNI_TRIAL_SEQ_ID"]):
-        time.sleep(0.1)
-report("FINAL", 0.5)
-"""
+TRIALS = 9
 CONFIG = {
     "experimentName": "killed",
-    "trialCommand": "python3 trial.py",
+    "trialCommand": f"python3 {ROOT / 'tests/support/held_trial.py'}",
     "trialConcurrency": 2,
     "maxTrialNumber": TRIALS,
     "tuner": {"name": "Random", "classArgs": {"seed": 1}},
     "trainingService": {"platform": "local"},
     "searchSpace": {"x": {"_type": "uniform", "_value": [0, 1]}},
 }
-
-
-def let_pass(folder, number):
-    """Let so many trials of the search in a folder come to their end."""
-    for trial in range(number):
-        (folder / f"pass{trial}").touch()
 
 
 def trial_processes(search):
@@ -73,9 +57,9 @@ def reports(search, trial):
     return [(metric["type"], metric_value(metric)) for metric in metrics]
 
 
-def wait_in_the_middle(search, folder, number):
+def wait_in_the_middle(search, number):
     """Wait until so many trials have ended, and the next two are in their middle."""
-    let_pass(folder, number)
+    let_pass(search.home, number)
 
     def is_there():
         trials = search.get("trial-jobs")
@@ -132,7 +116,6 @@ def assert_is_exact(search):
 @pytest.fixture
 def search(tmp_path, experiment):
     """Start the search above with changes; of which nothing is left when the test ends."""
-    (tmp_path / "trial.py").write_text(TRIAL)
     (tmp_path / "killed.yml").write_text(yaml.safe_dump(CONFIG))
     return partial(experiment, tmp_path / "killed.yml", trialCodeDirectory=str(tmp_path))
 
@@ -158,7 +141,7 @@ def test_a_search_whose_manager_is_killed_is_exact(search, tmp_path):
     arguments = manager.cmdline()
     one.port = int(arguments[arguments.index("--port") + 1])
 
-    wait_in_the_middle(one, tmp_path, 3)
+    wait_in_the_middle(one, 3)
     trials = kill_manager(one)
     before = len(events(one))
     (tmp_path / "slow").mkdir()
@@ -175,24 +158,24 @@ def test_a_search_whose_manager_is_killed_is_exact(search, tmp_path):
     one.resume()
     assert not any(map(processes.lives, trials))
 
-    wait_in_the_middle(one, tmp_path, TRIALS - 2)
+    wait_in_the_middle(one, TRIALS - 2)
     trials = kill_manager(one)
-    let_pass(tmp_path, TRIALS)
+    let_pass(one.home, TRIALS)
     psutil.wait_procs(trials, timeout=120)  # the trials end
     one.resume()
     assert_is_exact(one)
 
 
-def test_a_search_that_is_stopped_or_loses_its_tuner_is_exact(search, tmp_path):
+def test_a_search_that_is_stopped_or_loses_its_tuner_is_exact(search):
     one = search(tuner={"name": "TPE"})
-    wait_in_the_middle(one, tmp_path, 0)
+    wait_in_the_middle(one, 0)
     trials = kill_manager(one)
-    let_pass(tmp_path, 2)
+    let_pass(one.home, 2)
     psutil.wait_procs(trials, timeout=120)
     one.resume()
 
     home = one.home / "nni-experiments"
-    wait_in_the_middle(one, tmp_path, 2)
+    wait_in_the_middle(one, 2)
     one.nnictl("stop", one.id)
     before = events(one)
     shown = one.run(sys.executable, *UNCHECKED, "--view", one.id, "-p", one.port)
@@ -208,14 +191,14 @@ def test_a_search_that_is_stopped_or_loses_its_tuner_is_exact(search, tmp_path):
     one.resume()
     assert (home / one.id).stat().st_mode & 0o777 == 0o700
 
-    wait_in_the_middle(one, tmp_path, 4)
+    wait_in_the_middle(one, 4)
     assert one.stop() == []
     one.resume()
 
-    wait_in_the_middle(one, tmp_path, 6)
+    wait_in_the_middle(one, 6)
     next(filter(processes.is_tuner, processes_at(one.home))).kill()
     wait_for(lambda: not processes_at(one.home, MANAGER))
-    let_pass(tmp_path, TRIALS)
+    let_pass(one.home, TRIALS)
     one.resume()
     assert_is_exact(one)
 

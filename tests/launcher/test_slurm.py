@@ -12,6 +12,8 @@ import yaml
 from cluster import Cluster, missing
 from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE
 from experiment import MANAGER, SEARCH, processes_at
+from held_trial import REPORTS, let_pass
+from waiting import wait_for
 
 from nnisearch.before import config as configuration
 from nnisearch.before import rehearsal
@@ -22,8 +24,8 @@ from nnisearch.start.launch import Watchdog
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "slurm.yml").read_text())
 SRUN = CONFIG["trialCommand"].replace("python3 train.py", LIGHT_TRIAL)
+HELD = CONFIG["trialCommand"].replace("train.py", "tests/support/held_trial.py")
 LOSES_ITS_NODE = "echo 'srun: error: Node failure on n1' >&2 && exit 1"
-EPOCHS = 15
 # As on NFS: inotify does not notice what another machine writes.
 DEAF = "require('fs').watch = () => ({ close() {} });"
 
@@ -68,21 +70,12 @@ def nodes_of(search, status):
     return found
 
 
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
-
-
 def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, search, tmp_path):
     everything = ["srun", "--partition=urgent", "--nodes=2", "--exclusive"]
     how = {"env": os.environ | cluster.environment}
     with subprocess.Popen([*everything, "sleep", "1000"], **how) as others:
         wait_for(lambda: any("RUNNING" in job for job in cluster.jobs()))
-        space = SPACE | {"epochs": {"_type": "choice", "_value": [EPOCHS]}}
-        one = search(maxTrialNumber=5, searchSpace=space)
+        one = search(maxTrialNumber=5, searchSpace=SPACE, trialCommand=HELD)
         command = [sys.executable, *SEARCH, "--resume", one.id]
         said = tmp_path / "said"
         with said.open("w") as output:
@@ -100,14 +93,14 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
     cluster.start_node("n2")
     wait_for(lambda: any(lost in trials for trials in nodes_of(one, "RUNNING").values()))
     subprocess.run([*everything, "true"], **how, check=True)
-
+    let_pass(one.home, 5)
     trials = one.wait(240)
     assert watcher.wait(60) == 0, said.read_text()
     assert "DUE TO PREEMPTION" in said.read_text()
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
     assert sorted(trial["sequenceId"] for trial in trials) == list(range(5))
     for trial in trials_of(one):
-        assert len(trial.intermediate) == 2 * EPOCHS
+        assert len(trial.intermediate) == REPORTS
         assert trial.start >= in_queue_until
         metrics = one.get(f"metric-data/{trial.id}")
         assert [metric["type"] for metric in metrics].count("FINAL") == 1
@@ -136,7 +129,7 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
     assert "run again (3 of at most 3): srun: error: Node failure on n1" in lost.message
     wait_for(lambda: len(running()) == 4)
     for killed in (running()[0], wait_for(lambda: of_status("WAITING"))[0]):  # two GPUs a node
-        one.nnictl("trial", "kill", one.id, "-T", killed)
+        one.request("DELETE", f"trial-jobs/{killed}")
         wait_for(lambda killed=killed: killed in of_status("USER_CANCELED") and has_no_job(killed))
     wait_for(lambda: has_no_job(*wait_for(lambda: of_status("EARLY_STOPPED"))))
 

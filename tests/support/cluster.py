@@ -5,10 +5,10 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 
 import psutil
 from experiment import free_port
+from waiting import wait_for
 
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 PROGRAMS = ["munged", "slurmctld", "slurmd", "srun", "squeue", "scancel"]
@@ -86,11 +86,11 @@ class Cluster:
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         files.append(f"--socket={folder}/munge.socket")
         self.start("munged", "--foreground", "--force", *files)
-        self.wait_for(lambda: (folder / "munge.socket").exists())
+        wait_for(lambda: (folder / "munge.socket").exists())
         self.start("slurmctld", "-D", "-i")
         for node in NODES:
             self.start_node(node)
-        self.wait_for(lambda: self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"])
+        wait_for(lambda: self.run("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"])
 
     def start(self, name, *command):
         output = (self.folder / f"{name}.out").open("w")
@@ -109,13 +109,6 @@ class Cluster:
         """Run a command of SLURM's and return what it has printed."""
         how = {"capture_output": True, "text": True}
         return subprocess.run(command, env=os.environ | self.environment, **how).stdout
-
-    def wait_for(self, condition, seconds=20):
-        end = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > end:
-                raise TimeoutError(f"{condition} after {seconds} s; logs are in {self.folder}")
-            time.sleep(0.1)
 
     def processes(self):
         """Return the cluster's processes: daemons, srun, tasks."""
