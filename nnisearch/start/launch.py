@@ -158,7 +158,7 @@ class Watchdog:
     """
 
     def __init__(self, folder, action):
-        self.folder, self.action = folder, action
+        self.folder, self.action, self.doing = folder, action, "wait"
 
     def __enter__(self):
         command = [sys.executable, UNDO, self.folder, self.action]
@@ -168,11 +168,13 @@ class Watchdog:
 
     def __exit__(self, *_):
         with uninterrupted():
-            self.tell("done")
+            if not self.doing.startswith("run"):  # otherwise undo.py ends what an interruption left
+                self.tell("done")
             with contextlib.suppress(OSError):
                 self.process.communicate()
 
     def tell(self, line):
+        self.doing = line
         with contextlib.suppress(OSError):  # undo.py has been killed
             self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.flush()

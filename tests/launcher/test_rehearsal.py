@@ -302,6 +302,22 @@ def test_a_start_that_ends_while_the_trial_is_tried_leaves_nothing(start_search,
     assert "Traceback" not in printed
 
 
+def test_what_is_interrupted_at_its_start_is_ended(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, command, **how):
+            super().__init__(command, **how)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), Watchdog(tmp_path / "folder", "create") as watchdog:
+        monkeypatch.setattr(subprocess, "Popen", Interrupted)
+        with watchdog.running(["sleep", "987"]):
+            pass
+    assert started[0].wait(60) == -signal.SIGTERM
+
+
 def test_what_a_killed_launcher_has_run_is_ended(tmp_path):
     with subprocess.Popen(["sleep", "987"], start_new_session=True) as sleeper:
         command = [sys.executable, UNDO, tmp_path / "folder", "create"]

@@ -61,11 +61,11 @@ def trials_of(search):
     return list(trials.known.values())
 
 
-def nodes_of(search, status):
-    """Return {node: trials} of a search's trials of a status that have reported."""
+def nodes_of(search, status, message=""):
+    """Return {node: trials} of a search's trials of a status and message that have reported."""
     found = {}
     for trial in trials_of(search):
-        if trial.status == status and trial.intermediate:
+        if trial.status == status and trial.intermediate and message in (trial.message or ""):
             found.setdefault(urlsplit(trial.path).hostname, []).append(trial.id)
     return found
 
