@@ -163,7 +163,7 @@ class Experiment:
             if time.monotonic() > end:
                 states = collections.Counter(trial["status"] for trial in self.get("trial-jobs"))
                 raise TimeoutError(f"{self.get('check-status')}, {states} after {seconds} s")
-            time.sleep(0.5)
+            time.sleep(1)
 
     def trial_file(self, trial, name):
         path = self.home / "nni-experiments" / self.id / "trials" / trial["trialJobId"] / name
