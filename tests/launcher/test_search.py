@@ -73,7 +73,7 @@ sys.exit(status)
 
 def test_a_search_in_the_foreground(run_search, home):
     port = free_port()
-    result = run_search("-p", port, config=demo(maxTrialNumber=3))
+    result = run_search("-p", port, "--no-rehearsal", config=demo(maxTrialNumber=3))
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()
     (id,) = re.findall(r"^Search (\w+): demo on synthetic images$", result.stdout, re.MULTILINE)
@@ -244,18 +244,33 @@ def test_a_disk_that_fills_during_the_rehearsal_is_named(run_search, home, tmpfs
     assert list(folder.iterdir()) == []
 
 
-def test_concurrent_starts_get_different_ports(start_search, home):
+def test_concurrent_searches_get_different_ports_and_outlive_their_commands(
+    start_search, run_search, home
+):
     config = demo(maxTrialNumber=1, trialCommand="sleep 600")
     other = home / "of another user"  # who has a lock of his own
     other.mkdir()
     with contextlib.ExitStack() as stack:
         stack.callback(kill_at, other)
         how = {"config": config, "how": UNCHECKED}
-        starts = [start_search("--detach", HOME=str(at), **how) for at in (home, home, other)]
-        searches = [stack.enter_context(start) for start in starts]
-        printed = [process.communicate(timeout=240) for process in searches]
-    assert [process.returncode for process in searches] == [0, 0, 0], printed
-    assert len({re.search(r"127.0.0.1:(\d+),", stdout)[1] for stdout, _ in printed}) == 3
+        starts = [start_search(HOME=str(at), **how) for at in (home, home, other)]
+        commands = [stack.enter_context(start) for start in starts]
+        lines = [read_until(command, "Web UI") for command in commands]
+        found = [re.search(r"127.0.0.1:(\d+), until: nnictl stop (\w+)", line) for line in lines]
+        ports, ids = zip(*(match.groups() for match in found), strict=True)
+        assert len({*ports}) == 3
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+        for command, number in zip(commands, signals, strict=True):
+            command.send_signal(number)
+        printed, errors = zip(*(each.communicate(timeout=60) for each in commands), strict=True)
+        assert commands[0].returncode == 1
+        again = f"The search continues. To watch it again: python search.py --resume {ids[0]}"
+        assert again in printed[0]
+        assert "Traceback" not in "".join(errors)
+        assert [ask(port) for port in ports] == [200] * 3
+        line = refusal(run_search("-p", ports[0], **how))
+    assert f"--port is {ports[0]}; allowed: a free one; experiment {ids[0]} " in line
+    assert f"nnictl stop {ids[0]}" in line
 
 
 def test_a_full_home_refuses_a_search_and_keeps_nnis_list(run_search, home, tmpfs, tmp_path):
@@ -272,29 +287,16 @@ def test_a_full_home_refuses_a_search_and_keeps_nnis_list(run_search, home, tmpf
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_killed_command_leaves_its_search_running(start_search, run_search, home):
-    config = demo(maxTrialNumber=1, trialCommand="sleep 600")
-    port = free_port()
-    with start_search("-p", port, config=config, how=UNCHECKED) as process:
-        id = read_until(process, "Web UI").split()[-1]
-        process.kill()
-    line = refusal(run_search("-p", port, config=config, how=UNCHECKED))
-    assert f"--port is {port}; allowed: a free one; experiment {id} " in line
-    assert f"nnictl stop {id}" in line
-    assert ask(port) == 200
-
-
-def test_only_listen_opens_the_web_ui_to_other_machines(home, start_search):
+def test_only_listen_opens_the_web_ui_to_other_machines(run_search):
     address = outside_address()
     config = demo(maxTrialNumber=1, trialCommand="sleep 600")
     port = free_port()
-    with start_search("-p", port, "--listen", address, config=config, how=UNCHECKED) as process:
-        read_until(process, f"Web UI: http://{address}:{port}")
-        warning = f"Warning: everybody who reaches {address}:{port} can run any command as you"
-        read_until(process, warning)
-        process.terminate()
-        _, stderr = process.communicate(timeout=30)
-    assert stderr == ""
+    listen = ["-p", port, "--listen", address, "--detach"]
+    result = run_search(*listen, config=config, how=UNCHECKED)
+    assert result.returncode == 0, result.stderr
+    assert f"Web UI: http://{address}:{port}" in result.stdout
+    warning = f"Warning: everybody who reaches {address}:{port} can run any command as you"
+    assert warning in result.stdout
     host = f"Host: {address}:{port}"
     assert ask(port, host, address=address) == 200
     assert ask(port, host, f"Origin: http://{address}:{port}", address=address) == 200
@@ -308,20 +310,12 @@ def test_only_listen_opens_the_web_ui_to_other_machines(home, start_search):
 def test_the_default_is_config_yml_with_gpus_and_says_who_holds_them(start_search, home):
     stand_in_nvidia_smi(home, busy=[True, True])
     path = f"{home}:{os.environ['PATH']}"
-    port = free_port()
-    with start_search("-p", port, "--no-rehearsal", PATH=path) as process:
+    with start_search("-p", free_port(), "--no-rehearsal", PATH=path) as process:
         chosen = process.stdout.readline()
-        id = read_until(process, "Web UI").split()[-1]
         waiting = read_until(process, "trials wait for a GPU")
-        process.send_signal(signal.SIGINT)
-        rest, stderr = process.communicate(timeout=30)
     assert chosen == "Configuration: config.yml, since nvidia-smi lists 2 GPUs\n"
     holder = f"{psutil.Process(1).name()} (1, root)"
     assert waiting == f"trials wait for a GPU: GPU 0: {holder}; GPU 1: {holder}\n"
-    assert process.returncode == 1
-    assert f"The search continues. To watch it again: python search.py --resume {id}" in rest
-    assert "Traceback" not in stderr
-    assert ask(port) == 200
 
 
 def test_the_default_without_gpus_is_cpu_yml(monkeypatch, tmp_path):
