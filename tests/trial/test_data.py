@@ -208,19 +208,17 @@ def test_links_to_a_good_data_set_are_followed_and_stay(archive, folder, capsys)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("is_damaged_before", [False, True])
-def test_a_failed_download_changes_no_file(archive, folder, is_damaged_before):
+@pytest.mark.parametrize("before", [[], [CIFAR10.filename]])
+def test_a_failed_download_changes_no_file(archive, folder, before):
     folder.mkdir()
-    before = []
-    if is_damaged_before:
-        (folder / CIFAR10.filename).write_text("brought by hand, damaged")
-        before = [CIFAR10.filename]
+    for name in before:
+        (folder / name).write_text("brought by hand, damaged")
     failure = pytest.raises(FileNotFoundError, match="You can do one of these")
     with tiny_cifar10.server(archive, cut=True), failure:
         data.load_cifar10(folder)
     assert names(folder) == [*before, "cifar10.pt.lock"]
-    if is_damaged_before:
-        assert (folder / CIFAR10.filename).read_text() == "brought by hand, damaged"
+    for name in before:
+        assert (folder / name).read_text() == "brought by hand, damaged"
     with tiny_cifar10.server(archive):
         assert_equals_torchvisions(data.load_cifar10(folder), folder)
 
@@ -286,7 +284,8 @@ def test_a_read_only_folder(program, reachable):
     archive, folder = reachable
     folder.chmod(0o555)
     (folder / CIFAR10.base_folder).chmod(0o555)
-    result = program("load_data.py", folder, archive, 0, *([nobody()] if os.getuid() == 0 else []))
+    user = [nobody()] if os.getuid() == 0 else []
+    result = program("load_data.py", folder, archive, 0, *user)
     result.wait()
     assert result.stdout == LENGTHS, result.stderr
     assert f"{folder} is read-only" in result.stderr
