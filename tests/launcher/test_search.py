@@ -42,18 +42,18 @@ def refusal(result):
 
 
 def link_an_older_search(home):
-    """Link to a search as NNI links to its latest one."""
-    (home / "nni-experiments").mkdir()
-    (home / "nni-experiments" / "_latest").symlink_to("an-older-search")
+    """Make a search's folder and the link to it, as NNI does. NNI replaces no broken link."""
+    (home / "nni-experiments" / "older").mkdir(parents=True)
+    (home / "nni-experiments" / "_latest").symlink_to("older")
 
 
-def assert_only_the_link_is_left(home):
-    """Check that a failed start has left no process and no file but NNI's own, and that link."""
+def assert_only_the_older_search_is_left(home):
+    """Check that a failed start has left no process, no file but NNI's own, and that link."""
     assert processes_at(home) == []
     folder = home / "nni-experiments"
     left = {path.name for path in folder.iterdir()}
-    assert left <= {".experiment", ".experiment.lock", ".nnisearch.lock", "_latest"}, left
-    assert os.readlink(folder / "_latest") == "an-older-search"
+    assert left <= {".experiment", ".experiment.lock", ".nnisearch.lock", "_latest", "older"}, left
+    assert os.readlink(folder / "_latest") == "older"
     assert json.loads((folder / ".experiment").read_text() or "{}") == {}
 
 
@@ -126,7 +126,7 @@ def test_a_web_server_that_dies_is_not_waited_for_and_leaves_nothing(run_search,
     assert error in result.stderr
     assert "the library is broken" in result.stderr
     assert "Traceback" not in result.stderr
-    assert_only_the_link_is_left(home)
+    assert_only_the_older_search_is_left(home)
 
 
 def test_a_resume_that_fails_keeps_the_search(run_search, home):
@@ -181,7 +181,7 @@ def test_a_start_that_is_ended_leaves_nothing(start_search, home, number):
         assert process.returncode == 1
         assert stderr == "search.py: interrupted; no search has started\n"
     psutil.wait_procs(processes_at(home), timeout=60)
-    assert_only_the_link_is_left(home)
+    assert_only_the_older_search_is_left(home)
 
 
 # Simulates Ctrl-C during the import of NNI, which a test could not time.

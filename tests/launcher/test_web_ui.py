@@ -98,7 +98,7 @@ def test_the_web_ui_shows_the_results_of_a_search(experiment, page):
     assert shown[shown.index("Status") + 1] == "DONE"
     assert float(shown[shown.index("Best metric") + 1]) == best
 
-    page.click("a", "Trials detail")
+    page.open("detail", shows="Trial jobs")
     rows = page.wait(lambda: page.all("[data-automationid=DetailsRow]"))
     assert len(rows) == len(trials)
     for row, trial in zip(rows, trials, strict=True):
