@@ -40,7 +40,7 @@ class Project:
             "PATH": f"{self.home}:{Path(sys.executable).parent}:{environment['PATH']}",
         }
         self.write("trial.py", TRIAL)
-        for name in ("own", "checks", "config", "progress", "text"):  # nnisearch has such modules
+        for name in ("own", "checks", "config", "progress", "text"):  # all but own as in nnisearch
             shutil.copy(SUPPORT / "own.py", self.folder / f"{name}.py")
 
     def write(self, name, text):

@@ -143,15 +143,15 @@ def test_each_failure_is_explained_once_and_counted(run_pieces):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "arguments", "words"),
+    ("kind", "name", "arguments", "end"),
     [
-        ("tuner", "Mortal", {"is_killed": False}, "KeyError: 'what is that?'; fix that"),
-        ("tuner", "Mortal", {"is_killed": True}, ""),
-        ("assessor", "Patient", {"patience": 1}, "ValueError: no idea; fix that"),
+        ("tuner", "Mortal", {"is_killed": False}, ": KeyError: 'what is that?'; fix that and"),
+        ("tuner", "Mortal", {"is_killed": True}, "; to"),
+        ("assessor", "Patient", {"patience": 1}, ": ValueError: no idea; fix that and"),
     ],
 )
 def test_the_death_of_tuner_or_assessor_is_noticed_and_its_error_shown(
-    start_pieces, home, kind, name, arguments, words
+    start_pieces, home, kind, name, arguments, end
 ):
     own = {"className": f"own.{name}", "codeDirectory": str(TRIAL.parent), "classArgs": arguments}
     piece = "wait_for('start'); report('no idea'); tell(1)"
@@ -162,8 +162,8 @@ def test_the_death_of_tuner_or_assessor_is_noticed_and_its_error_shown(
         _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
     line = stderr.splitlines()[-1]
-    how = f"{re.escape(words)} and continue: " if words else "; to continue: "
-    assert re.search(f"the {kind} has died.*{how}.*python search.py --resume {id}", line)
+    died = f"the {kind} has died.*{re.escape(end)} continue: .*python search.py --resume {id}"
+    assert re.search(died, line), line
     if arguments == {"is_killed": False}:  # after a first result
         assert line.endswith(f"; results so far: python choose.py {id}")
 

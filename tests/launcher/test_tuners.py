@@ -355,13 +355,13 @@ def tuner_config(name, **arguments):
     return one | {"codeDirectory": str(ROOT)}
 
 
-X_IS_THE_RESULT = "sleep 0.5; python3 tests/support/other_project.py"
+SUM_IS_THE_RESULT = "sleep 0.5; python3 tests/support/other_project.py"
 
 
 def test_a_search_that_is_changed_from_outside_and_resumed(experiment):
     tuner = tuner_config("OptunaTuner", sampler="TPESampler", seed=0)
     space = LINE | {"kind": {"_type": "choice", "_value": ["a", "b"]}}
-    changes = {"trialCommand": X_IS_THE_RESULT, "searchSpace": space, "maxTrialNumber": 99}
+    changes = {"trialCommand": SUM_IS_THE_RESULT, "searchSpace": space, "maxTrialNumber": 99}
     search = experiment("configs/demo.yml", tuner=tuner, **changes)
 
     def change(what, **params):  # as nnictl update does
@@ -402,14 +402,14 @@ def test_a_search_that_is_changed_from_outside_and_resumed(experiment):
 
 def test_hyperband_gives_the_best_more_epochs(experiment):
     tuner = tuner_config("Hyperband", optimize_mode="maximize", R=2, eta=2)
-    changes = {"tuner": tuner, "searchSpace": LINE, "trialCommand": X_IS_THE_RESULT}
+    changes = {"tuner": tuner, "searchSpace": LINE, "trialCommand": SUM_IS_THE_RESULT}
     demo = experiment("configs/demo.yml", SEARCH, maxTrialNumber=5, **changes)
     trials = demo.wait(180)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
     given = [parameters(trial) for trial in trials]
     assert sorted(values["epochs"] for values in given) == [1, 1, 2, 2, 2]
     short = [values for values in given if values["epochs"] == 1]
-    best = max(short, key=lambda values: values["x"])
+    best = max(short, key=lambda values: values["x"])  # the result is the sum of all values
     assert best | {"epochs": 2} in given
     assert demo.stop() == []
 
