@@ -21,6 +21,7 @@ import yaml
 from conftest import ENDLESS, ROOT, UPGRADE, ask, nobody, outside_address, writable
 from experiment import MANAGER, UNCHECKED, Experiment, free_port, kill_at, processes_at
 from machines import SSHD, Machine, make_key
+from projects import CONFIG
 from stand_ins import stand_in_nvidia_smi
 from waiting import wait_for
 from websockets.sync.server import serve
@@ -392,28 +393,11 @@ while True:
             process.kill()
 
 
-TINY = {
-    "experimentName": "tiny",
+TINY = CONFIG | {
     "trialCommand": f"python3 {ROOT / 'tests/support/other_project.py'}",
     "trialConcurrency": 1,
     "maxTrialNumber": 1,
-    "tuner": {"name": "Random"},
-    "trainingService": {"platform": "local"},
-    "searchSpace": {"x": {"_type": "uniform", "_value": [0, 1]}},
 }
-
-
-def test_a_port_in_use_on_ipv6_is_skipped(run_search):
-    loopback6()
-    port = free_port()
-    with another_user_listens(port) as other:
-        result = run_search("-p", port, "--detach", config=TINY, how=UNCHECKED)
-        other.kill()
-        assert other.stdout.read() == ""
-    assert result.returncode == 1
-    assert f"--port is {port}; allowed: a free one" in result.stderr
-
-
 # Takes the port after the search has found it free.
 RACE = [
     "-c",
@@ -423,16 +407,23 @@ RACE = [
 ]
 
 
-def test_a_port_that_another_takes_in_ipv6_meanwhile_fails_the_start(run_search):
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (UNCHECKED, "--port is {port}; allowed: a free one"),
+        (RACE, "EADDRINUSE: address already in use ::1:{port}"),
+    ],
+    ids=["before", "meanwhile"],
+)
+def test_a_port_that_another_has_taken_in_ipv6_fails_the_start(run_search, how, said):
     loopback6()
     port = free_port()
     with another_user_listens(port) as other:
-        args = ("-p", port, "--detach", "--no-rehearsal")
-        result = run_search(*args, config=TINY, how=RACE)
+        result = run_search("-p", port, "--detach", "--no-rehearsal", config=TINY, how=how)
         other.kill()
         assert other.stdout.read() == ""
     assert result.returncode == 1
-    assert f"EADDRINUSE: address already in use ::1:{port}" in result.stderr
+    assert said.format(port=port) in result.stderr
 
 
 def namespace(tmp_path, hosts, *commands):

@@ -67,22 +67,16 @@ def search(experiment, machines):
     """Start a search of configs/remote.yml on the machines; afterwards remove its files."""
     searches = []
 
-    def search(trials, how, **changes):
-        settings = {
-            "trialCommand": LIGHT_TRIAL,
-            "trialGpuNumber": 0,
-            "maxTrialNumber": trials,
-            "searchSpace": SPACE,
-            "nniManagerIp": "127.0.0.1",
-            # NNI takes one training service with two machines, or two training services.
-            "trainingService": [
-                {"platform": "remote", "reuseMode": True, "machineList": [m.settings for m in some]}
-                for some in (machines[:1], machines[1:])
-            ],
-        }
-        one = experiment("configs/remote.yml", how, **settings | changes)
-        searches.append(one)
-        return one
+    def search(**changes):
+        # NNI takes one training service with two machines, or two training services.
+        changes["trainingService"] = [
+            {"platform": "remote", "reuseMode": True, "machineList": [m.settings for m in some]}
+            for some in (machines[:1], machines[1:])
+        ]
+        changes |= {"nniManagerIp": "127.0.0.1", "tuner": {"name": "Random"}}
+        how = [*SEARCH, "--no-rehearsal"]
+        searches.append(experiment("configs/remote.yml", how, **changes))
+        return searches[-1]
 
     yield search
     for one in searches:
@@ -161,7 +155,7 @@ def test_a_search_goes_on_while_machines_come_and_go(search, machines, tmp_path)
         machine.settings["pythonPath"] += f":{tmp_path}"
     changes = {"trialCommand": command, "trialConcurrency": 3, "trialGpuNumber": 1}
     changes["searchSpace"] = {key: SPACE[key] for key in SPACE if key != "epochs"}
-    demo = search(5, [*SEARCH, "--no-rehearsal"], **changes)
+    demo = search(maxTrialNumber=5, **changes)
     assert "127.0.0.4" in demo.said and "left out until it answers" in demo.said
     # The port that the machines report to is open to them and to nobody else.
     assert ask(demo.port + 1, path="/") == 426  # to this machine's user, who is one of them here
