@@ -61,13 +61,13 @@ def trials_of(search):
     return list(trials.known.values())
 
 
-def nodes_of(search, status, message=""):
-    """Return {node: trials} of a search's trials of a status and message that have reported."""
-    found = {}
-    for trial in trials_of(search):
-        if trial.status == status and trial.intermediate and message in (trial.message or ""):
-            found.setdefault(urlsplit(trial.path).hostname, []).append(trial.id)
-    return found
+def running(search, message=""):
+    """Return the IDs of the running trials that have reported and have such a message."""
+    return [
+        trial.id
+        for trial in trials_of(search)
+        if trial.status == "RUNNING" and trial.intermediate and message in (trial.message or "")
+    ]
 
 
 def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, search, tmp_path):
@@ -86,13 +86,13 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
         assert {trial.status for trial in trials_of(one)} == {"WAITING"}
         others.terminate()
     in_queue_until = time.time() * 1000
-    wait_for(lambda: sum(map(len, nodes_of(one, "RUNNING").values())) == 4)
-    (lost, *_) = nodes_of(one, "RUNNING")["n2"]
+    wait_for(lambda: len(running(one)) == 4)
     cluster.kill_node("n2")
     wait_for(lambda: "run again (1 of at most 3): srun: error: Node failure" in said.read_text())
     cluster.start_node("n2")
-    wait_for(lambda: any(lost in trials for trials in nodes_of(one, "RUNNING").values()))
+    wait_for(lambda: len(running(one, "Node failure")) == 2)
     subprocess.run([*everything, "true"], **how, check=True)
+    wait_for(lambda: len(running(one, "PREEMPTION")) == 4)
     let_pass(one.home, 5)
     trials = one.wait(240)
     assert watcher.wait(60) == 0, said.read_text()
@@ -104,7 +104,7 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
         assert trial.start >= in_queue_until
         metrics = one.get(f"metric-data/{trial.id}")
         assert [metric["type"] for metric in metrics].count("FINAL") == 1
-    assert set(nodes_of(one, "SUCCEEDED")) == {"n1", "n2"}
+    assert {urlsplit(trial.path).hostname for trial in trials_of(one)} == {"n1", "n2"}
     assert one.stop() == []
 
 
@@ -116,9 +116,6 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
         trialCommand=f"[ $NNI_TRIAL_SEQ_ID = 0 ] && {LOSES_ITS_NODE}; {SRUN}",
     )
 
-    def running():
-        return [trial for trials in nodes_of(one, "RUNNING").values() for trial in trials]
-
     def of_status(status):
         return [trial.id for trial in trials_of(one) if trial.status == status]
 
@@ -127,18 +124,18 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
 
     (lost,) = wait_for(lambda: [t for t in trials_of(one) if t.status == "FAILED"])
     assert "run again (3 of at most 3): srun: error: Node failure on n1" in lost.message
-    wait_for(lambda: len(running()) == 4)
-    for killed in (running()[0], wait_for(lambda: of_status("WAITING"))[0]):  # two GPUs a node
+    wait_for(lambda: len(running(one)) == 4)
+    for killed in (running(one)[0], wait_for(lambda: of_status("WAITING"))[0]):  # two GPUs a node
         one.request("DELETE", f"trial-jobs/{killed}")
         wait_for(lambda killed=killed: killed in of_status("USER_CANCELED") and has_no_job(killed))
     wait_for(lambda: has_no_job(*wait_for(lambda: of_status("EARLY_STOPPED"))))
 
-    wait_for(lambda: len(running()) == 4)
+    wait_for(lambda: len(running(one)) == 4)
     for process in [*processes_at(one.home, MANAGER), *processes_at(one.home, "srun ")]:
         process.kill()
     wait_for(lambda: not processes_at(one.home, MANAGER))
     one.resume()
-    wait_for(lambda: len(running()) == 4)
+    wait_for(lambda: len(running(one)) == 4)
     names = [job.split("|")[1] for job in cluster.jobs() if "COMPLETING" not in job]
     assert len(names) == len(set(names))
     assert one.stop() == []
