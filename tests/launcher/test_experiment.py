@@ -16,11 +16,7 @@ from stand_ins import stand_in_nvidia_smi
 def in_turn(*values):
     """Return the changes of a configuration by which its trials get these values in turn."""
     space = {"combine_params": {"_type": "choice", "_value": values}}
-    return {
-        "tuner": {"name": "BatchTuner"},
-        "searchSpace": space,
-        "maxTrialNumber": len(values),
-    }
+    return {"tuner": {"name": "BatchTuner"}, "searchSpace": space, "maxTrialNumber": len(values)}
 
 
 def chosen(search, *args):
@@ -60,7 +56,7 @@ def test_nnictl_searches_with_the_trial_alone_from_create_to_export(
             {"batch_size": 0},
         ),
     )
-    search.wait_for(lambda trials: "SUCCEEDED" in {trial["status"] for trial in trials}, 120)
+    search.wait_for(lambda trials: "SUCCEEDED" in {trial["status"] for trial in trials}, 240)
     assert chosen(search)  # while it runs
     *trials, refused = search.wait(240)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 2
@@ -115,18 +111,20 @@ def test_trials_of_multi_gpu_yml_get_two_gpus_each_and_end_without_a_trace(exper
         trialCommand=f"printenv CUDA_VISIBLE_DEVICES && {command} --report-every 50",
         **in_turn(one, {"batch_size": 8, "epochs": 1000}),
     )
-    _, endless = search.wait_for(lambda trials: len(trials) == 2, 120)
-    search.wait_until(lambda: search.get(f"metric-data/{endless['trialJobId']}"), 120)
+    _, endless = search.wait_for(lambda trials: len(trials) == 2, 240)
+    search.wait_until(lambda: search.get(f"metric-data/{endless['trialJobId']}"), 240)
     running = processes_at(home, "train.py")
     assert len(running) >= 3  # torchrun and its two, and the shell that NNI starts
     search.request("DELETE", f"trial-jobs/{endless['trialJobId']}")
-    _, alive = psutil.wait_procs(running, timeout=60)
+    _, alive = psutil.wait_procs(running, timeout=120)
     assert alive == []
 
-    trials = search.wait(60)
+    trials = search.wait(120)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED", "USER_CANCELED"]
     assert [search.trial_file(trial, "stdout") for trial in trials] == ["0,2\n", "3,4\n"]
-    log = search.trial_file(trials[0], "trial.log")
-    assert "Training on cpu, one of 2 processes" in log
-    assert log.count("Acc: ") == log.count("Hyperparameters: ") == 1
+    logs = [search.trial_file(trial, "trial.log") for trial in trials]
+    for log in logs:
+        assert "Training on cpu, one of 2 processes" in log
+        assert log.count("Hyperparameters: ") == 1
+    assert logs[0].count("Acc: ") == 1
     assert search.stop() == []
