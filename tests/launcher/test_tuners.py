@@ -110,8 +110,9 @@ def test_a_seed_repeats_the_parameters_also_of_a_changed_space():
         tuner.update_search_space(KINDS | {"uniform": {"_type": "uniform", "_value": [-2, 2]}})
         return first + search(tuner, 6, lambda values: values["normal"])
 
-    assert drawn(1) == drawn(1)
-    assert not [values for values in drawn(1) if values in drawn(2)]
+    one, same, other = map(drawn, (1, 1, 2))
+    assert one == same
+    assert not [values for values in one if values in other]
 
 
 @pytest.mark.parametrize(("optimize_mode", "sign"), [("maximize", -1), ("minimize", 1)])
