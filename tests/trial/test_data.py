@@ -45,13 +45,13 @@ def test_the_cache_holds_what_torchvision_decodes(filled):
     assert_equals_torchvisions(data.load_cifar10(filled), filled.parent / "copy")
 
 
-def test_eight_trials_at_once_download_once(program, archive, folder):
+def test_twenty_trials_at_once_download_once(program, archive, folder):
     with tiny_cifar10.server(archive) as (port, requests):
-        loading = [program("load_data.py", folder, archive, port) for _ in range(8)]
+        loading = [program("load_data.py", folder, archive, port) for _ in range(20)]
         statuses = [each.wait() for each in loading]
     errors = [each.stderr for each in loading]
-    assert statuses == [0] * 8, errors
-    assert [each.stdout for each in loading] == [LENGTHS] * 8
+    assert statuses == [0] * 20, errors
+    assert [each.stdout for each in loading] == [LENGTHS] * 20
     assert sum("100%" in text for text in errors) == 1  # one progress bar of one download
     assert len(requests) == 2  # torchvision asks once for where it is redirected to, once for all
     assert names(folder) == DOWNLOADED
