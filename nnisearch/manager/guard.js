@@ -147,6 +147,21 @@ function listenOnIPv6(server, port, then) {
     bind.call(six, port, "::1").unref();
 }
 
+// A browser opens connections in advance. NNI would wait up to a minute for their end when it stops.
+function closeQuickly(server, kept) {
+    const { close } = server;
+    const connections = new Set();
+    server.on("connection", (socket) => {
+        if (kept.has(socket)) return;
+        connections.add(socket);
+        socket.on("close", () => connections.delete(socket));
+    });
+    server.close = function (...args) {
+        setTimeout(() => connections.forEach((socket) => socket.destroy()), 1000); // after the answers
+        return close.apply(this, args);
+    };
+}
+
 // Returns a function that passes a connection to the server of the Web UI's port.
 function guardPorts({ port, listen, machines }) {
     let webUI;
@@ -157,6 +172,7 @@ function guardPorts({ port, listen, machines }) {
                 Boolean(listen) && ["0.0.0.0", ipv4(localAddress ?? "")].includes(listen);
             const isWelcome = (socket) => adopted.has(socket) || isAsked(socket);
             guard(this, isWelcome, Boolean(listen), turnAway);
+            closeQuickly(this, adopted);
             webUI = this;
             const address = listen ? "0.0.0.0" : "127.0.0.1";
             listenOnIPv6(this, port, () => bind.call(this, at, address, ...rest));

@@ -240,6 +240,16 @@ def test_with_listen_a_proxy_may_be_in_front(node, status, headers):
     assert ask(port, *headers, user=nobody()) == status
 
 
+def test_a_stop_does_not_wait_for_a_browser(node):
+    """It opens connections before it needs them."""
+    stop = 'server.on("connection", () => server.close(() => console.log("stopped")));'
+    server = node(f"const server = {SERVER.strip()} server.headersTimeout = 0; {stop}")
+    port = int(server.stdout.readline())
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as browser:
+        assert browser.recv(1) == b""
+        assert server.stdout.readline() == "stopped\n"
+
+
 def test_a_proxy_of_another_user_is_told_of_listen(node):
     port = int(node(SERVER).stdout.readline())
     bash = f"exec 3<>/dev/tcp/127.0.0.1/{port}; cat <&3"
