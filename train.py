@@ -160,7 +160,7 @@ def train_and_test(args, data_set):
     model = Net().to(args.device)
     if fast:
         fast.prepare(model, train_images.device, args.batch_size // processes.count())
-    checks.check_network(model, train_images, train_labels)
+    checks.check_network(model, train_images, train_labels, test_images, test_labels)
     optimizer = optimizers.OPTIMIZERS[args.optimizer](args, model)
     try:
         train(model, optimizer, train_images, train_labels, args)
@@ -211,9 +211,9 @@ def parse_args(argv):
     add("--save", type=data.as_path, metavar="FILE", help="write the trained weights there")
     args, unknown = parser.parse_known_args(argv)
     flags = {key: vars(args)[key] for key in HYPERPARAMETERS if key in args}  # those given
-    for key, entry in HYPERPARAMETERS.items():
-        setattr(args, key, entry.kind(entry.default))  # Number(0) means 0.0
+    defaults = {key: entry.default for key, entry in HYPERPARAMETERS.items()}
     try:
+        set_hyperparameters(args, defaults, "HYPERPARAMETERS")  # Number(0) means 0.0
         if unknown:
             words = " ".join(" ".join(unknown).split())  # one line
             raise NotAllowed(f"unknown: {words}; allowed: the flags in --help")

@@ -150,7 +150,7 @@ def parse_args(argv, prog, project):
     )
     args = parser.parse_args(argv)
     if not (args.config or args.resume or args.view or project.default_config):
-        parser.error("CONFIG is missing; allowed: a configuration of NNI, or --resume ID")
+        parser.error("CONFIG is missing; allowed: a configuration of NNI, --resume, --view")
     if args.config and (args.resume or args.view):
         parser.error(f"CONFIG is {args.config}; allowed: none, with --resume or --view")
     if args.resume and args.view:

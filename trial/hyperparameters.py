@@ -12,8 +12,6 @@ class NotAllowed(ValueError):
 class Hyperparameter:
     """A setting that a search may change. kind is the type of its values."""
 
-    kind = str
-
     def from_text(self, text):
         """Return a flag's text as this kind. Other text stays as it is, and parse() refuses it."""
         try:
@@ -68,20 +66,25 @@ class Integer(Number):
 
 @dataclass(frozen=True)
 class Choice(Hyperparameter):
-    """A hyperparameter that is one of several words."""
+    """A hyperparameter that is one of several values of one type, such as words."""
 
-    default: str
+    default: object
     meaning: str
     choices: tuple  # or a dict, whose keys are allowed
 
     @property
+    def kind(self):
+        """The type of the values."""
+        return type(self.default)
+
+    @property
     def allowed(self):
         """What is allowed, in words: "SGD, Adam, AdamW"."""
-        return ", ".join(self.choices)
+        return ", ".join(map(str, self.choices))
 
     def allows(self, value):
         """Return whether value is one of the choices."""
-        return isinstance(value, str) and value in self.choices
+        return type(value) is self.kind and value in self.choices
 
 
 def read(path):

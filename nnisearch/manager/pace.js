@@ -46,10 +46,11 @@ function resumeExactly(prototype) {
         for (const { trialJobId } of (await this.dataStore.listTrialJobs()).filter(isUnended))
             await query("delete from MetricData where trialJobId = ?", trialJobId); // reported again
         await resumeExperiment.call(this, isView);
-        // Their events are stored already.
-        const view = Object.create(this, { dataStore: { value: { storeTrialJobEvent() {} } } });
-        for (const { data } of await query(LEFT))
-            await addCustomizedTrialJob.call(view, data).catch(({ message }) => this.log.warning(message));
+        const view = Object.create(this, {
+            dataStore: { value: { storeTrialJobEvent() {} } }, // their events are stored already
+            maxTrialNum: { value: Infinity }, // they also wait if the limit is reached
+        });
+        for (const { data } of await query(LEFT)) await addCustomizedTrialJob.call(view, data);
     };
     prototype.addRecoveredTrialJob = function (jobs) {
         // After a second kill NNI forgets trials that the first resume had queued but not started.

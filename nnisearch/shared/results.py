@@ -63,6 +63,8 @@ def read_result(text):
     found = number(value)
     if found is not None:
         return found, None
+    if isinstance(value, dict) and "__nni_obj__" in value:  # as NNI writes it
+        return None, "a Python object, such as a tensor"
     return None, one_line(text if isinstance(text, str) else json.dumps(text), 60)
 
 

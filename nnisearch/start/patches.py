@@ -1,7 +1,9 @@
 """Changes NNI's Python code for the launcher's process, each change with its reason."""
 
 import contextlib
+import functools
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,6 +61,8 @@ def write_list(experiments):
 
 
 Experiments.write_file = write_list
+# NNI lets its manager keep the terminal open as its input: a pseudo-terminal would not close.
+launcher.Popen = functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL)
 # NNI's own function runs code that the list names by __symbol__.
 Experiments.read_file = lambda _: read_experiments()
 config_utils.get_file_lock = lambda path, stale: ListLock(f"{path}.lock", stale)

@@ -139,7 +139,7 @@ def test_a_trial_that_a_user_has_added_starts_after_a_resume_if_it_has_not_start
         const given = (form) => JSON.parse(form.hyperParameters.value).parameters;
         return [manager.waitingTrials.map(given), events];
     """
-    make = START.replace("PARAMS", "{ maxTrialNumber: 9 }, 0").splitlines()[1]
+    make = START.replace("PARAMS", "{ maxTrialNumber: 0 }, 0").splitlines()[1]
     waiting, events = run(make + script)
     assert waiting == [{"x": 2}]
     assert events == []  # it is not stored a second time
