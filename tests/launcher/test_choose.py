@@ -314,6 +314,7 @@ def test_a_file_without_direction_maximizes_and_an_unknown_direction_is_refused(
         (float("-inf"), None),
         ([0.5], None),
         ({"loss": 0.5}, None),
+        ({"__nni_obj__": "gAWV"}, None),
         ({"default": {"default": 1}}, None),
     ],
 )
@@ -321,6 +322,7 @@ def test_results_are_finite_numbers_or_objects_with_a_default(value, expected):
     assert results.number(value) == expected
     found, instead = results.read_result(json.dumps(value))
     assert (found is None) == (instead is not None)
+    assert (instead == "a Python object, such as a tensor") == ("gAWV" in str(value))
 
 
 def test_nnictls_export_is_read_like_the_database(run, tmp_path):

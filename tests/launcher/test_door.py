@@ -96,7 +96,8 @@ def test_this_users_process_is_accepted(guarded):
     assert ask(port, f"Origin: http://localhost:{port}") == 200
     assert ask(port, f"Host: 127.0.0.1:{port}", f"Origin: http://127.0.0.1:{port}") == 200
     assert ask(port, path="/oview") == 200
-    assert "RUNNING" in guarded.nnictl("trial", "ls", guarded.id)
+    (trial,) = guarded.get("trial-jobs")
+    assert trial["trialJobId"] in guarded.nnictl("trial", "ls", guarded.id)
     assert f"http://127.0.0.1:{port}" in guarded.nnictl("webui", "url", guarded.id)
     assert ask(port, user=os.getuid()) == 200
     assert ask(port, "Sec-Fetch-Site: same-origin") == 200
@@ -174,6 +175,7 @@ def test_the_folder_is_the_users_alone(guarded):
 
 def test_no_signal_opens_a_debugger(guarded):
     (manager,) = processes_at(guarded.home, MANAGER)
+    assert os.readlink(f"/proc/{manager.pid}/fd/0") == "/dev/null"  # a terminal would not close
     for _ in range(2):
         manager.send_signal(signal.SIGUSR1)
         time.sleep(0.5)

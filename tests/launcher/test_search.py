@@ -86,6 +86,8 @@ def test_a_search_in_the_foreground(run_search, home):
     assert [path.stat().st_mode & 0o77 for path in (listed, listed.parent)] == [0, 0]
     nnictl = run_search("experiment", "list", how=["-m", "nni.tools.nnictl.nnictl"])
     assert id in nnictl.stdout
+    line = refusal(run_search("--resume", id, "--listen", "127.0.0.1"))
+    assert "--listen is 127.0.0.1; allowed: only at a start" in line
     listed.rename(listed.with_name("lost"))
     again = run_search("--resume", id, how=["-OO", "-c", NOTEBOOK])  # watches what still runs
     assert again.returncode == 0, again.stderr
@@ -133,7 +135,9 @@ def test_a_resume_that_fails_keeps_the_search(run_search, home):
     listed = home / "nni-experiments" / ".experiment"
     path = home / "nni-experiments" / "abc" / "db" / "nni.sqlite"
     path.parent.mkdir(parents=True)
-    (home / "nni-experiments" / "abc" / "log").mkdir()
+    log = home / "nni-experiments" / "abc" / "log" / "nnictl_stderr.log"
+    log.parent.mkdir()
+    log.write_text("Error: of an earlier start\n")
     known = {"id": "abc", "port": 8090, "status": "STOPPED", "logDir": str(listed.parent)}
     listed.write_text(json.dumps({"abc": known}))
     with contextlib.closing(sqlite3.connect(path)) as database, database:
@@ -144,6 +148,7 @@ def test_a_resume_that_fails_keeps_the_search(run_search, home):
     result = run_search("--resume", "abc", "-p", free_port(), NODE_OPTIONS=dead)
     assert result.returncode == 1
     assert "the search does not start: NNI's web server has ended" in result.stderr
+    assert "earlier" not in result.stderr
     assert json.loads(listed.read_text()) == {"abc": known}
     assert path.exists()
 

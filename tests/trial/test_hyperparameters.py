@@ -6,7 +6,7 @@ import pytest
 from conftest import BASELINE
 
 import train
-from trial.hyperparameters import Number
+from trial.hyperparameters import Choice, Number
 
 KEYS = ", ".join(BASELINE)
 REFUSED = [
@@ -129,6 +129,15 @@ def test_a_file_without_hyperparameters_is_refused(content, tmp_path, capsys):
     file = tmp_path / "params.json"
     file.write_bytes(content)
     assert str(file) in refusal(["--params", file], capsys)
+
+
+def test_a_new_hyperparameter_may_be_one_of_several_numbers(monkeypatch, capsys):
+    monkeypatch.setitem(train.HYPERPARAMETERS, "width", Choice(64, "how wide", [64, 128]))
+    assert train.parse_args(["--width", "128"]).width == 128
+    line = "command line: width is 100; allowed: 64, 128"
+    assert line in refusal(["--width", "100"], capsys)
+    monkeypatch.setitem(train.HYPERPARAMETERS, "width", Choice(32, "how wide", [64, 128]))
+    assert "HYPERPARAMETERS: width is 32; allowed: 64, 128" in refusal([], capsys)
 
 
 def test_a_new_hyperparameter_may_have_an_integer_default_and_any_meaning(monkeypatch, capsys):

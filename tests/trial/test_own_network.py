@@ -46,6 +46,8 @@ def test_the_readmes_code_classifies_an_image(main, tmp_path, monkeypatch, capsy
         (3, lambda labels: labels[:, None], "test labels are torch.int64 (200, 1)"),
         (3, lambda labels: labels[:5], "test images are 200 and test labels 5"),
         (1, lambda labels: labels + 1, "Net returns logits (1, 10) for one image"),
+        (3, lambda labels: labels + 1, "Net returns logits (1, 10) for one image"),
+        (1, lambda labels: labels - 1, "a label is -1"),
     ],
 )
 def test_wrong_data_ends_in_one_line(main, monkeypatch, place, wrong, line):
@@ -59,11 +61,20 @@ def test_wrong_data_ends_in_one_line(main, monkeypatch, place, wrong, line):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "a NoneType"), ((1, 2, 3), "a tuple of 3")])
+def test_load_data_must_return_four_tensors(main, monkeypatch, given, found):
+    monkeypatch.setattr(train, "load_data", lambda args: given)
+    line = f"train.py: error: load_data() returns {found}; allowed: a tuple of training images, "
+    assert main().stderr.startswith(line)
+
+
 def test_a_network_with_too_few_classes_and_a_shift_by_too_many_pixels_end_in_one_line(
     main, monkeypatch
 ):
     small = [x[:, :, :16, :16] if x.ndim == 4 else x for x in few_images.make()]
     monkeypatch.setattr(train, "load_data", lambda args: small)
+    monkeypatch.setattr(train.Net, "forward", lambda self, x: (x, x))
+    assert "Net returns a tuple; allowed: a tensor of logits" in main().stderr
     monkeypatch.setattr(train.Net, "forward", lambda self, x: x.flatten(1)[:, :9])
     assert "Net returns logits (1, 9) for one image; allowed: (1, classes), " in main().stderr
     monkeypatch.setattr(train.Net, "forward", lambda self, x: x.flatten(1)[:, :10])
