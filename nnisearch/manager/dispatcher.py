@@ -42,6 +42,6 @@ if __name__ == "__main__":
         sys.path[0] = os.getcwd()
     imports = load(Path(__file__).parents[1] / "shared" / "imports.py")
     with imports.without_pandas():
-        mends = load(Path(__file__).with_name("mends.py"))
-    mends.apply(connection)
+        fixes = load(Path(__file__).with_name("fixes.py"))
+    fixes.apply(connection)
     runpy.run_module("nni", run_name="__main__", alter_sys=True)

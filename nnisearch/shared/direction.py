@@ -3,7 +3,7 @@
 from pathlib import Path
 
 DIRECTIONS = ("minimize", "maximize")
-NOTE = Path("log", "direction")  # in the experiment's folder, written by manager/mends.py
+NOTE = Path("log", "direction")  # in the experiment's folder, written by manager/fixes.py
 # The default optimize_mode of NNI's tuners and of this package's.
 MINIMIZING = "tpe tpe_legacy anneal hyperopt"
 MAXIMIZING = "evolution metis gp pbt smac dngo networkmorphism regularizedevolution hyperband bohb"

@@ -1,4 +1,4 @@
-"""mends.py in NNI's own dispatcher, without a manager: the tuner hears of each trial correctly."""
+"""fixes.py in NNI's own dispatcher, without a manager: the tuner hears of each trial correctly."""
 
 import json
 import threading
@@ -9,7 +9,7 @@ from nni.runtime import msg_dispatcher
 from nni.runtime.tuner_command_channel import CommandType
 from nni.tuner import Tuner
 
-from nnisearch.manager import mends
+from nnisearch.manager import fixes
 from nnisearch.tuners import OptunaTuner
 
 SPACE = {
@@ -29,7 +29,7 @@ class Search:
         msg_dispatcher._next_parameter_id = 0
         msg_dispatcher._trial_params.clear()
         msg_dispatcher._ended_trials.clear()
-        self.dispatcher = mends.Dispatcher("ws://_unittest_", tuner, assessor)
+        self.dispatcher = fixes.Dispatcher("ws://_unittest_", tuner, assessor)
         self.dispatcher.send = self.receive
         self.tell(CommandType.Initialize, space)
 
@@ -88,7 +88,7 @@ def as_javascript(parameters):
 
 
 def builtin(name, kind="tuners", **arguments):
-    return mends.create_with_memory(name, arguments, kind)
+    return fixes.create_with_memory(name, arguments, kind)
 
 
 class Own(Tuner):
@@ -262,7 +262,7 @@ def test_nnis_tuners_survive_each_end_of_a_trial_and_a_trial_of_the_users(name):
 def test_a_numpy_number_is_a_result():
     search = Search(builtin("TPE", optimize_mode="maximize"))
     search.ask()
-    metric = search.metric(search.given[0], 0) | {"value": mends.dump(np.float32(0.125))}
+    metric = search.metric(search.given[0], 0) | {"value": fixes.dump(np.float32(0.125))}
     search.tell(CommandType.ReportMetricData, metric)
     ((record,), _) = search.dispatcher.tuner._history.values()
     assert record.loss == -0.125

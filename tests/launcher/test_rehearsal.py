@@ -166,7 +166,7 @@ def test_a_tuner_gets_the_environment_of_nnis_manager(rehearse, tmp_path):
         "os.environ['NNI_LOG_DIRECTORY']; assert Path(os.environ['NNI_CHECKPOINT_DIRECTORY'])"
         ".is_dir(); assert os.environ['CUDA_VISIBLE_DEVICES'] == ''; "
         "assert __main__.__spec__.name == 'nni.__main__'; assert __main__.__file__ == sys.argv[0]; "
-        "assert not {'mends', 'dispatcher', 'nnisearch', 'pandas'} & set(sys.modules); "
+        "assert not {'fixes', 'dispatcher', 'nnisearch', 'pandas'} & set(sys.modules); "
         "assert multiprocessing.get_context('spawn').Pool(1).apply(len, [[1]]) == 1"
     )
     rehearse(tuner=write_tuner(tmp_path, update=sees))

@@ -18,7 +18,7 @@ from nni.algorithms.hpo.curvefitting_assessor import CurvefittingAssessor
 from nni.algorithms.hpo.metis_tuner import lib_acquisition_function
 from nni.assessor import AssessResult
 
-from nnisearch.manager import mends
+from nnisearch.manager import fixes
 from nnisearch.tuners import PACKAGES, OptunaTuner
 
 KINDS = {
@@ -306,7 +306,7 @@ def test_imported_results_that_do_not_fit_are_left_out_and_counted(caplog):
     }
     tuner = make(space)
     with caplog.at_level(logging.WARNING, logger="nni"):
-        mends.Dispatcher("ws://_unittest_", tuner).handle_import_data([*FOREIGN, *FITTING])
+        fixes.Dispatcher("ws://_unittest_", tuner).handle_import_data([*FOREIGN, *FITTING])
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"{len(FOREIGN)} of {len(FOREIGN) + 2} results left out: rate is missing"
     assert [trial.value for trial in tuner.study.trials] == [0.25, 0.5]
@@ -470,15 +470,15 @@ def test_a_resumed_hyperband_ignores_earlier_trials(hyperband):
 
 
 @pytest.fixture
-def mended(monkeypatch):
+def fixed_nni(monkeypatch):
     """NNI's algorithms, which work with today's NumPy and SciPy until the test ends."""
     monkeypatch.setattr("numpy.float", float, raising=False)
     monkeypatch.setattr("numpy.int", int, raising=False)
-    mends.work_with_todays_packages()
+    fixes.work_with_todays_packages()
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_nnis_curvefitting_judges(mended):
+def test_nnis_curvefitting_judges(fixed_nni):
     assessor = CurvefittingAssessor(epoch_num=20)
     rise = [1 - 0.8**step for step in range(1, 11)]
     assert assessor.assess_trial("a", rise)
@@ -487,7 +487,7 @@ def test_nnis_curvefitting_judges(mended):
     assert set(judgements) <= set(AssessResult)
 
 
-def test_nnis_metis_finds_the_least(mended):
+def test_nnis_metis_finds_the_least(fixed_nni):
     found = lib_acquisition_function.next_hyperparameter_lowest_mu(
         lambda x: ((x[0] - 0.3) ** 2, 0), [], [[0, 1]], ["range_continuous"], [[0.9]]
     )

@@ -23,7 +23,7 @@ from nni.runtime import msg_dispatcher, msg_dispatcher_base
 from nni.runtime.tuner_command_channel import CommandType, channel, websocket
 from nni.tools import package_utils
 
-log = logging.getLogger("nni.mends")  # the logger nni writes to dispatcher.log
+log = logging.getLogger("nni.fixes")  # the logger nni writes to dispatcher.log
 # NNI's modules that call SciPy's minimize.
 CALLING_MINIMIZE = ("gp_tuner.util", "metis_tuner.lib_acquisition_function")
 
