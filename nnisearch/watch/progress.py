@@ -6,6 +6,7 @@ with the number of trials.
 """
 
 import collections
+import contextlib
 import math
 import re
 import threading
@@ -172,6 +173,8 @@ class Search:
         """Return the commands that continue the search, and that show the results so far."""
         what = "fix that and continue" if self.life.tuners_end() else "to continue"
         words = f"{what}: {before}{self.resume}"
+        with contextlib.suppress(OSError):
+            self.trials.update()  # a trial may have ended just before the search
         if any(trial.has_result for trial in self.trials.known.values()):
             words += f"; results so far: {self.choose}"
         return words
