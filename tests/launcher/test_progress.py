@@ -219,7 +219,8 @@ def test_a_slow_manager_is_asked_again_and_a_dead_one_is_not_called_stopped(
     )
     monkeypatch.setattr(life, "lives", lambda process: False)
     died = "NNI's manager has died: no error message; was it killed?"
-    end = f"search abc123: {died}; to continue: nnisearch --resume abc123"
+    results_so_far = "results so far: nnichoose abc123"  # which no pass has read before
+    end = f"search abc123: {died}; to continue: nnisearch --resume abc123; {results_so_far}"
     for answer in (silent, lambda *_, **__: {"status": "DONE"}):  # the latter: who has its port now
         monkeypatch.setattr(rest, "get", answer)
         with pytest.raises(RuntimeError, match=f"^{re.escape(end)}$"):
