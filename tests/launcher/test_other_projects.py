@@ -228,7 +228,7 @@ def test_a_trial_command_may_be_any_bash_script(project, rehearse_trial):
         const statuses = [];
         for (const [sequenceId, command] of commands.entries()) {
             const service = makeService(folder, command);
-            const id = `t${sequenceId}`;
+            const id = `t${process.pid}-${sequenceId}`; // unique: a trial is ended by its ID
             service.submitTrialJob({ id, sequenceId, hyperParameters: { index: 0, value: given } });
             service.runJobLoop();
             const status = async () => (await service.getTrialJob(id)).status;

@@ -226,22 +226,23 @@ def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, repor
         const [now, start] = [Date.now, Date.now()];
         if (last === "ready") Date.now = () => start + 20 * (now() - start); // for 5 s
         const service = makeService(folder, command);
+        const id = `t${process.pid}`; // unique: the processes of a trial are ended by its ID
         const hyperParameters = { index: 0, value: "" };
-        service.submitTrialJob({ id: "t0", sequenceId: 0, hyperParameters });
+        service.submitTrialJob({ id, sequenceId: 0, hyperParameters });
         const { promises } = process.mainModule.require("fs");
         const { readFile } = promises;
         promises.readFile = async (...file) => { await pause(50); return readFile(...file); };
         const seen = new Set(); // by several at a time, as NNI's loop and a user's request
-        setInterval(async () => seen.add((await service.getTrialJob("t0")).status), 5);
+        setInterval(async () => seen.add((await service.getTrialJob(id)).status), 5);
         const loop = service.runJobLoop();
         await until(() => events.includes(`metric ${last}`));
         if (command.endsWith("ends'")) await pause(300);
-        await service.cancelTrialJob("t0", true);
-        await service.cancelTrialJob("t0", true);
-        await until(async () => (await service.getTrialJob("t0")).status !== "RUNNING");
-        events.push((await service.getTrialJob("t0")).status);
-        await service.cancelTrialJob("t0");
-        events.push((await service.getTrialJob("t0")).status);
+        await service.cancelTrialJob(id, true);
+        await service.cancelTrialJob(id, true);
+        await until(async () => (await service.getTrialJob(id)).status !== "RUNNING");
+        events.push((await service.getTrialJob(id)).status);
+        await service.cancelTrialJob(id);
+        events.push((await service.getTrialJob(id)).status);
         return [...events, [...seen].sort()];
     """
     command = f"exec {sys.executable} trial.py '{how}'"

@@ -311,10 +311,13 @@ def test_what_is_interrupted_at_its_start_is_ended(tmp_path, monkeypatch):
             started.append(self)
             signal.raise_signal(signal.SIGINT)
 
+    # A script in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), Watchdog(tmp_path / "folder", "create") as watchdog:
         monkeypatch.setattr(subprocess, "Popen", Interrupted)
         with watchdog.running(["sleep", "987"]):
             pass
+    signal.signal(signal.SIGINT, before)
     assert started[0].wait(60) == -signal.SIGTERM
 
 

@@ -74,7 +74,7 @@ global.makeService = (rootDir, trialCommand) => {
     const service = Object.create(LocalTrainingService.prototype);
     Object.assign(service, {
         log, rootDir, config: { trialCommand, trialCodeDirectory: rootDir },
-        eventEmitter: new (require("events"))(), experimentId: "abc", stopping: false,
+        eventEmitter: new (require("events"))(), experimentId: `pace${process.pid}`, stopping: false,
         jobMap: new Map(), jobQueue: [], jobStreamMap: new Map(), occupiedGpuIndexNumMap: new Map(),
     });
     service.addTrialJobMetricListener(({ data }) => note("metric", JSON.parse(data).value));
