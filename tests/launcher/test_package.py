@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
 from experiment import free_port
-from projects import CONFIG, TRIAL
 
 PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
 
@@ -23,8 +21,10 @@ def test_the_wheel_searches_from_another_projects_folder(tmp_path, environment, 
     left_out = shutil.ignore_patterns(".*", "data", "docs", "tests", "__pycache__")
     shutil.copytree(ROOT, source, ignore=left_out)
     project.mkdir()
-    (project / "trial.py").write_text(TRIAL)
-    (project / "config.yml").write_text(yaml.safe_dump(CONFIG))
+    example = (ROOT / "docs" / "launcher.md").read_text().split("## A project of your own\n")[1]
+    for name, language in (("trial.py", "python"), ("config.yml", "yaml")):
+        code = re.search(rf"```{language}\n(.*?)```", example, re.DOTALL)[1]
+        (project / name).write_text(code)
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
     places = {"HOME": str(home), "TMPDIR": str(home), "PATH": path, "PYTHONPATH": str(installed)}
 
@@ -40,8 +40,8 @@ def test_the_wheel_searches_from_another_projects_folder(tmp_path, environment, 
     assert "Requires-Dist: nni==2.10.1" in requirements
     assert "torch" not in requirements
     printed = run(installed / "bin" / "nnisearch", "config.yml", "-p", free_port())
-    assert "2 of 2 trials have a result" in printed
-    assert len(run(installed / "bin" / "nnichoose", "--csv").splitlines()) == 3
+    assert "4 of 4 trials have a result" in printed
+    assert len(run(installed / "bin" / "nnichoose", "--csv").splitlines()) == 5
 
 
 def test_the_launcher_imports_nothing_of_the_trial():
