@@ -168,9 +168,8 @@ def start(environment, tmp_path):
     return start
 
 
-@pytest.fixture
-def run(start):
-    """Start as above and wait; return what was printed, with the exit status in returncode."""
+def to_its_end(start):
+    """Return a function that starts a process by start, waits, and returns what run() does."""
 
     def run(*args, **how):
         with start(*args, **how) as process:
@@ -178,6 +177,12 @@ def run(start):
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
+
+
+@pytest.fixture
+def run(start):
+    """Start as above and wait; return what was printed, with the exit status in returncode."""
+    return to_its_end(start)
 
 
 @pytest.fixture
@@ -323,13 +328,7 @@ def start_search(home, environment):
 @pytest.fixture
 def run_search(start_search):
     """Start as above and wait; return what was printed, with the exit status in returncode."""
-
-    def run_search(*args, **how):
-        with start_search(*args, **how) as process:
-            stdout, stderr = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    return run_search
+    return to_its_end(start_search)
 
 
 @pytest.fixture

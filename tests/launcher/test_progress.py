@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, read_until
+from conftest import ROOT, read_until, to_its_end
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
 from nnis_files import database, trial
@@ -50,12 +50,10 @@ def run_pieces(start_pieces):
     """Start as above and wait; return what was printed, and the lines of its trials in lines."""
 
     def run_pieces(*pieces, **how):
-        with start_pieces(*pieces, **how) as process:
-            stdout, stderr = process.communicate(timeout=200)
-        lines = re.findall(r"^trial (\d+) \(\w+\)(?:: | )(.*)", stdout, re.MULTILINE)
-        lines = [f"{number}: {text}" for number, text in lines]
-        how = {"returncode": process.returncode, "stdout": stdout, "stderr": stderr}
-        return SimpleNamespace(lines=lines, **how)
+        search = to_its_end(start_pieces)(*pieces, **how)
+        lines = re.findall(r"^trial (\d+) \(\w+\)(?:: | )(.*)", search.stdout, re.MULTILINE)
+        search.lines = [f"{number}: {text}" for number, text in lines]
+        return search
 
     return run_pieces
 
