@@ -95,17 +95,17 @@ def experiment_folder(experiment):
     for parent in reversed([folder, *made]):
         parent.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    try:
-        with Watchdog(folder, experiment._action) as watchdog:
+    with Watchdog(folder, experiment._action) as watchdog:  # it also guards the removal
+        try:
             yield watchdog
-    except BaseException:
-        if experiment._action == "create":
-            with uninterrupted():
-                remove(folder)
-                with contextlib.suppress(OSError):  # another search may use a parent, too
-                    for parent in made:
-                        parent.rmdir()
-        raise
+        except BaseException:
+            if experiment._action == "create":
+                with uninterrupted():
+                    remove(folder)
+                    with contextlib.suppress(OSError):  # another search may use a parent, too
+                        for parent in made:
+                            parent.rmdir()
+            raise
 
 
 def launch(experiment, wanted, watchdog):
