@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import mean, median
 
 from compare import hardware
-from experiment import MANAGER, ROOT, UNCHECKED, Experiment, processes_at
 
-sys.path.append(str(ROOT / "tests" / "support"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from cluster import Cluster
+from experiment import MANAGER, ROOT, UNCHECKED, Experiment, processes_at
 from machines import PASSPHRASE, Machine, make_key
 
 

@@ -1,7 +1,7 @@
 """Train with several seeds and print the test accuracy's mean and deviation, plain and with --tta.
 
     python bench/seeds.py                                # the baseline, seeds 0 to 4
-    python bench/seeds.py --params configs/params/reach79.json     # flags of train.py
+    python bench/seeds.py --params configs/params/fast.json     # flags of train.py
 
 Without a GPU, one seed runs per core, each with one thread. On a GPU, one runs at a time.
 """
@@ -17,9 +17,12 @@ from pathlib import Path
 
 import torch
 from compare import hardware, run_timed, with_spread
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from experiment import ROOT
 
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
+
 import train
 from trial import data
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import mean, median
 
 from compare import hardware
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from experiment import NNICTL, ROOT, SEARCH, Experiment, accuracy
 
 DEMO = {"batch_size": 32, "lr": 0.01, "epochs": 5, "optimizer": "SGD", "momentum": 0.9}

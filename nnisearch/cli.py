@@ -5,7 +5,7 @@
     nnisearch --view ID        # show a stopped search in the Web UI
 
 CONFIG may be any configuration of NNI, of any project. A search that cannot work is refused in one
-line and leaves nothing behind. A search is closed to other users (guard.js), and continues when
+line and leaves nothing behind. A search is closed to other users (access.js), and continues when
 this command ends. nnictl can handle it like any experiment.
 """
 
@@ -25,11 +25,11 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
     import nni
     from nni.experiment import Experiment
 
-    from nnisearch.after import choose
     from nnisearch.before import checks, gpus
     from nnisearch.before import config as configuration
     from nnisearch.before.machines import check_machines
     from nnisearch.before.rehearsal import rehearse
+    from nnisearch.results import choose
     from nnisearch.shared import slurm
     from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, remove
     from nnisearch.shared.text import one_line

@@ -22,7 +22,7 @@ from nni.utils import OptimizeMode
 from optuna.trial import TrialState
 
 from nnisearch.optuna_space import Space
-from nnisearch.shared.results import number
+from nnisearch.results.trials import number
 
 log = logging.getLogger("nni.tuners")  # the logger nni writes to dispatcher.log
 # The package that a sampler imports after its first, random trials.

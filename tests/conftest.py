@@ -42,7 +42,7 @@ ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
 # A web socket's first request.
 UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
 UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
-sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from experiment import SEARCH, UNCHECKED, Experiment, kill_at  # noqa: E402
 

@@ -3,7 +3,7 @@
 import math
 import re
 
-from nnisearch.shared.results import finite
+from nnisearch.results.trials import finite
 from nnisearch.shared.text import one_line
 
 # {_type: the number of values in _value}

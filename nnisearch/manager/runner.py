@@ -55,7 +55,7 @@ class Channel(base_channel.BaseChannel):
             os._exit(1)  # sys.exit() would wait for the threads that receive and send
 
     async def connect(self):
-        """Connect, and stay only if the manager proves that it knows the secret (guard.js).
+        """Connect, and stay only if the manager proves that it knows the secret (access.js).
 
         Otherwise another user could take the port after the manager's end, and run any command.
         """

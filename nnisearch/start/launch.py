@@ -24,7 +24,7 @@ from nnisearch.shared.text import one_line, uncoloured
 from nnisearch.start.patches import PATIENCE, Experiments, StartLock, patience
 
 PORT = 8090
-PRELOAD = Path(__file__).resolve().parent.parent / "manager" / "manager.js"
+PRELOAD = Path(__file__).resolve().parent.parent / "manager" / "load.js"
 UNDO = Path(__file__).with_name("undo.py")
 
 
@@ -63,7 +63,7 @@ def find_port(wanted, count):
 
 
 def prepare_environment(config, listen):
-    """Set the environment of NNI's manager, so that Node loads manager.js with its settings."""
+    """Set the environment of NNI's manager, so that Node loads load.js with its settings."""
     machines = [m for one in services(config) for m in getattr(one, "machine_list", None) or []]
     found = [info for machine in machines for info in socket.getaddrinfo(machine.host, None)]
     guard = {

@@ -14,8 +14,8 @@ from nni.experiment import launcher, rest
 from nni.tools.nnictl import common_utils, config_utils
 from nni.tools.nnictl.config_utils import Experiments
 
+from nnisearch.results.trials import read_experiments
 from nnisearch.shared.output import write
-from nnisearch.shared.results import read_experiments
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line
 
@@ -98,7 +98,7 @@ def patience():
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and started[-1].poll() is None:
             with contextlib.suppress(psutil.Error):
-                ports = server.net_connections("tcp4")  # opened after the IPv6 port (guard.js)
+                ports = server.net_connections("tcp4")  # opened after the IPv6 port (access.js)
                 listening = [c.laddr.port for c in ports if c.status == "LISTEN"]
                 if port in listening:  # our own server, not another user's
                     return

@@ -10,9 +10,9 @@ from pathlib import Path
 from nni.experiment import rest
 
 from nnisearch.before.config import from_stored
+from nnisearch.results.trials import find_folder, known_ids, read_experiments
 from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import argument_of, end, manager_of, managers, processes_of
-from nnisearch.shared.results import find_folder, known_ids, read_experiments
 from nnisearch.shared.text import one_line
 from nnisearch.start.patches import Experiments
 

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from nnisearch.before.config import is_local
 from nnisearch.before.gpus import waiting_for
+from nnisearch.results.trials import ENDED, NO_RESULT, Trials
 from nnisearch.shared import slurm
 from nnisearch.shared.direction import UNKNOWN, direction
 from nnisearch.shared.output import may_be_closed
-from nnisearch.shared.results import ENDED, NO_RESULT, Trials
 from nnisearch.shared.text import one_line, reason, tail
-from nnisearch.watch.life import Life, Log, listed
+from nnisearch.watch.liveness import Life, Log, listed
 
 # tqdm's default lock is for several processes, and starts another process in Python 3.14.
 tqdm.set_lock(threading.RLock())

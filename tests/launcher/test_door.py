@@ -1,4 +1,4 @@
-"""guard.js: only programs of its own user can reach a search, and no web page can."""
+"""access.js: only programs of its own user can reach a search, and no web page can."""
 
 import contextlib
 import json
@@ -195,17 +195,17 @@ def test_the_users_node_options_open_no_debugger(monkeypatch, capsys, options):
     assert "NODE_OPTIONS has --inspect" in capsys.readouterr().out
 
 
-# guard.js alone, in NNI's Node
+# access.js alone, in NNI's Node
 
 
 @pytest.fixture
 def node(tmp_path):
-    """Start NNI's Node with a script that has guard.js; return the process."""
+    """Start NNI's Node with a script that has access.js; return the process."""
     started = []
 
     def node(script, prelude="", **settings):
         given = {"port": free_port(), "machines": [], "python": sys.executable} | settings
-        guard = json.dumps(str(ROOT / "nnisearch" / "manager" / "guard.js"))
+        guard = json.dumps(str(ROOT / "nnisearch" / "manager" / "access.js"))
         code = f"{prelude}; const settings = {json.dumps(given)};"
         code += f"const changes = require({guard})(settings); {script}"
         command = [Path(nni_node.__path__[0], "node"), "-e", code]
@@ -307,7 +307,7 @@ class Thinking(Tuner):
         print("thinking", flush=True)
         time.sleep(600)
 """
-# The manager's part, as guard.js plays it. It is killed, or closes the socket.
+# The manager's part, as access.js plays it. It is killed, or closes the socket.
 THINK = """
 const utils = {};
 changes["common/utils.js"](utils);

@@ -18,8 +18,8 @@ from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
 from nnis_files import database, trial
 
-from nnisearch.shared import results
-from nnisearch.watch import life, progress
+from nnisearch.results import trials as results
+from nnisearch.watch import liveness, progress
 
 TRIAL = ROOT / "tests" / "support" / "scripted_trial.py"
 
@@ -111,7 +111,7 @@ def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces,
     assert table.count(results.NO_RESULT) == 5
     assert "\x1b" not in search.stdout
     assert "Traceback" not in search.stderr
-    command = [sys.executable, "-m", "nnisearch.after.choose", "--json"]
+    command = [sys.executable, "-m", "nnisearch.results.choose", "--json"]
     variables = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
     found = json.loads(subprocess.check_output(command, env=variables))
     assert found["direction"] == "minimize"
@@ -194,7 +194,7 @@ def watched(tmp_path, monkeypatch):
     known = tmp_path / "nni-experiments" / ".experiment"
     entry = {"pid": os.getpid(), "prefixUrl": "my/prefix", "status": "RUNNING"}
     known.write_text(json.dumps({"abc123": json.loads(known.read_text())["abc123"] | entry}))
-    monkeypatch.setattr(life.Life, "find_manager", lambda _: psutil.Process())
+    monkeypatch.setattr(liveness.Life, "find_manager", lambda _: psutil.Process())
     folder = tmp_path / "nni-experiments" / "abc123"
     commands = ("nnisearch --resume abc123", "nnichoose abc123")
     return progress.Search("abc123", 1, folder, *commands)

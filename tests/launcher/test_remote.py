@@ -21,7 +21,7 @@ from nni.experiment.config.training_services.remote import RemoteConfig, RemoteM
 from waiting import wait_for
 
 from nnisearch.before.machines import check_machines
-from nnisearch.shared.results import Trials
+from nnisearch.results.trials import Trials
 
 GPU = (  # as nvidia-smi shows one that is free
     "<gpu><processes></processes><product_name>A</product_name>"

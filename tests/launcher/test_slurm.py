@@ -17,8 +17,8 @@ from waiting import wait_for
 
 from nnisearch.before import config as configuration
 from nnisearch.before import rehearsal
+from nnisearch.results.trials import Trials
 from nnisearch.shared import slurm
-from nnisearch.shared.results import Trials
 from nnisearch.shared.text import reason
 from nnisearch.start.launch import Watchdog
 

@@ -1,7 +1,6 @@
 """nnisearch/tuners.py: Optuna's samplers and Hyperband, as NNI calls them and in real searches."""
 
 import contextlib
-import importlib
 import json
 import logging
 import math
@@ -492,27 +491,3 @@ def test_nnis_metis_finds_the_least(fixed_nni):
         lambda x: ((x[0] - 0.3) ** 2, 0), [], [[0, 1]], ["range_continuous"], [[0.9]]
     )
     assert found["hyperparameter"] == pytest.approx([0.3], abs=0.01)
-
-
-@pytest.fixture(scope="module")
-def tuners():
-    """bench/tuners.py, which imports scikit-learn: that takes two seconds."""
-    return importlib.import_module("tuners")
-
-
-def test_a_replayed_search_keeps_two_trials_running(tuners):
-    space = json.loads((ROOT / "search_space.json").read_text())
-    given = {key: entry["_value"][0] for key, entry in space.items()}
-    row = {"hyperparameters": given, "test": 50.0, "seconds": 10.0}  # and all others are like it
-    model = tuners.Model([row] * 2)
-    for name in tuners.TUNERS:
-        ended = tuners.search(name, 0, 45, model, space)
-        assert [round(seconds) for seconds, _ in ended] == [10 * (n // 2 + 1) for n in range(9)]
-        assert tuners.best_so_far(ended, [5, 15]).tolist() == pytest.approx([10, 50]), name
-
-
-def test_when_a_replayed_search_has_reached_a_goal(tuners):
-    ended = [(10, 40), (11, 60), (12, 50), (13, 70)]
-    assert tuners.best_so_far(ended, [9, 11, 12.5, 20]).tolist() == [10, 60, 60, 70]
-    assert tuners.first(ended, 60) == (2, 11)
-    assert tuners.first(ended, 71) == (math.inf, math.inf)

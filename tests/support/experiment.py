@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Three ways to start an experiment: search.py, search.py without its checks, and nnictl.
 SEARCH = [ROOT / "search.py"]
 UNCHECKED = [

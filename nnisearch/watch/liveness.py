@@ -6,8 +6,8 @@ from datetime import datetime
 
 import psutil
 
+from nnisearch.results.trials import EXPERIMENTS, read_json
 from nnisearch.shared.processes import is_tuner, lives, manager_of
-from nnisearch.shared.results import EXPERIMENTS, read_json
 from nnisearch.shared.text import THREAD_DIED, one_line, uncoloured
 
 

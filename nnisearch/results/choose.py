@@ -19,12 +19,12 @@ import math
 import signal
 import sys
 
-from nnisearch.after.importance import hyperparameters, importances
+from nnisearch.results.importance import hyperparameters, importances
+from nnisearch.results.trials import ENDED, NO_RESULT, find_database, read_file
 from nnisearch.shared.direction import UNKNOWN
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
 from nnisearch.shared.place import elsewhere
 from nnisearch.shared.processes import manager_of
-from nnisearch.shared.results import ENDED, NO_RESULT, find_database, read_file
 from nnisearch.shared.text import one_line
 
 BEST = {"minimize": "least", "maximize": "greatest"}

@@ -1,5 +1,5 @@
 // Fixes faults of NNI's manager, into which Node's --require loads this file. The fixes concern access
-// (guard.js), speed and correctness (pace.js), SLURM jobs (slurm.js), machines over SSH (machines.js)
+// (access.js), speed and correctness (pace.js), SLURM jobs (slurm.js), machines over SSH (machines.js)
 // and other machines with the same HOME (place.js). Each file changes modules of NNI, which it names
 // by their paths below nni_node.
 "use strict";
@@ -37,7 +37,7 @@ fs.rmSync(notices, { force: true }); // from before a resume
 settings.say = (line) => fs.appendFileSync(notices, `${line}\n`); // progress.py prints these lines
 settings.unstored = {}; // trial: number of its metrics that are not in the database yet
 // If two change the same function, the later one wraps the earlier one.
-const changes = ["guard", "slurm", "pace", "machines", "place"].map((name) =>
+const changes = ["access", "slurm", "pace", "machines", "place"].map((name) =>
     require(`./${name}`)(settings, root));
 
 const { _load } = Module;
