@@ -72,14 +72,6 @@ def entry(kind, *values):
     return {"lr": {"_type": kind, "_value": list(values)}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu.yml", "demo.yml", "wide.yml"])
-def test_the_projects_configurations_are_accepted(name):
-    loaded, lines = config.load(ROOT / "configs" / name)
-    assert lines == checks.check(loaded) == []
-    search.check(loaded)
-
-
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
@@ -149,7 +141,8 @@ def test_a_refusal_names_key_value_and_allowed_values(load, changes, part):
 def test_files_without_a_configuration_are_refused(tmp_path, content):
     path = tmp_path / "broken.yml"
     path.write_bytes(content.encode("latin1"))
-    for broken in (path, tmp_path / "missing.yml"):
+    os.mkfifo(tmp_path / "pipe")
+    for broken in (path, tmp_path / "missing.yml", tmp_path / "pipe"):
         with pytest.raises(ValueError, match=f"^{broken}: .+$"):
             config.load(broken)
 
@@ -250,55 +243,39 @@ def test_nnis_keys_in_the_training_service_come_first(load, tmp_path, monkeypatc
     assert checks.check(load(trialGpuNumber=1, trainingService=LOCAL | {"trialGpuNumber": 0})) == []
 
 
-def test_a_pipe_as_configuration_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"pipe: it is no file; allowed: "):
-        config.load(tmp_path / "pipe")
+NESTED = {"_name": "a", "b": {"_type": "uniform", "_value": [3, 1]}}
 
 
 @pytest.mark.parametrize(
-    ("space", "parts"),
+    ("space", "part"),
     [
-        ([1], ["searchSpace is [1]", "an object"]),
-        ({"lr": 3}, ["lr is 3; allowed: an object of _type and _value"]),
-        (entry("log", 1, 2), ["lr: _type is log; allowed: choice, uniform"]),
-        (entry("choice"), ["lr is []; allowed: a list of at least one value"]),
-        (entry("choice", 1, float("nan")), ["lr is [1, nan]; allowed: finite numbers"]),
-        (entry("uniform", 2, 1), ["lr is [2, 1]; allowed for uniform: the lower bound first"]),
-        (entry("uniform", 1), ["lr is [1]; allowed for uniform: a list of 2 numbers"]),
-        (entry("uniform", 1, "two"), ["lr is [1, 'two']; allowed for uniform: numbers"]),
-        (entry("uniform", 1, None), ["lr is [1, None]; allowed for uniform: numbers"]),
-        (entry("uniform", 0.1, float("nan")), ["lr is [0.1, nan]; allowed for uniform: finite"]),
-        (
-            entry("loguniform", 0, 1),
-            ["lr is [0, 1]; allowed for loguniform: a lower bound"],
-        ),
-        (
-            entry("quniform", 1, 2, 0),
-            ["lr is [1, 2, 0]; allowed for quniform: a step that"],
-        ),
-        (
-            entry("choice", {"_name": "a", "b": {"_type": "uniform", "_value": [3, 1]}}),
-            ["searchSpace: lr: a: b is [3, 1]; allowed for uniform: the lower bound first"],
-        ),
-        (SPACE | {"layers": {"_type": "choice", "_value": [1]}}, ["layers is 1; allowed keys: "]),
-        (SPACE | entry("choice", 0.1, 0), ["lr is 0; allowed: a finite number > 0"]),
-        (SPACE | entry("uniform", -1, 1), ["lr is -1.0; allowed: a finite number > 0"]),
-        (
-            SPACE | {"epochs": {"_type": "quniform", "_value": [1, 4, 1]}},
-            [".0; allowed: an integer"],
-        ),
-        (SPACE | {"augment": {"_type": "randint", "_value": [0, 18]}}, ["augment is 17; allowed"]),
+        ([1], "searchSpace is [1]; allowed: an object"),
+        ({"lr": 3}, "lr is 3; allowed: an object of _type and _value"),
+        (entry("log", 1, 2), "lr: _type is log; allowed: choice, uniform"),
+        (entry("choice"), "lr is []; allowed: a list of at least one value"),
+        (entry("choice", 1, float("nan")), "lr is [1, nan]; allowed: finite numbers"),
+        (entry("uniform", 2, 1), "lr is [2, 1]; allowed for uniform: the lower bound first"),
+        (entry("uniform", 1), "lr is [1]; allowed for uniform: a list of 2 numbers"),
+        (entry("uniform", 1, "two"), "lr is [1, 'two']; allowed for uniform: numbers"),
+        (entry("uniform", 1, None), "lr is [1, None]; allowed for uniform: numbers"),
+        (entry("uniform", 0.1, float("nan")), "lr is [0.1, nan]; allowed for uniform: finite"),
+        (entry("loguniform", 0, 1), "lr is [0, 1]; allowed for loguniform: a lower bound above 0"),
+        (entry("quniform", 1, 2, 0), "lr is [1, 2, 0]; allowed for quniform: a step that is not"),
+        (entry("choice", NESTED), "searchSpace: lr: a: b is [3, 1]; allowed for uniform: the low"),
+        # What train.py refuses
+        (SPACE | {"layers": {"_type": "choice", "_value": [1]}}, "layers is 1; allowed keys: "),
+        (SPACE | entry("choice", 0.1, 0), "lr is 0; allowed: a finite number > 0"),
+        (SPACE | entry("uniform", -1, 1), "lr is -1.0; allowed: a finite number > 0"),
+        ({"epochs": {"_type": "quniform", "_value": [1, 4, 1]}}, ".0; allowed: an integer"),
+        ({"augment": {"_type": "randint", "_value": [0, 18]}}, "augment is 17; allowed"),
     ],
 )
-def test_wrong_search_spaces_are_refused(load, space, parts):
-    line = refusal(load, searchSpace=space)
-    assert all(part in line for part in parts), line
+def test_wrong_search_spaces_are_refused(load, space, part):
+    assert part in refusal(load, searchSpace=space)
 
 
 def test_right_search_spaces_are_accepted(load):
-    space = SPACE | {"augment": {"_type": "randint", "_value": [0, 17]}}
-    loaded = load(searchSpace=space)
+    loaded = load(searchSpace=SPACE | {"augment": {"_type": "randint", "_value": [0, 17]}})
     assert checks.check(loaded) == []
     search.check(loaded)
     others = entry("choice", None, [1], {"a": 1}) | {"x": {"_type": "uniform", "_value": [1, 1]}}
@@ -310,21 +287,15 @@ def test_a_users_own_tuner_may_have_any_search_space(load, space):
     checks.check(load(searchSpace=space, tuner=MINE))
 
 
-def test_what_nni_ignores_in_a_search_space_is_warned_of(load):
-    space = entry("uniform", 0, 1, 0.1)
-    space["lr"]["_default"] = 0.5
-    assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
-        "searchSpace: lr: NNI ignores _default",
-        "searchSpace: lr is [0, 1, 0.1]; NNI uses the first 2 for uniform",
-    ]
-
-
-def test_a_number_that_yaml_reads_as_text_is_warned_of(load):
+def test_what_nni_ignores_or_misreads_in_a_search_space_is_warned_of(load):
     nested = {"_name": "a", "b": {"_type": "choice", "_value": ["5E-2", "text", "1.0e-4"]}}
     space = entry("loguniform", "1e-4", 0.1) | {"x": {"_type": "choice", "_value": [nested]}}
+    space["y"] = {"_type": "uniform", "_value": [0, 1, 0.1], "_default": 0.5}
     assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
         "searchSpace: lr: YAML reads 1e-4 as text; for a number write 1.0e-4",
         "searchSpace: x: a: b: YAML reads 5E-2 as text; for a number write 5.0e-2",
+        "searchSpace: y: NNI ignores _default",
+        "searchSpace: y is [0, 1, 0.1]; NNI uses the first 2 for uniform",
     ]
 
 
@@ -356,20 +327,18 @@ def test_a_date_is_refused_because_json_has_none(load):
 
 
 @pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__", "__enum__"])
-@pytest.mark.parametrize(
-    "tuner", [{"name": "TPE"}, {"className": "mine.Tuner", "codeDirectory": "."}]
-)
+@pytest.mark.parametrize("tuner", [{"name": "TPE"}, MINE])
 def test_code_in_a_search_space_is_refused(load, key, tuner):
-    for space in (
-        {key: "path:os.system"},
-        {"x": {"_type": "choice", "_value": [1, {"_name": "a", "b": [[{key: 1}]]}]}},
-        {"x": {"_type": "uniform", "_value": [0, 1], key: "path:os.system", "__args__": ["ls"]}},
+    option = {"_name": "a", "b": [[{key: 1}]]}
+    for changes in (
+        {"searchSpace": {key: "path:os.system"}},
+        {"searchSpace": {"x": {"_type": "choice", "_value": [1, option]}}},
+        {"searchSpace": {"x": {"_type": "uniform", "_value": [0, 1], key: "path:os.system"}}},
+        {"tuner": tuner | {"classArgs": {"a": {key: 1}}}},
     ):
-        line = refusal(load, searchSpace=space, tuner=tuner)
+        line = refusal(load, **{"tuner": tuner} | changes)
         assert f"{key} is " in line
         assert "no key that runs code" in line
-    tuner = tuner | {"classArgs": {"a": {key: 1}}}
-    assert f"{key} is 1; allowed" in refusal(load, tuner=tuner)
 
 
 OPTUNAS = "className: nnisearch.tuners.OptunaTuner, codeDirectory: . and classArgs: {sampler: "
