@@ -24,24 +24,21 @@ from nnisearch.before.gpus import check_gpus
 from nnisearch.before.keys import check_code
 from nnisearch.before.space import check_space, ignored, nested_choices
 
-# {class of NNI that fails with today's packages: what it works with; None: with nothing}
+# {class of NNI that fails with today's packages: (what it works with, what to take instead)};
+# "" if it works with nothing: https://github.com/microsoft/nni/issues/5263
 NEEDS = {
-    "GPTuner": "scipy<1.11",
-    "MetisTuner": "scipy<1.11",
-    "NetworkMorphismTuner": "numpy<1.24",
-    "CurvefittingAssessor": "numpy<1.24",
-    "HyperoptTuner": "hyperopt",
-    "SMACTuner": "smac4nni",
-    "PPOTuner": "gym",
-    "DNGOTuner": "pybnn",
-    "Hyperband": None,  # it ends at the first result: https://github.com/microsoft/nni/issues/5263
-    "BOHB": None,  # as Hyperband
+    "GPTuner": ("scipy<1.11", "GPSampler"),
+    "MetisTuner": ("scipy<1.11", "GPSampler"),
+    "DNGOTuner": ("pybnn", "GPSampler"),
+    "HyperoptTuner": ("hyperopt", "TPESampler"),
+    "SMACTuner": ("smac4nni", "TPESampler"),
+    "NetworkMorphismTuner": ("numpy<1.24", "TPESampler"),
+    "PPOTuner": ("gym", "TPESampler"),
+    "Hyperband": ("", "TPESampler"),
+    "BOHB": ("", "TPESampler"),
+    "CurvefittingAssessor": ("numpy<1.24", "Medianstop"),
 }
-INSTEAD = {
-    "tuner": "className: nnisearch.tuners.OptunaTuner, codeDirectory: . and"
-    " classArgs: {sampler: GPSampler}",
-    "assessor": "Medianstop",
-}
+PACKAGE = Path(__file__).resolve().parents[1]
 
 # NNI's tuners whose search space has another form.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
@@ -111,11 +108,14 @@ def check_algorithms(config):
             names = ", ".join(sorted(name for name, _ in listed.values()))
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {names}")
         class_name = (shipped_class(algorithm, kind) or "").rpartition(".")[2]
-        needed = NEEDS.get(class_name)
-        if class_name in NEEDS and not (needed and is_installed(needed)):
+        needed, instead = NEEDS.get(class_name, ("", None))
+        if instead and not (needed and is_installed(needed)):
+            if kind == "tuner":
+                where = f"className: nnisearch.tuners.OptunaTuner, codeDirectory: {PACKAGE.parent}"
+                instead = f"{where} and classArgs: {{sampler: {instead}}}"
             chosen = algorithm.name or algorithm.class_name
             why = f"NNI's needs {needed}" if needed else "NNI's fails at its first result"
-            raise ValueError(f"{kind} is {chosen}; allowed: {INSTEAD[kind]}; {why}")
+            raise ValueError(f"{kind} is {chosen}; allowed: {instead}; {why}")
 
 
 def is_installed(requirement):

@@ -4,6 +4,7 @@ A loaded configuration is an ExperimentConfig in NNI's canonical form, whose tri
 trial_code_directory and trial_gpu_number are those that NNI will use.
 """
 
+import functools
 import json
 import logging
 import re
@@ -221,6 +222,7 @@ def is_local(config):
     return getattr(config.training_service, "platform", "several") == "local"
 
 
+@functools.cache
 def known_algorithms(kind):
     """Return {lower-case name: (name, class)} of the tuners or assessors that NNI knows."""
     listed = [meta for meta in get_all_algo_meta() if meta.algo_type == kind]
