@@ -24,7 +24,7 @@ from nnisearch.before.keys import (
     check_unique,
     explanation,
 )
-from nnisearch.results.trials import DATABASE, PROFILE, open_database
+from nnisearch.results.database import DATABASE, PROFILE, open_database
 from nnisearch.shared.text import one_line
 
 UNPROTECTED = "`nnictl create` starts it, without nnisearch's protection"
