@@ -7,6 +7,7 @@ const os = require("os");
 const path = require("path");
 const { promisify } = require("util");
 
+const BOOT = "/proc/sys/kernel/random/boot_id"; // some sandboxes have none
 const PATIENCE = 600_000; // ms to wait for a reader of the database, which may be suspended
 
 // NNI empties its list and then writes it: if killed in between, it loses all.
@@ -33,7 +34,7 @@ function claim(folder, { Database }) {
             console.error(`Error: ${folder}/manager.lock: ${why}`);
             process.exit(1);
         }
-        const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim();
+        const boot = fs.existsSync(BOOT) ? fs.readFileSync(BOOT, "utf8").trim() : os.hostname();
         const namespace = fs.readlinkSync("/proc/self/ns/pid"); // each container has one
         fs.writeFileSync(note, JSON.stringify({ host: os.hostname(), boot, namespace }));
         process.on("exit", () => {

@@ -207,14 +207,14 @@ def test_a_trial_that_is_stopped_ends_after_its_last_report(tmp_path, how, repor
         events.push((await service.getTrialJob(id)).status);
         await service.cancelTrialJob(id);
         events.push((await service.getTrialJob(id)).status);
-        await until(() => seen.size > 2);
-        return [...events, [...seen].sort()];
+        await until(() => seen.has(events.at(-1)));
+        return [...events, [...seen]];
     """
     command = f"exec {sys.executable} trial.py '{how}'"
     last = "ready" if "ready" in reports else "first"
     *told, seen = run(script, tmp_path, command, last)
     assert told == [*(f'report "{report}"' for report in reports), status, status]
-    assert set(seen) == {"WAITING", "RUNNING", status}
+    assert {*seen} - {"WAITING"} == {"RUNNING", status}
 
 
 END = """
