@@ -17,7 +17,7 @@ from nni.experiment.config.utils.internal import _all_subclasses
 from nni.tools.annotation import expand_annotations, generate_search_space
 from nni.tools.package_utils import get_all_algo_meta
 
-from nnisearch.results.trials import DATABASE, PROFILE, open_database
+from nnisearch.results.database import DATABASE, PROFILE, open_database
 from nnisearch.shared.text import one_line
 
 PLATFORMS = "local, remote, openpai, aml, dlc, kubeflow, frameworkcontroller, adl"

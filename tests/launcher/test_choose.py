@@ -16,7 +16,7 @@ from conftest import ROOT, as_process
 from nnis_files import database, trial
 
 import train
-from nnisearch.results import choose, importance
+from nnisearch.results import choose, files, importance
 from nnisearch.results import trials as results
 from nnisearch.shared import output
 from nnisearch.shared.direction import direction
@@ -68,7 +68,7 @@ def refusal(result):
     ],
 )
 def test_the_choice_is_good_then_short_then_quick_to_learn(trials, rule, expected):
-    trials = [*map(results.imported, trials)]
+    trials = [*map(files.imported, trials)]
     assert choose.choose(trials, *rule).number == expected
 
 
@@ -175,8 +175,7 @@ def test_plot_writes_a_png_and_needs_matplotlib(fonts, run, mixed, tmp_path, mon
         (["--within", "nan"], ["--within is nan", ">= 0"]),
         (["--top", "0"], ["--top is 0", ">= 1"]),
         (["--json", "--csv"], ["--csv", "not allowed with", "--json"]),
-        (["--out", ""], ["--out is ''; allowed: the name of a file"]),
-        (["--plot", ""], ["--plot is ''; allowed: the name of a file"]),
+        (["--out", ""], ["--out", "it is ''; allowed: the name of a file"]),
         (["--out", "no/such/best.json"], ["cannot write no/such/best.json"]),
         (["--file", "missing.json"], ["missing.json", "No such file"]),
         (["--file", "text.json"], ["text.json is not JSON"]),
@@ -250,7 +249,7 @@ def test_a_database_in_use_is_read_and_a_locked_one_is_an_error(run, mixed):
 
 
 def test_a_trial_is_chosen_from_the_search_in_docs(run):
-    search = results.read_file(ROOT / "docs" / "searches" / "wide.json")
+    search = files.read_file(ROOT / "docs" / "searches" / "wide.json")
     trials = [trial for trial in search["trials"] if trial.has_result]
     found = {within: choose.choose(trials, within).number for within in (0, 0.5, 1)}
     assert found == {0: 4, 0.5: 21, 1: 21}
@@ -400,7 +399,7 @@ def test_an_unknown_direction_maximizes_with_a_line(run, tmp_path):
     tuner = {"className": "mine.Mine", "codeDirectory": "."}
     database(tmp_path, [trial(0, 0.3), trial(1, 0.1)], tuner=tuner)
     printed = run().stdout
-    assert "The greatest result counts as the best: " in printed
+    assert "The greatest result counts as the best, since no optimize_mode is known" in printed
     assert "* the choice, trial 0 " in printed
     (tmp_path / "nni-experiments" / "abc123" / "log").mkdir()
     (tmp_path / "nni-experiments" / "abc123" / "log" / "direction").write_text("minimize")
@@ -420,12 +419,12 @@ def test_the_importance_is_shown_from_ten_trials(fonts, run, tmp_path):
             odd["sometimes"] = number % 4
         return trial(number, 10 * x + 0.01 * (number % 5), lr=x, **{"batch size": number % 3} | odd)
 
-    shares = importance.importances([results.imported(entry(number)) for number in range(40)])
+    shares = importance.importances([files.imported(entry(number)) for number in range(40)])
     assert next(iter(shares)) == "lr"
     assert shares["lr"] > 0.8
     assert set(shares) == {"lr", "batch size", "list", "sometimes"}
     assert sum(shares.values()) == pytest.approx(1)
-    assert importance.importances([results.imported(entry(number)) for number in range(9)]) == {}
+    assert importance.importances([files.imported(entry(number)) for number in range(9)]) == {}
     alike = [results.Trial(number, "", result=1.0) for number in range(20)]
     assert importance.importances(alike) == {}
 
