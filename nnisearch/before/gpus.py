@@ -68,11 +68,6 @@ def gpus_for(service):
     return {n: held for n, held in enumerate(gpus()) if allowed is None or n in allowed}
 
 
-def free_gpus(service):
-    """Return the indices of the GPUs that a local training service may use now."""
-    return [n for n, held in gpus_for(service).items() if service.use_active_gpu or not held]
-
-
 def waiting_for(service):
     """Return a line with the processes on a local training service's GPUs; None if a GPU is free.
 
