@@ -96,9 +96,10 @@ def objects(content):
         elif name == "trainingservice" and not isinstance(value, list):
             service = value if isinstance(value, dict) else {}
             yield "trainingService", SERVICES.get(service.get("platform")), value
-            machines = service.get("machineList")
-            for machine in machines if isinstance(machines, list) else []:
-                yield "machineList", RemoteMachineConfig, machine
+            for inner, machines in service.items():
+                is_machines = utils.case_insensitive(str(inner)) == "machinelist"
+                if is_machines and isinstance(machines, list):
+                    yield from (("machineList", RemoteMachineConfig, each) for each in machines)
 
 
 def keys_of(kind):
