@@ -24,7 +24,6 @@ Object.assign(settings, {
     id: argument("experiment-id"),
     action: argument("action"),
     folder: path.join(argument("experiments-directory"), argument("experiment-id")),
-    mode: argument("mode"),
     python: argument("python-interpreter"),
 });
 // In /tmp other users could read NNI's files, and two searches would delete each other's.
