@@ -10,7 +10,9 @@ const { spawn } = require("child_process");
 const fs = require("fs");
 const net = require("net");
 const { listen: bind } = net.Server.prototype;
-const SYN_SENT = "02"; // a state in /proc/net/tcp: not connected yet
+// In /proc/net/tcp: a state, not connected yet; and what stands before an IPv4 address.
+const SYN_SENT = "02";
+const IPV4_IN_IPV6 = /0{16}FFFF0{4}/g;
 const MOST = 500; // connections at a time: each is an open file of the manager
 const DISPATCHER = `${__dirname}/dispatcher.py`;
 // The kernel kills it (PR_SET_PDEATHSIG is 1, SIGKILL is 9) when the manager ends.
@@ -20,19 +22,25 @@ const CODE = /"__(symbol|nni_type|nni_obj|enum)__":/; // keys that NNI's seriali
 const USER = process.getuid();
 // In WSL a process of root relays the connections of Windows' browser.
 const isWsl = /microsoft/i.test(require("os").release());
-const isStranger = (user) => user !== USER && !(isWsl && user === 0);
+const isOwn = (user) => user === USER || (isWsl && user === 0);
 
-// The UIDs of this machine's processes that are connected to the port, by their own ports.
-function readOwners(port) {
-    const owners = {};
+// The UID of the process at the other end of each connection; undefined if none is on this machine.
+function ownersOf(sockets) {
+    const ends = {}; // inode: both addresses of a connection, as its other end has them
+    const owners = {}; // both addresses: UID
     const tables = ["/proc/net/tcp", "/proc/net/tcp6"].filter(fs.existsSync);
     for (const line of tables.flatMap((file) => fs.readFileSync(file, "latin1").split("\n"))) {
-        const [, local, remote = "", state, , , , uid, , inode] = line.trim().split(/\s+/);
-        const [from, to] = [local, remote].map((end) => parseInt(end?.split(":")[1], 16));
-        if (to !== port || state === SYN_SENT || inode === "0") continue; // 0: closed
-        (owners[from] ??= []).push(Number(uid));
+        const [, local, remote, state, , , , uid, , inode] =
+            line.replace(IPV4_IN_IPV6, "").trim().split(/\s+/);
+        if (state === SYN_SENT || inode === "0") continue; // 0: closed, and the UID is lost
+        ends[inode] = `${remote} ${local}`;
+        owners[`${local} ${remote}`] = Number(uid);
     }
-    return owners;
+    return sockets.map((socket) => {
+        if (!socket._handle) return undefined; // it has hung up
+        const link = fs.readlinkSync(`/proc/self/fd/${socket._handle.fd}`); // socket:[inode]
+        return owners[ends[link.slice("socket:[".length, -1)]];
+    });
 }
 
 // Close a connection. A process of another user is told why: it may be this user's own relay.
@@ -76,14 +84,10 @@ function guard(server, settings, isOpen) {
     // another user could stall the manager by a few dozen connections per second.
     const decide = () => {
         const start = performance.now();
-        const owners = readOwners(settings.port);
+        const sockets = waiting.splice(0);
+        ownersOf(sockets).forEach((user, index) =>
+            isOwn(user) ? pass(sockets[index]) : turnAway(sockets[index], user));
         nextReading = performance.now() + 4 * (performance.now() - start);
-        for (const socket of waiting.splice(0)) {
-            // Another process may just have got the port of one that has hung up.
-            const isConnected = socket._handle?.getpeername({}) === 0;
-            const users = (isConnected && owners[socket.remotePort]) || [undefined];
-            users.some(isStranger) ? turnAway(socket, users.find(isStranger)) : pass(socket);
-        }
     };
     server.maxConnections = MOST;
     server.emit = function (event, subject, answer, ...rest) {
