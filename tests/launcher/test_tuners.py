@@ -186,7 +186,7 @@ def test_a_space_that_cannot_be_searched_is_refused_in_a_line(kind, values, part
 def test_numbers_too_many_are_ignored_as_by_nni():
     tuner = make({"x": {"_type": "uniform", "_value": [0, 1, 5]}})
     assert all(0 <= values["x"] <= 1 for values in search(tuner, 4, lambda values: 1))
-    with pytest.raises(ValueError, match="^searchSpace is {}; allowed with Optuna: at least one"):
+    with pytest.raises(ValueError, match=r"^searchSpace is {}; allowed with Optuna: "):
         make({})
 
 
