@@ -218,7 +218,7 @@ def parse_args(argv=None):
         if args.params:
             set_hyperparameters(args, hyperparameters.read(args.params), args.params)
             parser.parse_args(argv, args)  # again: flags override the file
-        if args.save and not data.may_be_written(args.save):
+        if args.save and not data.can_save(args.save):
             raise NotAllowed(f"--save is {args.save}; allowed: a file in a folder you may write to")
         processes.check_device(args.device)
     except (OSError, NotAllowed) as error:

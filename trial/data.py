@@ -135,12 +135,6 @@ def hold_out(images, labels):
     return [images[~is_held_out], labels[~is_held_out], images[is_held_out], labels[is_held_out]]
 
 
-def may_be_written(path):
-    """Return whether save() can write this path, as far as that can be told before."""
-    is_free = path.is_file() or not path.exists()
-    return is_free and os.access(path.absolute().parent, os.W_OK)
-
-
 def save(content, path):
     """Write content with torch.save. Other processes see the old file or the whole new file.
 
@@ -148,11 +142,25 @@ def save(content, path):
     """
     buffer = io.BytesIO()  # torch.save to a file hides why the disk refuses it
     torch.save(content, buffer)
-    place = {"prefix": f"{path.name}.", "suffix": ".tmp", "dir": path.parent}
     try:
-        with tempfile.TemporaryDirectory(**place) as folder:
+        with folder_beside(path) as folder:
             unfinished = Path(folder, path.name)
             unfinished.write_bytes(buffer.getbuffer())
             os.replace(unfinished, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def can_save(path):
+    """Return whether save() can write this path now."""
+    try:
+        folder_beside(path).cleanup()
+    except OSError:
+        return False
+    return path.is_file() or not path.exists()
+
+
+def folder_beside(path):
+    """Return a new temporary folder beside this path, on the same disk."""
+    place = path.absolute().parent
+    return tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".tmp", dir=place)
