@@ -16,10 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from compare import hardware, run_timed, with_spread
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-from experiment import ROOT
+from compare import ROOT, TRAIN, hardware, run_timed, with_spread
 
 sys.path.append(str(ROOT))
 
@@ -28,17 +25,17 @@ from trial import data
 
 
 def run(seed, flags, folder):
-    """Train with seed; return the trained model, and what compare.run_timed() returns."""
+    """Train with this seed; return the trained model, and the run's costs, as run_timed() does."""
     path = folder / f"{seed}.pt"
     # Without NNI's warning that no experiment is running.
     environment = {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
     if not torch.cuda.is_available():
         environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, ROOT / "train.py", *flags, "--seed", seed, "--save", path]
-    lines, costs = run_timed(command, **environment)
+    command = [*TRAIN, *flags, "--seed", seed, "--save", path]
+    _, costs = run_timed(command, **environment)
     model = train.Net()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model, lines, costs
+    return model, costs
 
 
 def main():
@@ -55,7 +52,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_a_time) as pool:
         runs = pool.map(lambda seed: run(seed, flags, Path(folder)), range(args.runs))
-        for seed, (model, _, costs) in enumerate(runs):
+        for seed, (model, costs) in enumerate(runs):
             correct = [train.test(model, images, labels, tta) for tta in (False, True)]
             accuracies = [100 * number / len(labels) for number in correct]
             rows.append([*accuracies, costs["seconds"], costs["cpu"]])
