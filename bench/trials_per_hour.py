@@ -25,6 +25,8 @@ from experiment import NNICTL, ROOT, SEARCH, Experiment, accuracy
 DEMO = {"batch_size": 32, "lr": 0.01, "epochs": 5, "optimizer": "SGD", "momentum": 0.9}
 BEST = {"batch_size": 64, "lr": 0.014, "epochs": 10, "optimizer": "SGD", "momentum": 0.9}
 DEMO_COMMAND = "OMP_NUM_THREADS=1 python3 train.py --dataset synthetic --report-every 50"
+TUNER = {"codeDirectory": str(ROOT), "className": "nnisearch.tuners.OptunaTuner"}
+TUNER["classArgs"] = {"sampler": "TPESampler", "seed": 0}
 DIFFERENCE = 1e-6  # of the greatest and the least lr
 
 
@@ -33,7 +35,7 @@ def run_nni(config, parameters, trials, start=SEARCH, **changes):
     space = {key: {"_type": "choice", "_value": [value]} for key, value in parameters.items()}
     lr = parameters["lr"]
     space["lr"] = {"_type": "uniform", "_value": [lr, lr + DIFFERENCE]}
-    changes |= {"searchSpace": space, "maxTrialNumber": trials, "tuner": {"name": "Random"}}
+    changes |= {"searchSpace": space, "maxTrialNumber": trials, "tuner": TUNER}
     environment = os.environ | {"CIFAR10_DIR": os.environ.get("CIFAR10_DIR", f"{ROOT}/data")}
     with tempfile.TemporaryDirectory() as home:
         experiment = Experiment(ROOT / config, Path(home), environment, start, **changes)
@@ -59,20 +61,13 @@ def run_optuna(command, parameters, trials, workers):
         values = parameters | {"lr": lr}
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
         start = time.time()
-        printed = subprocess.run(
-            f"{command} {' '.join(flags)}",
-            shell=True,
-            cwd=ROOT,
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ).stdout
-        percent = float(printed.split("Acc: ")[1].split("%")[0])
+        line = f"{command} {' '.join(flags)}"
+        printed = subprocess.run(line, shell=True, cwd=ROOT, check=True, capture_output=True).stdout
+        percent = float(printed.split(b"Acc: ")[1].split(b"%")[0])
         rows.append((start, time.time(), percent))
         return percent
 
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
     study.optimize(objective, n_trials=trials, n_jobs=workers)
     return rows
 

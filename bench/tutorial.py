@@ -16,20 +16,20 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from train import Net
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--batch-size", type=int, default=4)
-parser.add_argument("--epochs", type=int, default=2)
-parser.add_argument("--seed", type=int, default=0)
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    data_dir = os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent.parent / "data"
+    data_dir = os.environ.get("CIFAR10_DIR") or ROOT / "data"
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
     )
@@ -57,13 +57,12 @@ def main():
                 print(f"[{epoch + 1}, {i + 1:5d}] loss: {running_loss / window:.3f}", flush=True)
                 running_loss = 0.0
 
-    correct = total = 0
+    correct = 0
     with torch.no_grad():
         for images, labels in test_loader:
             predicted = net(images.to(device)).argmax(1)
-            total += labels.size(0)
             correct += (predicted == labels.to(device)).sum().item()
-    print(f"Acc: {100 * correct / total:.3f}% ({correct}/{total})")
+    print(f"Acc: {100 * correct / len(test_set):.3f}% ({correct}/{len(test_set)})")
 
 
 if __name__ == "__main__":
