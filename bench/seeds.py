@@ -9,11 +9,11 @@ Without a GPU, one seed runs per core, each with one thread. On a GPU, one runs 
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import torch
 from compare import ROOT, TRAIN, hardware, run_timed, with_spread
@@ -54,12 +54,12 @@ def main():
         runs = pool.map(lambda seed: run(seed, flags, Path(folder)), range(args.runs))
         for seed, (model, costs) in enumerate(runs):
             correct = [train.test(model, images, labels, tta) for tta in (False, True)]
-            accuracies = [100 * number / len(labels) for number in correct]
-            rows.append([*accuracies, costs["seconds"], costs["cpu"]])
-            plain, tta, wall, cpu = rows[-1]
+            plain, tta = (100 * number / len(labels) for number in correct)
+            wall, cpu = costs["seconds"], costs["cpu"]
+            rows.append((plain, tta, wall, cpu))
             print(f"| {seed} | {plain:.2f} | {tta:.2f} | {wall:.0f} | {cpu:.0f} |", flush=True)
     plain, tta, wall, cpu = zip(*rows, strict=True)
-    medians = f"{statistics.median(wall):.0f} | {statistics.median(cpu):.0f}"
+    medians = f"{median(wall):.0f} | {median(cpu):.0f}"
     print(f"| mean, median | {with_spread(plain)} | {with_spread(tta)} | {medians} |")
 
 

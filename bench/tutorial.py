@@ -6,7 +6,6 @@ It prints as train.py does, and reports short epochs, too.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from train import Net
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
 
 
 def main():
@@ -29,18 +27,18 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    data_dir = os.environ.get("CIFAR10_DIR") or ROOT / "data"
+    data_dir = train.parse_args([]).data_dir
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
     )
     training_set, test_set = (
-        CIFAR10(data_dir, train=train, download=True, transform=transform)
-        for train in (True, False)
+        CIFAR10(data_dir, is_training, download=True, transform=transform)
+        for is_training in (True, False)
     )
     loader = DataLoader(training_set, args.batch_size, shuffle=True, num_workers=2)
     test_loader = DataLoader(test_set, args.batch_size, num_workers=2)
 
-    net = Net().to(device)
+    net = train.Net().to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     window = min(2000, len(loader))
