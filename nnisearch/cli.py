@@ -81,7 +81,10 @@ def new(args, project):
     """Return an experiment of the configuration in args, or of the project's default one."""
     path, reason = (args.config, args.config) if args.config else project.default_config()
     print(f"Configuration: {one_line(reason)}")
-    return Experiment(configuration.load(path))
+    config, lines = configuration.load(path)
+    for line in lines:
+        print(one_line(line))
+    return Experiment(config)
 
 
 def stored(known, args):
@@ -101,14 +104,10 @@ def start(experiment, args, project):
             prepare_environment(config, args.listen)
             return launch(experiment, args.port, watchdog)
     is_scheduled = configuration.is_local(config) and config.trial_gpu_number
-    if is_scheduled and (line := gpus.allow_visible(config.training_service)):
-        print(line)
     checks.check_disk(Path(config.experiment_working_directory), EXPERIMENT_SIZE)
     checks.check_private(Path(config.experiment_working_directory))
     with experiment_folder(experiment) as watchdog:
         folder = watchdog.folder
-        if config.use_annotation:
-            configuration.expand(config, folder / "code")
         for line in checks.check(config):
             print(f"Warning: {line}")
         for line in check_machines(config, lambda: find_port(args.port, 2) + 1):

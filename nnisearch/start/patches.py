@@ -14,7 +14,7 @@ from nni.experiment import launcher, rest
 from nni.tools.nnictl import common_utils, config_utils
 from nni.tools.nnictl.config_utils import Experiments
 
-from nnisearch.results.trials import read_experiments
+from nnisearch.results.experiments import read_experiments
 from nnisearch.shared.output import write
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line
