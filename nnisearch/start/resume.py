@@ -98,8 +98,8 @@ def clear(experiment):
     Before a resume, end what a killed manager has left. Raises ValueError if a manager runs, for
     example because another command has just resumed it.
     """
-    id, action = experiment.id, experiment._action
-    status = read_experiments(status=str).get(id, {}).get("status")
+    id, action = experiment.id, experiment.action
+    status = read_experiments().get(id, {}).get("status")
     patience = time.monotonic() + STOPPING
     while (manager := manager_of(id)) and status == "STOPPED" and time.monotonic() < patience:
         time.sleep(0.1)
@@ -109,5 +109,5 @@ def clear(experiment):
     if action == "resume":
         end([manager] if manager else [])
         for _ in range(2):  # twice: they may have started others meanwhile
-            end(processes_of(id, Path(experiment.config.experiment_working_directory, id)))
+            end(processes_of(id, experiment.folder))
     Experiments().update_experiment(id, "status", "STOPPED")  # otherwise NNI refuses
