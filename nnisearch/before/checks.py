@@ -1,7 +1,7 @@
 """Checks a configuration, before a search starts, for mistakes that NNI ignores.
 
-The rehearsal finds what fails; these checks find what NNI would silently do wrong. Each check
-raises ValueError with one line that names the key, the value and what is allowed.
+What fails is seen at the start; these checks find what NNI would do wrong without a word, or late.
+Each raises ValueError with one line that names the key, the value and what is allowed.
 """
 
 import grp
@@ -122,12 +122,12 @@ def check_private(folder, key="experimentWorkingDirectory"):
     there, home = folder.resolve(), Path.home().resolve()
     above = [parent for parent in there.parents if not home.is_relative_to(parent)]
     for place in filter(Path.exists, [there, *above]):
-        found = place.stat()
-        is_open_to_group = found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid)
-        is_open = found.st_mode & stat.S_IWOTH or is_open_to_group
-        if found.st_uid not in (0, os.getuid()):
-            why = f"'{place}' belongs to user {found.st_uid}"
-        elif is_open and not found.st_mode & stat.S_ISVTX:
+        info = place.stat()
+        is_open_to_group = info.st_mode & stat.S_IWGRP and not is_private_group(info.st_gid)
+        is_open = info.st_mode & stat.S_IWOTH or is_open_to_group
+        if info.st_uid not in (0, os.getuid()):
+            why = f"'{place}' belongs to user {info.st_uid}"
+        elif is_open and not info.st_mode & stat.S_ISVTX:
             why = f"others can write to '{place}': chmod go-w '{place}'"
         else:
             continue

@@ -80,8 +80,8 @@ def check_keys(content):
                 check_value(key, value, *limits[name])
         check_unique(fields.get(utils.case_insensitive(key), key) for key in part)
         if place in ALGORITHMS:
-            given = {utils.case_insensitive(key) for key in part if part[key] is not None}
-            if given - {"classargs"} not in ({"name"}, {"classname", "codedirectory"}):
+            names = {utils.case_insensitive(key) for key in part if part[key] is not None}
+            if names - {"classargs"} not in ({"name"}, {"classname", "codedirectory"}):
                 allowed = "either name, or className and codeDirectory"
                 raise ValueError(f"{place} is {one_line(part)}; allowed: {allowed}")
 
