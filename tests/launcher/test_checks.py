@@ -292,12 +292,12 @@ def test_a_users_own_tuner_may_have_any_search_space(load, space):
 def test_what_nni_ignores_or_misreads_in_a_search_space_is_warned_of(load):
     nested = {"_name": "a", "b": {"_type": "choice", "_value": ["5E-2", "text", "1.0e-4"]}}
     space = entry("loguniform", "1e-4", 0.1) | {"x": {"_type": "choice", "_value": [nested]}}
-    space["y"] = {"_type": "uniform", "_value": [0, 1, 0.1], "_default": 0.5}
+    space["y"] = {"_type": "uniform", "_value": [0, 1, None], "_default": 0.5}
     assert checks.check(load(searchSpace=space, tuner={"name": "TPE"})) == [
         "searchSpace: lr: YAML reads 1e-4 as text; for a number write 1.0e-4",
         "searchSpace: x: a: b: YAML reads 5E-2 as text; for a number write 5.0e-2",
         "searchSpace: y: NNI ignores _default",
-        "searchSpace: y is [0, 1, 0.1]; NNI uses the first 2 for uniform",
+        "searchSpace: y is [0, 1, None]; NNI uses the first 2 for uniform",
     ]
 
 
