@@ -27,14 +27,13 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
 
     from nnisearch.before import checks, gpus
     from nnisearch.before import config as configuration
-    from nnisearch.before.machines import check_machines
     from nnisearch.before.rehearsal import rehearse
+    from nnisearch.elsewhere import prepare
     from nnisearch.results import choose
-    from nnisearch.shared import slurm
     from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, remove
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
-    from nnisearch.start.launch import experiment_folder, find_port, launch, prepare_environment
+    from nnisearch.start.launch import experiment_folder, launch, prepare_environment
     from nnisearch.watch import progress
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
@@ -115,12 +114,9 @@ def start(experiment, args, project):
             configuration.expand(config, folder / "code")
         for line in checks.check(config):
             print(f"Warning: {line}")
-        for line in check_machines(config, lambda: find_port(args.port, 2) + 1):
-            print(line)
         project.check(config)
-        if slurm.is_used(config):
-            slurm.prepare(experiment.id, folder)
-        if args.rehearsal and not args.resume:  # a resumed search has run before
+        elsewhere = prepare(config, experiment.id, folder, bool(args.resume))
+        if args.rehearsal and not args.resume and not elsewhere:  # a resumed search has run before
             try:
                 rehearse(config, folder / "rehearsal", watchdog)
             except (ValueError, OSError):
@@ -129,7 +125,7 @@ def start(experiment, args, project):
             remove(folder / "rehearsal")
         if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
             print(f"All GPUs are busy, so the trials will wait: {holders}")
-        prepare_environment(config, args.listen)
+        prepare_environment(config, args.listen, elsewhere)
         return launch(experiment, args.port, watchdog)
 
 

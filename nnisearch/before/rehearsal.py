@@ -27,7 +27,7 @@ from websockets.server import ServerProtocol
 
 from nnisearch.before.config import is_local, shipped_class
 from nnisearch.before.gpus import free_gpus
-from nnisearch.shared import slurm
+from nnisearch.elsewhere import slurm
 from nnisearch.shared.text import THREAD_DIED, last_line, one_line, reason, tail
 
 TUNER_PATIENCE = 120  # s; then the search starts although its tuner has not answered

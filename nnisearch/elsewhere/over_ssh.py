@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BEAT = 3  # s between two signs of life
@@ -31,14 +32,21 @@ PASSED = ["NNI_PLATFORM", "NNI_EXP_ID", "NNI_TRIAL_JOB_ID", "NNI_TRIAL_SEQ_ID"]
 
 
 class Lost(Exception):
-    """A machine refuses the connection or does not answer; the text says why."""
+    """A machine refuses the connection or does not answer; the text says why.
+
+    status is ssh's exit status, None if ssh has not ended.
+    """
+
+    def __init__(self, why, status=None):
+        super().__init__(why)
+        self.status = status
 
 
 def ssh_command(folder, number, machine):
     """Return the ssh command for a machine, up to the command over there, and its environment."""
-    answer, socket = folder / f"askpass{number}", folder / f"ssh{number}"
+    answer, socket = folder / f"askpass{number}", folder / "state" / f"ssh{number}"
     is_short = len(str(socket)) <= LONGEST_SOCKET
-    options = {"BatchMode": "no" if answer.exists() else "yes", "NumberOfPasswordPrompts": 1}
+    options = {"BatchMode": "no" if machine["secret"] else "yes", "NumberOfPasswordPrompts": 1}
     options |= {"ConnectTimeout": 10, "ServerAliveInterval": 5, "ServerAliveCountMax": 3}
     options |= {"ControlMaster": "auto" if is_short else "no", "ControlPersist": 30}
     options |= {"ControlPath": socket if is_short else "none", "LogLevel": "ERROR"}
@@ -51,7 +59,9 @@ def ssh_command(folder, number, machine):
         options |= {"IdentitiesOnly": "yes"}
     if answer.exists():  # a server that asks for the passphrase does not get it
         by_password = "password,keyboard-interactive"
-        options |= {"PreferredAuthentications": "publickey" if machine["sshKeyFile"] else by_password}
+        options |= {
+            "PreferredAuthentications": "publickey" if machine["sshKeyFile"] else by_password
+        }
     command += [f"-o{key}={value}" for key, value in options.items()]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NNI_")}
     environment |= {"SSH_ASKPASS": str(answer), "SSH_ASKPASS_REQUIRE": "force"}
@@ -129,7 +139,8 @@ class Connection:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)  # until ssh has said why
         words = self.errors.read_text(errors="replace").split("\n")
-        raise Lost("; ".join(filter(None, map(str.strip, words))) or "the connection is closed")
+        why = "; ".join(filter(None, map(str.strip, words))) or "the connection is closed"
+        raise Lost(why, self.process.poll())
 
     def receive(self):
         """Yield the frames, (kind, data). Raises Lost."""
@@ -156,7 +167,7 @@ class Connection:
 
 def ask(folder, number, machine, task):
     """Return what over_there.py answers to a task. Raises Lost."""
-    connection = Connection(folder, number, machine, task, folder / f"errors{number}")
+    connection = Connection(folder, number, machine, task, folder / "state" / f"errors{number}")
     try:
         return json.loads(next(connection.frames)[1])
     finally:
@@ -174,7 +185,7 @@ def try_lock(path):
         return None
 
 
-def take_gpus(folder, number, machine, count, is_busy):
+def take_gpus(state, number, machine, count, is_busy):
     """Return {GPU: lock} of count free GPUs of a machine, or None if fewer are free.
 
     is_busy tells for each GPU if any process uses it. Without GPUs a machine has a single place.
@@ -183,7 +194,7 @@ def take_gpus(folder, number, machine, count, is_busy):
     allowed = machine["gpuIndices"] if machine["gpuIndices"] is not None else range(len(is_busy))
     taken = {}
     for gpu in [index for index in allowed if index < len(is_busy)] if count else [0]:
-        locks = [try_lock(folder / f"place{number}-{gpu}-{place}") for place in range(places)]
+        locks = [try_lock(state / f"place{number}-{gpu}-{place}") for place in range(places)]
         free = [*filter(None, locks)]
         is_others = count and is_busy[gpu] and len(free) == places and not machine["useActiveGpu"]
         is_taken = free and not is_others and len(taken) < max(count, 1)
@@ -203,6 +214,7 @@ class Trial:
 
     def __init__(self, folder):
         self.folder, self.own = folder, Path(os.environ["NNI_SYS_DIR"])
+        self.state = folder / "state"  # files that all trials share
         self.search = json.loads((folder / "machines.json").read_text())
         self.note, self.connection = self.own / ".nni" / "elsewhere", None
         signal.signal(signal.SIGTERM, self.stop)
@@ -229,13 +241,13 @@ class Trial:
     def marked(self, kind, number):
         """Return since when a machine is "lost" or "busy", 0 if it is not."""
         with contextlib.suppress(OSError):
-            return (self.folder / f"{kind}{number}").stat().st_mtime
+            return (self.state / f"{kind}{number}").stat().st_mtime
         return 0
 
     def lose(self, number, why):
         """Note that a machine is lost. If the trial has begun there, end this process."""
         is_new = not self.marked("lost", number)
-        (self.folder / f"lost{number}").touch()
+        (self.state / f"lost{number}").touch()
         if self.note.read_text():
             self.note.write_text(f"lost {why}")
             os._exit(1)
@@ -255,15 +267,15 @@ class Trial:
         """
         if any(time.time() - self.marked(kind, number) < REST for kind in ("lost", "busy")):
             return False
-        turn = try_lock(self.folder / f"turn{number}")  # one at a time sends code and takes GPUs
+        turn = try_lock(self.state / f"turn{number}")  # one at a time sends code and takes GPUs
         if not turn:
             return False
         with turn:
             count = self.search["trialGpuNumber"] or 0
-            known = self.folder / f"gpus{number}"  # the number of GPUs there
+            known = self.state / f"gpus{number}"  # the number of GPUs there
             if known.exists() or not count:
                 free = [False] * int(known.read_text()) if count else []
-                places = take_gpus(self.folder, number, machine, count, free)
+                places = take_gpus(self.state, number, machine, count, free)
                 if places is None:
                     return False
                 for lock in places.values():
@@ -274,12 +286,12 @@ class Trial:
             stack.callback(self.connection.close)
             state = json.loads(next(self.connection.frames)[1])
             if self.marked("lost", number):
-                (self.folder / f"lost{number}").unlink()
+                (self.state / f"lost{number}").unlink()
                 self.say(f"{name(machine)} is back, and used again")
             known.write_text(str(len(state["gpus"])))
-            places = take_gpus(self.folder, number, machine, count, state["gpus"])
+            places = take_gpus(self.state, number, machine, count, state["gpus"])
             if places is None:
-                (self.folder / f"busy{number}").touch()
+                (self.state / f"busy{number}").touch()
                 return False
             for lock in places.values():
                 stack.callback(lock.close)
@@ -324,7 +336,31 @@ class Trial:
         return status if status >= 0 else 128 - status
 
 
-if __name__ == "__main__":
-    status = Trial(Path(sys.argv[1])).run()
+def remove_all(folder):
+    """Remove what the search has left on its machines, and close the connections to them."""
+    search = json.loads((folder / "machines.json").read_text())
+
+    def remove(number, machine):
+        try:
+            ask(folder, number, machine, {"do": "remove", "name": f"{search['id']}-{number}"})
+        except Lost as why:
+            left = f"~/.cache/nnisearch/{search['id']}-{number} stays there"
+            print(f"{name(machine)} does not answer, so {left}: {why}")
+        command, environment = ssh_command(folder, number, machine)
+        close = [*command[:1], "-O", "exit", *command[1:]]
+        subprocess.run(close, env=environment, stderr=subprocess.DEVNULL)
+
+    with ThreadPoolExecutor(len(search["machines"])) as threads:
+        for number, machine in enumerate(search["machines"]):
+            threads.submit(remove, number, machine)
+
+
+def main():
+    folder = Path(sys.argv[1])
+    status = remove_all(folder) if sys.argv[2:] else Trial(folder).run()
     sys.stdout.flush()
-    os._exit(status)  # threads may still write to a connection that hangs
+    os._exit(status or 0)  # a thread may still write to a machine that hangs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,138 @@
-// Trials that run on other machines: the hooks that local.js calls.
+// Trials that run on other machines, over SSH (elsewhere/over_ssh.py) or as SLURM jobs that srun
+// starts: the hooks that local.js calls. A trial waits until its command runs over there, which its
+// file .nni/elsewhere tells. If its machine and not the trial has failed, it runs again.
 "use strict";
+const { execFile } = require("child_process");
+const fs = require("fs");
+const { setTimeout: pause } = require("timers/promises");
+const { promisify } = require("util");
 
-module.exports = function () {
-    return undefined;
+const RERUNS = 3; // of a SLURM job, at most
+const LONGEST = 60; // s between two submissions
+const PATIENCE = 40; // s until SLURM knows how a job has ended
+const RETRIES = 60; // of scancel, one each 5 s
+// SLURM's states of a job that it has ended itself, but not for a limit.
+const ENDED_BY_SLURM = ["BOOT_FAIL", "NODE_FAIL", "PREEMPTED", "REVOKED"];
+const UNCLEAR = ["COMPLETING", "CONFIGURING", "PENDING", "RUNNING", "STAGE_OUT", "SUSPENDED"];
+// What srun says of a job that does not exist yet, and that may be submitted again.
+const NOT_YET = new RegExp("^srun: error: .*("
+    + "[Uu]nable to contact slurm controller|timed out|transmitted or received|temporarily"
+    + "|violates accounting/QOS policy|[Ll]imit.*(submit|reached)|[Ss]ubmit.*limit"
+    + ").*$", "m");
+// What srun says of a job whose state SLURM does not tell.
+const LOST = /^(srun|slurmstepd\S*): error: .*(node failure|due to preemption|launch.* failed).*$/im;
+const NO_PROLOG = /^.*task.?prolog.*$/im;
+
+// A trial may delete its files.
+const read = (file) => { try { return fs.readFileSync(file, "utf8"); } catch { return ""; } };
+const noteOf = ({ workingDirectory }) => `${workingDirectory}/.nni/elsewhere`;
+const nameOf = ({ form, id }) => `trial ${form.sequenceId} (${id})`;
+
+const shared = {
+    environment: () => ({}),
+    // On NFS a new file appears late, but changes of an existing one are seen on opening.
+    prepare: (job) => fs.writeFileSync(noteOf(job), ""),
+    begun(job) {
+        const [time, place] = read(noteOf(job)).split(/\s+/);
+        if (time) return { time: Number(time) || undefined, place };
+        return read(`${job.workingDirectory}/.nni/metrics`) ? {} : undefined;
+    },
+    async cancel() {},
+    async close() {},
+};
+
+const overSsh = ({ elsewhere: { folder, program }, python, say }) => ({
+    ...shared,
+    async lost(job) {
+        const why = /^lost (.*)/.exec(read(noteOf(job)))?.[1];
+        if (!why) return undefined;
+        say(`${why}; ${nameOf(job)} is run again`);
+        return { why, pause: 0 };
+    },
+    async close() {
+        const { stdout } = await promisify(execFile)(python, ["-IS", program, folder, "remove"])
+            .catch(({ message }) => ({ stdout: message }));
+        stdout.trim().split("\n").filter(Boolean).forEach(say);
+    },
+});
+
+function bySlurm({ elsewhere: { environment, name }, say }) {
+    const told = new Set();
+    const sayOnce = (line) => {
+        if (!told.has(line)) say(line);
+        told.add(line);
+    };
+    const warnOfTasks = (job) => {
+        if (read(noteOf(job)).includes("several"))
+            sayOnce(`${nameOf(job)} runs as several tasks, which all report: srun --ntasks=1 asks for one`);
+    };
+    // SLURM forgets a job after some minutes. Without accounting, sacct fails.
+    async function ask(job) {
+        const query = ["-h", "-t", "all", "--name", name + job.id, "-o", "%A %T"];
+        const { stdout } = await promisify(execFile)("squeue", query, { timeout: 20_000 });
+        const jobs = stdout.trim().split("\n").sort((one, other) => parseInt(one) - parseInt(other));
+        if (jobs[jobs.length - 1]) return jobs[jobs.length - 1].split(" ")[1];
+        const account = ["-n", "-X", "-P", "--name", name + job.id, "-o", "State"];
+        const { stdout: states } = await promisify(execFile)("sacct", account, { timeout: 20_000 });
+        return states.trim().split("\n").pop().split(" ")[0];
+    }
+    async function stateOf(job) {
+        const end = Date.now() + PATIENCE * 1000;
+        for (;;) {
+            const state = await ask(job).catch(() => "");
+            if (!UNCLEAR.includes(state) || Date.now() > end) return state;
+            await pause(500);
+        }
+    }
+    const again = (job, why, rest) => {
+        if ((job.again ?? 0) < rest.limit) say(`${nameOf(job)} is run again: ${why}`);
+        return { why, ...rest };
+    };
+    return {
+        ...shared,
+        environment: ({ id }) => ({ ...environment, SLURM_JOB_NAME: name + id }),
+        begun(job) {
+            warnOfTasks(job);
+            return shared.begun(job);
+        },
+        async lost(job) {
+            warnOfTasks(job);
+            if (job.end.code === 0) return undefined;
+            const said = read(`${job.workingDirectory}/stderr`);
+            const refused = shared.begun(job) ? undefined : NOT_YET.exec(said)?.[0];
+            if (refused) {
+                sayOnce(`SLURM takes no more jobs now, so trials are submitted again later: ${refused}`);
+                return { why: refused, pause: Math.min(2 ** (job.again ?? 0), LONGEST) * 1000 };
+            }
+            const [prolog] = NO_PROLOG.exec(said) ?? [];
+            if (prolog) {
+                const folder = job.workingDirectory;
+                sayOnce(`a node does not have ${folder}, or may not run files there: ${prolog}`);
+            }
+            const state = await stateOf(job);
+            if (ENDED_BY_SLURM.includes(state))
+                return again(job, `SLURM's state of its job is ${state}`, { pause: 0, limit: RERUNS });
+            const why = LOST.exec(said)?.[0];
+            // A job that the user has cancelled is not run again.
+            return why && state !== "CANCELLED" ? again(job, why, { pause: 0, limit: RERUNS }) : undefined;
+        },
+        // srun ends its job unless it was killed itself.
+        async cancel(job) {
+            const cancel = () => promisify(execFile)("scancel", ["--name", name + job.id]);
+            const tryAgain = async () => {
+                for (let tries = 0; tries < RETRIES; tries++) {
+                    await pause(5000);
+                    if (await cancel().then(() => true, () => false)) return;
+                }
+            };
+            await cancel().catch(({ message }) => {
+                sayOnce(`jobs of stopped trials may still run; it is tried again: ${message.trim()}`);
+                tryAgain();
+            });
+        },
+    };
+}
+
+module.exports = function (settings) {
+    return { ssh: overSsh, slurm: bySlurm }[settings.elsewhere?.kind]?.(settings);
 };

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from nni.experiment import RunMode, rest
 
-from nnisearch.before.config import is_local, services
-from nnisearch.shared import slurm
+from nnisearch.before.config import is_local
 from nnisearch.shared.output import remove
-from nnisearch.shared.place import elsewhere
+from nnisearch.shared.place import elsewhere as runs_elsewhere
 from nnisearch.shared.processes import end, manager_of, managers, processes_of, stop
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line, uncoloured
@@ -62,17 +61,14 @@ def find_port(wanted, count):
     raise ValueError(f"--port is {wanted}; allowed: a free one{after}")
 
 
-def prepare_environment(config, listen):
+def prepare_environment(config, listen, elsewhere=None):
     """Set the environment of NNI's manager, so that Node loads load.js with its settings."""
-    machines = [m for one in services(config) for m in getattr(one, "machine_list", None) or []]
-    found = [info for machine in machines for info in socket.getaddrinfo(machine.host, None)]
     guard = {
         "listen": listen,
-        "machines": [address[0] for *_, address in found],
+        "machines": [],
+        "elsewhere": elsewhere,
         "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
     }
-    if slurm.is_used(config):
-        guard["slurm"] = {"lost": slurm.LOST, "note": slurm.NOTE}
     preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))
     options, debuggers = re.subn(r"(?<!\S)--inspect(-brk)?(=\S*)?(?!\S)", "", guard["nodeOptions"])
     if debuggers:
@@ -226,7 +222,7 @@ def undo(folder, action, latest):
     end(processes_of(id, folder))
     if action == "create":
         Experiments().remove_experiment(id)
-    elif not elsewhere(folder):  # another machine may just have resumed it
+    elif not runs_elsewhere(folder):  # another machine may just have resumed it
         Experiments().update_experiment(id, "status", "STOPPED")
     if read_latest(folder) == id:
         folder.with_name("_latest").unlink()

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from nnisearch.before.config import is_local
 from nnisearch.before.gpus import waiting_for
+from nnisearch.elsewhere import slurm
 from nnisearch.results.trials import ENDED, NO_RESULT, Trials
-from nnisearch.shared import slurm
 from nnisearch.shared.direction import UNKNOWN, direction
 from nnisearch.shared.output import may_be_closed
 from nnisearch.shared.text import one_line, reason, tail
