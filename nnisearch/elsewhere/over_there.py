@@ -152,6 +152,7 @@ def run(channel, task, folder):
     """Run a trial, and send its output, reports, files and exit status."""
     code, own = folder / task["code"], folder / "trials" / task["trial"]
     mark = f"NNISEARCH_TRIAL={task['name']}/{task['trial']}/"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = {"gpus": gpus() if task["needsGpus"] else [], "hasCode": code.exists()}
     channel.send(b"h", json.dumps(state).encode())
     frame = channel.receive() if code.exists() else receive_code(channel, code)

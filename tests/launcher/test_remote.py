@@ -8,6 +8,8 @@ import subprocess
 import time
 
 import pytest
+from conftest import LIGHT_TRIAL, SPACE
+from experiment import MANAGER, SEARCH, metric_value, parameters, processes_at
 from machines import PASSPHRASE, SSHD, Machine, make_key, make_ssh
 from nni.experiment.config import ExperimentConfig
 from waiting import wait_for
@@ -143,7 +145,7 @@ def test_a_password_is_only_told_to_who_asks_for_it(prepared, tmp_path, monkeypa
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(tmp_path))
     there = {"host": "there", "user": "you", "password": "it's opal"}
-    start = prepared([there], "! env | grep opal")
+    start = prepared([there], "! env | grep op''al")
     trial = start()
     assert trial.wait(60) == 0
     assert trial.note.read_text().endswith("there\n")
@@ -277,3 +279,73 @@ def test_nothing_goes_on_over_there(machine, prepared, how, tmp_path):
     wait_for(lambda: not there.processes("sleep"))
     if how != "dies":
         wait_for(lambda: not [*there.folder.glob(".cache/*/*/trials/*")])
+
+
+def notices(search):
+    """Return what NNI's manager has to say to whoever watches the search."""
+    path = search.home / "nni-experiments" / search.id / "log" / "notices.log"
+    return path.read_text() if path.exists() else ""
+
+
+def values(search, trial):
+    """Return what NNI has stored of a trial's results, {type: [value, ...]}."""
+    found = {"PERIODICAL": [], "FINAL": []}
+    for metric in search.get(f"metric-data/{trial['trialJobId']}"):
+        found[metric["type"]].append(metric_value(metric))
+    return found
+
+
+def test_a_search_goes_on_while_machines_come_and_go(experiment, machine, tmp_path):
+    first, second, third = machines = [machine(f"127.0.0.{number}") for number in (2, 3, 4)]
+    third.die()
+    gate = tmp_path / "gate"  # until it is there no trial ends
+    command = f"{LIGHT_TRIAL} 1; echo kept > $NNI_OUTPUT_DIR/kept; "
+    command += f"until [ -e {gate} ]; do sleep 0.2; done"
+    space = {key: SPACE[key] for key in SPACE if key != "epochs"}
+    service = {"platform": "remote", "machineList": [each.settings for each in machines]}
+    changes = {"trainingService": service, "searchSpace": space, "trialCommand": command}
+    changes |= {"trialConcurrency": 3, "maxTrialNumber": 5, "trialGpuNumber": None}
+    changes |= {"tuner": {"name": "Random"}, "nniManagerIp": "192.0.2.9"}
+    demo = experiment("configs/remote.yml", [*SEARCH, "--no-rehearsal"], **changes)
+    assert "127.0.0.4" in demo.said and "left out until it answers" in demo.said
+
+    def on(machine):
+        """Return the trials that run on a machine and have a result."""
+        return [
+            trial
+            for trial in demo.get("trial-jobs")
+            if trial["status"] == "RUNNING"
+            and f"//{machine.settings['host']}" in trial.get("logPath", "")
+            and values(demo, trial)["FINAL"]
+        ]
+
+    (lost,) = wait_for(lambda: on(first) and on(second) and on(first))
+    assert [trial["status"] for trial in demo.get("trial-jobs")].count("WAITING") == 1
+    first.die()
+    third.start()
+    name = f"trial {lost['sequenceId']} ({lost['trialJobId']}) is run again"
+    wait_for(lambda: name in notices(demo))
+    wait_for(lambda: re.search("127.0.0.4:.* is back, and used again", notices(demo)))
+    wait_for(lambda: on(third) and on(second))
+    first.start()
+    wait_for(lambda: len(on(first)) == 1)
+    (manager,) = processes_at(demo.home, MANAGER)
+    manager.kill()
+    wait_for(lambda: not processes_at(demo.home, MANAGER))
+    demo.resume()
+    gate.touch()
+    trials = demo.wait(240)
+    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
+    assert sorted(trial["sequenceId"] for trial in trials) == [0, 1, 2, 3, 4]
+    again = [trial for trial in trials if trial["trialJobId"] == lost["trialJobId"]]
+    assert [parameters(trial) for trial in again] == [parameters(lost)]
+    for trial in trials:
+        assert {kind: len(each) for kind, each in values(demo, trial).items()} == {
+            "PERIODICAL": 2,
+            "FINAL": 1,
+        }
+        assert repr(parameters(trial)["lr"]) in demo.trial_file(trial, "stdout")
+        assert demo.trial_file(trial, "kept") == "kept\n"
+    assert demo.stop() == []
+    assert [machine.left() for machine in machines] == [[]] * 3
+    assert not any(machine.processes("python") for machine in machines)

@@ -99,17 +99,19 @@ class Machine:
 
     def signal(self, number):
         """Send a signal to the sshd, to its connections, and to what it has started."""
+        connections = []
         with contextlib.suppress(psutil.Error):
             connections = psutil.Process(self.process.pid).children(recursive=True)
-            for process in {*self.processes(), *connections}:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
+        for process in {*self.processes(), *connections}:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
 
     def die(self):
         """Kill the sshd and what it has started, as a loss of power would."""
-        self.signal(signal.SIGKILL)
+        for _ in range(2):  # the second time what has been started meanwhile
+            self.signal(signal.SIGKILL)
         self.process.wait(30)
 
     def left(self):
         """Return the files of searches that are there."""
-        return [*self.folder.glob(".cache/*")]
+        return [*self.folder.glob(".cache/nnisearch/*")]
