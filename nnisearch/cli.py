@@ -71,8 +71,6 @@ def begin(args, project):
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")
     resume.close_list(home)
     checks.check_private(home, "NNI's folder below HOME")
-    if listed:
-        resume.note_ended(listed)
     experiment = stored(known, args) if id else new(args, project)
     port = start(experiment, args, project)
     return experiment.id, port, experiment.config
@@ -86,13 +84,11 @@ def new(args, project):
 
 
 def stored(known, args):
-    """Return a stored experiment; end its remaining processes if it is to be resumed."""
+    """Return a stored experiment that is to be viewed or resumed."""
     id, folder = known["id"], known["logDir"]
     experiment = Experiment(configuration.load_stored(id, Path(folder, id)))
     experiment.id, experiment._action = id, "view" if args.view else "resume"
     experiment.config.experiment_working_directory = folder
-    if args.resume:
-        resume.prepare(known)
     return experiment
 
 

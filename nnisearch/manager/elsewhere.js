@@ -45,9 +45,7 @@ const overSsh = ({ elsewhere: { folder, program }, python, say }) => ({
     ...shared,
     async lost(job) {
         const why = /^lost (.*)/.exec(read(noteOf(job)))?.[1];
-        if (!why) return undefined;
-        say(`${why}; ${nameOf(job)} is run again`);
-        return { why, pause: 0 };
+        return why && { why, pause: 0 };
     },
     async close() {
         const { stdout } = await promisify(execFile)(python, ["-IS", program, folder, "remove"])
@@ -84,10 +82,6 @@ function bySlurm({ elsewhere: { environment, name }, say }) {
             await pause(500);
         }
     }
-    const again = (job, why, rest) => {
-        if ((job.again ?? 0) < rest.limit) say(`${nameOf(job)} is run again: ${why}`);
-        return { why, ...rest };
-    };
     return {
         ...shared,
         environment: ({ id }) => ({ ...environment, SLURM_JOB_NAME: name + id }),
@@ -97,12 +91,12 @@ function bySlurm({ elsewhere: { environment, name }, say }) {
         },
         async lost(job) {
             warnOfTasks(job);
-            if (job.end.code === 0) return undefined;
+            if (job.end.status === 0) return undefined;
             const said = read(`${job.workingDirectory}/stderr`);
             const refused = shared.begun(job) ? undefined : NOT_YET.exec(said)?.[0];
             if (refused) {
                 sayOnce(`SLURM takes no more jobs now, so trials are submitted again later: ${refused}`);
-                return { why: refused, pause: Math.min(2 ** (job.again ?? 0), LONGEST) * 1000 };
+                return { why: "", pause: Math.min(2 ** (job.again ?? 0), LONGEST) * 1000 };
             }
             const [prolog] = NO_PROLOG.exec(said) ?? [];
             if (prolog) {
@@ -110,11 +104,10 @@ function bySlurm({ elsewhere: { environment, name }, say }) {
                 sayOnce(`a node does not have ${folder}, or may not run files there: ${prolog}`);
             }
             const state = await stateOf(job);
-            if (ENDED_BY_SLURM.includes(state))
-                return again(job, `SLURM's state of its job is ${state}`, { pause: 0, limit: RERUNS });
-            const why = LOST.exec(said)?.[0];
+            const ofState = ENDED_BY_SLURM.includes(state) && `SLURM has ended its job: ${state}`;
             // A job that the user has cancelled is not run again.
-            return why && state !== "CANCELLED" ? again(job, why, { pause: 0, limit: RERUNS }) : undefined;
+            const why = ofState || (state !== "CANCELLED" && LOST.exec(said)?.[0]);
+            return why ? { why, pause: 0, limit: RERUNS } : undefined;
         },
         // srun ends its job unless it was killed itself.
         async cancel(job) {

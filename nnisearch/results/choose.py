@@ -23,7 +23,7 @@ from nnisearch.results.importance import hyperparameters, importances
 from nnisearch.results.trials import ENDED, NO_RESULT, find_database, read_file
 from nnisearch.shared.direction import UNKNOWN
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
-from nnisearch.shared.place import elsewhere
+from nnisearch.shared.place import runs_on_other_host
 from nnisearch.shared.processes import manager_of
 from nnisearch.shared.text import one_line
 
@@ -220,7 +220,7 @@ def left_behind(search, folder):
     if not unended or not search["experiment"] or manager_of(search["experiment"]):
         return []
     left = "no manager of this search runs on this machine, so this is the state it was left in"
-    return [f"{' and '.join(sorted(unended))}: {elsewhere(folder) or left}"]
+    return [f"{' and '.join(sorted(unended))}: {runs_on_other_host(folder) or left}"]
 
 
 def main(argv=None, prog="nnichoose", within=0.0, was_watched=False):

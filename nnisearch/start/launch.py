@@ -16,10 +16,11 @@ from nni.experiment import RunMode, rest
 
 from nnisearch.before.config import is_local
 from nnisearch.shared.output import remove
-from nnisearch.shared.place import elsewhere as runs_elsewhere
+from nnisearch.shared.place import runs_on_other_host
 from nnisearch.shared.processes import end, manager_of, managers, processes_of, stop
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line, uncoloured
+from nnisearch.start import resume
 from nnisearch.start.patches import PATIENCE, Experiments, StartLock, patience
 
 PORT = 8090
@@ -122,9 +123,8 @@ def launch(experiment, wanted, watchdog):
                 lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 # One start at a time: two at once could choose the same port.
                 with StartLock(lock):
-                    if manager_of(experiment.id):
-                        allowed = "one that does not run; another command has just resumed it"
-                        raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")
+                    if experiment._action != "create":
+                        resume.clear(experiment)
                     port = find_port(wanted, count)
                     if not wanted and port != PORT:
                         print(f"Port {PORT} is taken; {port} is the next free one")
@@ -222,7 +222,7 @@ def undo(folder, action, latest):
     end(processes_of(id, folder))
     if action == "create":
         Experiments().remove_experiment(id)
-    elif not runs_elsewhere(folder):  # another machine may just have resumed it
+    elif not runs_on_other_host(folder):  # another machine may just have resumed it
         Experiments().update_experiment(id, "status", "STOPPED")
     if read_latest(folder) == id:
         folder.with_name("_latest").unlink()

@@ -15,7 +15,6 @@ import pytest
 import yaml
 from conftest import ROOT, as_process
 from experiment import free_port, kill_at
-from nnis_manager import run
 from projects import CONFIG, SUPPORT, TRIAL
 from stand_ins import stand_in_nvidia_smi
 
@@ -220,27 +219,6 @@ def rehearse_trial(project, monkeypatch):
             return rehearsal.rehearse_trial(found, folder, PROPOSAL, 0, None, watchdog)
 
         yield rehearse_trial
-
-
-def test_a_trial_command_may_be_any_bash_script(project, rehearse_trial):
-    script = """
-        const [folder, given, ...commands] = process.argv.slice(3);
-        const statuses = [];
-        for (const [sequenceId, command] of commands.entries()) {
-            const service = makeService(folder, command);
-            const id = `t${process.pid}-${sequenceId}`; // unique: a trial is ended by its ID
-            service.submitTrialJob({ id, sequenceId, hyperParameters: { index: 0, value: given } });
-            service.runJobLoop();
-            const status = async () => (await service.getTrialJob(id)).status;
-            await until(async () => !["WAITING", "RUNNING"].includes(await status()));
-            statuses.push(await status());
-        }
-        return [statuses, events];
-    """
-    statuses, events = run(script, project.folder, PROPOSAL, *COMMANDS)
-    assert statuses == ["SUCCEEDED"] * len(COMMANDS)
-    assert events == ["metric 1.0", "metric 0.5"] * len(COMMANDS)
-    assert [rehearse_trial(command) for command in COMMANDS] == [(None, True)] * len(COMMANDS)
 
 
 def test_a_trial_command_that_fails_is_explained(rehearse_trial):

@@ -323,7 +323,7 @@ def test_a_search_goes_on_while_machines_come_and_go(experiment, machine, tmp_pa
     assert [trial["status"] for trial in demo.get("trial-jobs")].count("WAITING") == 1
     first.die()
     third.start()
-    name = f"trial {lost['sequenceId']} ({lost['trialJobId']}) is run again"
+    name = f"trial {lost['sequenceId']} ({lost['trialJobId']}) is run again (1): machine "
     wait_for(lambda: name in notices(demo))
     wait_for(lambda: re.search("127.0.0.4:.* is back, and used again", notices(demo)))
     wait_for(lambda: on(third) and on(second))
