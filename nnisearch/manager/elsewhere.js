@@ -33,8 +33,8 @@ const shared = {
     // On NFS a new file appears late, but changes of an existing one are seen on opening.
     prepare: (job) => fs.writeFileSync(noteOf(job), ""),
     begun(job) {
-        const [time, place] = read(noteOf(job)).split(/\s+/);
-        if (time) return { time: Number(time) || undefined, place };
+        const [, time, place] = /^(\d+) (\S+)$/m.exec(read(noteOf(job))) ?? [];
+        if (time) return { time: Number(time), place };
         return read(`${job.workingDirectory}/.nni/metrics`) ? {} : undefined;
     },
     async cancel() {},

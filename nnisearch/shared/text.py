@@ -75,6 +75,7 @@ def reason(text):
         elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line) and not SRUNS_END.match(line):
             found = number
     printed = [line for line in lines if line.strip()]
+    printed = [line for line in printed if not SRUNS_END.match(line)] or printed
     if not printed:
         return "it has printed nothing"
     line = one_line(lines[found] if found >= 0 else printed[-1])
