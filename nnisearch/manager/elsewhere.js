@@ -21,6 +21,7 @@ const NOT_YET = new RegExp("^srun: error: .*("
     + ").*$", "m");
 // What srun says of a job whose state SLURM does not tell.
 const LOST = /^(srun|slurmstepd\S*): error: .*(node failure|due to preemption|launch.* failed).*$/im;
+const SLURMS_ERROR = /^(srun|slurmstepd\S*): (error: |.* aborted)/m;
 const NO_PROLOG = /^.*task.?prolog.*$/im;
 
 // A trial may delete its files.
@@ -91,8 +92,9 @@ function bySlurm({ elsewhere: { environment, name }, say }) {
         },
         async lost(job) {
             warnOfTasks(job);
-            if (job.end.status === 0) return undefined;
             const said = read(`${job.workingDirectory}/stderr`);
+            // With a node's failure srun's status is 0, too.
+            if (job.end.status === 0 && !SLURMS_ERROR.test(said)) return undefined;
             const refused = shared.begun(job) ? undefined : NOT_YET.exec(said)?.[0];
             if (refused) {
                 sayOnce(`SLURM takes no more jobs now, so trials are submitted again later: ${refused}`);

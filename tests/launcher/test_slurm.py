@@ -200,7 +200,8 @@ REFUSED = "srun: error: Unable to allocate resources: "
         (f"{REFUSED}Socket timed out on send/recv operation", "", 4000, "timed out"),
         ("slurmstepd: error: *** STEP 2.0 ON n1 CANCELLED AT ... ***", "PREEMPTED", 0, ""),
         ("ValueError", "FAILED", None, ""),
-        ("ValueError", "NODE_FAIL", 0, ""),
+        ("ValueError", "BOOT_FAIL", 0, ""),
+        ("srun: error: Node failure on n1", "NODE_FAIL", 0, ""),
         ("slurmstepd: error: *** JOB 2 CANCELLED DUE TO TIME LIMIT ***", "TIMEOUT", None, ""),
         ("srun: error: Node failure on n1", "CANCELLED", None, ""),
         ("srun: error: Application launch failed: no route", "", 0, ""),
@@ -213,7 +214,12 @@ def test_slurm_is_asked_how_a_job_has_ended(tmp_path, printed, state, again, wor
     for name in ("squeue", "sacct"):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "stderr").write_text(printed)
-    job = {"id": "t", "form": {"sequenceId": 0}, "again": 2, "end": {"status": 1}}
+    job = {
+        "id": "t",
+        "form": {"sequenceId": 0},
+        "again": 2,
+        "end": {"status": int(state != "NODE_FAIL")},
+    }
     job["workingDirectory"] = str(tmp_path)
     settings = {"kind": "slurm", "name": "nni-search-", "environment": {}}
     node = Path(nni_node.__path__[0], "node")
