@@ -10,11 +10,11 @@ from pathlib import Path
 
 from nnisearch.shared.text import one_line
 
-# srun runs this on the node before each task. It notes the time and the node in the trial's file
-# of which elsewhere.js reads, and whether there are several tasks.
+# srun runs this on the node before each task. It notes the time, the node and the job in the file
+# that elsewhere.js reads, and whether there are several tasks.
 PROLOG = """#!/bin/sh
 note="$NNI_SYS_DIR/.nni/elsewhere"
-[ "$SLURM_PROCID" = 0 ] && echo "$(date +%s%3N) $SLURMD_NODENAME" >> "$note"
+[ "$SLURM_PROCID" = 0 ] && echo "$(date +%s%3N) $SLURMD_NODENAME $SLURM_JOB_ID" >> "$note"
 [ "$SLURM_PROCID" = 1 ] && echo several >> "$note"
 {then}
 """
@@ -76,7 +76,8 @@ def prepare(config, id: str, folder: Path) -> dict:
     if job := os.environ.get("SLURM_JOB_ID"):
         print(f"The trials run within SLURM's job {job}: as many at a time as have room there")
         environment["SLURM_EXACT"] = "1"  # otherwise each takes all of it
-    return {"kind": "slurm", "name": job_name(id, ""), "environment": environment}
+    name = job_name(id, "")
+    return {"kind": "slurm", "name": name, "environment": environment, "isStep": bool(job)}
 
 
 def cancel_jobs(id: str) -> None:

@@ -10,6 +10,7 @@ const { promisify } = require("util");
 const RERUNS = 3; // of a SLURM job, at most
 const LONGEST = 60; // s between two submissions
 const PATIENCE = 40; // s until SLURM knows how a job has ended
+const LIMIT = { timeout: 20_000 }; // ms for an answer
 const RETRIES = 60; // of scancel, one each 5 s
 // SLURM's states of a job that it has ended itself, but not for a limit.
 const ENDED_BY_SLURM = ["BOOT_FAIL", "NODE_FAIL", "PREEMPTED", "REVOKED"];
@@ -34,7 +35,7 @@ const shared = {
     // On NFS a new file appears late, but changes of an existing one are seen on opening.
     prepare: (job) => fs.writeFileSync(noteOf(job), ""),
     begun(job) {
-        const [, time, place] = /^(\d+) (\S+)$/m.exec(read(noteOf(job))) ?? [];
+        const [, time, place] = /^(\d+) (\S+)/m.exec(read(noteOf(job))) ?? [];
         if (time) return { time: Number(time), place };
         return read(`${job.workingDirectory}/.nni/metrics`) ? {} : undefined;
     },
@@ -55,7 +56,7 @@ const overSsh = ({ elsewhere: { folder, program }, python, say }) => ({
     },
 });
 
-function bySlurm({ elsewhere: { environment, name }, say }) {
+function bySlurm({ elsewhere: { environment, isStep, name }, say }) {
     const told = new Set();
     const sayOnce = (line) => {
         if (!told.has(line)) say(line);
@@ -65,23 +66,19 @@ function bySlurm({ elsewhere: { environment, name }, say }) {
         if (read(noteOf(job)).includes("several"))
             sayOnce(`${nameOf(job)} runs as several tasks, which all report: srun --ntasks=1 asks for one`);
     };
-    // SLURM forgets a job after some minutes. Without accounting, sacct fails.
-    async function ask(job) {
-        const query = ["-h", "-t", "all", "--name", name + job.id, "-o", "%A %T"];
-        const { stdout } = await promisify(execFile)("squeue", query, { timeout: 20_000 });
-        const jobs = stdout.trim().split("\n").sort((one, other) => parseInt(one) - parseInt(other));
-        if (jobs[jobs.length - 1]) return jobs[jobs.length - 1].split(" ")[1];
-        const account = ["-n", "-X", "-P", "--name", name + job.id, "-o", "State"];
-        const { stdout: states } = await promisify(execFile)("sacct", account, { timeout: 20_000 });
-        return states.trim().split("\n").pop().split(" ")[0];
-    }
+    // Whether SLURM has ended a trial's job, and not for a limit: its state, "" if that is unknown.
     async function stateOf(job) {
+        const number = /^\d+ \S+ (\d+)$/m.exec(read(noteOf(job)))?.[1];
         const end = Date.now() + PATIENCE * 1000;
-        for (;;) {
-            const state = await ask(job).catch(() => "");
-            if (!UNCLEAR.includes(state) || Date.now() > end) return state;
+        while (number && !isStep && Date.now() < end) {
+            const ask = promisify(execFile)("scontrol", ["-o", "show", "job", number], LIMIT);
+            const { stdout } = await ask.catch(() => ({ stdout: "" }));
+            const state = /\bJobState=(\w+)/.exec(stdout)?.[1] ?? "";
+            const isPreempted = /\bPreemptTime=\d/.test(stdout); // with a GraceTime it just FAILED
+            if (!UNCLEAR.includes(state)) return isPreempted ? "PREEMPTED" : state;
             await pause(500);
         }
+        return "";
     }
     return {
         ...shared,
@@ -113,7 +110,7 @@ function bySlurm({ elsewhere: { environment, name }, say }) {
         },
         // srun ends its job unless it was killed itself.
         async cancel(job) {
-            const cancel = () => promisify(execFile)("scancel", ["--name", name + job.id]);
+            const cancel = () => promisify(execFile)("scancel", ["--name", name + job.id], LIMIT);
             const tryAgain = async () => {
                 for (let tries = 0; tries < RETRIES; tries++) {
                     await pause(5000);

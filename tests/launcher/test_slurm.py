@@ -199,6 +199,8 @@ REFUSED = "srun: error: Unable to allocate resources: "
         (f"{REFUSED}Unable to contact slurm controller (connect failure)", "", 4000, "contact"),
         (f"{REFUSED}Socket timed out on send/recv operation", "", 4000, "timed out"),
         ("slurmstepd: error: *** STEP 2.0 ON n1 CANCELLED AT ... ***", "PREEMPTED", 0, ""),
+        ("ValueError", "FAILED PreemptTime=2026-12-01T01:48:35", 0, ""),
+        ("ValueError", "FAILED PreemptTime=None", None, ""),
         ("ValueError", "FAILED", None, ""),
         ("ValueError", "BOOT_FAIL", 0, ""),
         ("srun: error: Node failure on n1", "NODE_FAIL", 0, ""),
@@ -209,10 +211,12 @@ REFUSED = "srun: error: Unable to allocate resources: "
     ],
 )
 def test_slurm_is_asked_how_a_job_has_ended(tmp_path, printed, state, again, words):
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\n[ -z '{state}' ] || echo '5 {state}'\n")
-    (tmp_path / "sacct").write_text("#!/bin/sh\nexit 1\n")
-    for name in ("squeue", "sacct"):
-        (tmp_path / name).chmod(0o755)
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\n[ $4 = 5 ] && echo 'JobId=5 JobState={state}'\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / ".nni").mkdir()
+    (tmp_path / ".nni" / "elsewhere").write_text("1796087806106 n1 5\n" if state else "")
     (tmp_path / "stderr").write_text(printed)
     job = {
         "id": "t",
