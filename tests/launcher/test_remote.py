@@ -306,7 +306,7 @@ def test_a_search_goes_on_while_machines_come_and_go(experiment, machine, tmp_pa
     changes = {"trainingService": service, "searchSpace": space, "trialCommand": command}
     changes |= {"trialConcurrency": 3, "maxTrialNumber": 5, "trialGpuNumber": None}
     changes |= {"tuner": {"name": "Random"}, "nniManagerIp": "192.0.2.9"}
-    demo = experiment("configs/remote.yml", [*SEARCH, "--no-rehearsal"], **changes)
+    demo = experiment("configs/remote.yml", SEARCH, **changes)
     assert "127.0.0.4" in demo.said and "left out until it answers" in demo.said
 
     def on(machine):

@@ -20,7 +20,7 @@ from waiting import wait_for
 from nnisearch import elsewhere
 from nnisearch.before import config as configuration
 from nnisearch.elsewhere import slurm
-from nnisearch.results.trials import Trials
+from nnisearch.results.database import Trials
 from nnisearch.shared.text import reason
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "slurm.yml").read_text())
@@ -57,7 +57,7 @@ def search(experiment):
 def trials_of(search):
     trials = Trials(search.home / "nni-experiments" / search.id / "db" / "nni.sqlite")
     trials.update()
-    return list(trials.known.values())
+    return list(trials.by_id.values())
 
 
 def running(search):
@@ -144,7 +144,7 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
 
 def prepare(folder, command):
     """Prepare a search that runs a command; return elsewhere.js's settings."""
-    config = configuration.load(ROOT / "configs" / "slurm.yml")
+    config, _ = configuration.load(ROOT / "configs" / "slurm.yml")
     config.trial_command, config.trial_code_directory = command, str(folder)
     return elsewhere.prepare(config, "search", folder, False)
 
