@@ -157,10 +157,13 @@ def start(experiment: Experiment, args: Namespace) -> int:
             only_tuner = args.keep_going or not is_new  # a resumed search has run before
             seen = None if over_there else readers
             try:
-                first_trials.watch(config, folder, port, logs, seen, only_tuner)
+                waiting = first_trials.watch(config, folder, port, logs, seen, only_tuner)
             except ValueError:
                 checks.check_disk(folder, EXPERIMENT_SIZE)  # a full disk may be the cause
                 raise
+            if args.detach:  # otherwise progress.watch() prints these
+                for line in progress.Notices(config, folder).new(waiting):
+                    print(line)
         return port
 
 
@@ -176,10 +179,8 @@ def parse_args(argv: list[str] | None, prog: str, project: Project) -> Namespace
     add("--detach", action="store_true", help="return once the first trials run")
     add("--keep-going", action="store_true", help="start the search even if its first trials fail")
     add("--listen", metavar="ADDRESS", help="open the Web UI to everybody who reaches this address")
-    host = (
-        "a host name by which they reach it, if not by an IP address (several: --host A --host B)"
-    )
-    add("--host", metavar="NAME", action="append", default=[], help=host)
+    hosts = "a host name by which they reach it, if it is no IP address; may be repeated"
+    add("--host", metavar="NAME", action="append", default=[], help=hosts)
     add("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
     add("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
     args = parser.parse_args(argv[1:] if argv[:1] == ["create"] else argv)  # as nnictl's users type
