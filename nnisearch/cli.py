@@ -40,6 +40,7 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 LIST_SIZE = 1  # MB: NNI loses its list of experiments if the disk is full
+LONGEST = 480  # bytes of a folder's name; SQLite cannot open a longer path below it
 elsewhere_prepare = lambda *_: None  # noqa: E731
 
 
@@ -69,6 +70,9 @@ class Project:
 def check_folder(config: ExperimentConfig, project: Project) -> list[str]:
     """Check the folder of the search's files."""
     folder = Path(config.experiment_working_directory)
+    if len(os.fsencode(folder)) > LONGEST:
+        allowed = f"a path of at most {LONGEST} bytes, which SQLite can open"
+        raise ValueError(f"experimentWorkingDirectory is '{folder}'; allowed: {allowed}")
     checks.check_disk(folder, EXPERIMENT_SIZE)
     checks.check_private(folder)
     return []

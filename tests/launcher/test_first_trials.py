@@ -207,7 +207,6 @@ def first(tmp_path, monkeypatch):
 FAILED, RUNNING, DONE, WAITING = "FAILED", "RUNNING", "SUCCEEDED", "WAITING"
 
 
-
 @pytest.mark.parametrize(
     ("trials", "how", "part"),
     [
@@ -252,7 +251,7 @@ def test_the_watch_ends_when_a_trial_shows_that_trials_work(first, trials, how, 
 def test_fewer_trials_than_five_may_be_all(first):
     two = first((FAILED, None), (FAILED, None), seconds=3)
     assert not two.are_good("RUNNING")
-    with pytest.raises(ValueError, match="the first 2 trials fail, such as with {}$"):
+    with pytest.raises(ValueError, match="the first 2 trials fail, such as with "):
         two.are_good("TUNER_NO_MORE_TRIAL")
 
 
