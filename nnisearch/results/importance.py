@@ -19,9 +19,11 @@ def importances(trials: list[Trial]) -> dict[str, float]:
     """
     if len(trials) < LEAST or len({trial.result for trial in trials}) < 2:
         return {}
-    import optuna  # not at the top: it takes two seconds, and --json does not need it
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-    from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # joblib warns if this machine has no /dev/shm
+        import optuna  # not at the top: it takes two seconds, and --json does not need it
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+        from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     values, keys = hyperparameters(trials)
@@ -49,10 +51,8 @@ def importances(trials: list[Trial]) -> dict[str, float]:
         )
         for number, trial in enumerate(trials)
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # joblib warns if this machine has no /dev/shm
-        # Agrees with fANOVA on searches of 20 to 1,000 trials; for 1,000 trials it takes 0.5 s,
-        # where fANOVA takes a minute. PED-ANOVA fails on some 20 trials.
-        evaluator = MeanDecreaseImpurityImportanceEvaluator(seed=0)
-        shares = get_param_importances(study, evaluator=evaluator)
+    # Agrees with fANOVA on searches of 20 to 1,000 trials; for 1,000 trials it takes 0.5 s, where
+    # fANOVA takes a minute. PED-ANOVA fails on some 20 trials.
+    evaluator = MeanDecreaseImpurityImportanceEvaluator(seed=0)
+    shares = get_param_importances(study, evaluator=evaluator)
     return {key: float(share) for key, share in shares.items()}

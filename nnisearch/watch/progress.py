@@ -21,7 +21,6 @@ from nnisearch.results.database import Trials
 from nnisearch.results.trials import ENDED
 from nnisearch.shared import slurm
 from nnisearch.shared.direction import direction, explanation
-from nnisearch.shared.output import may_be_closed
 from nnisearch.shared.text import one_line
 from nnisearch.watch.endings import Endings
 from nnisearch.watch.liveness import Liveness, Log
@@ -43,10 +42,8 @@ def watch(id, port, config, resume, choose):
     RuntimeError if the search ends in another way.
     """
     folder = Path(config.experiment_working_directory, id)
-    with (
-        may_be_closed(),
-        tqdm(total=config.max_trial_number, unit="trial", disable=None, dynamic_ncols=True) as bar,
-    ):
+    total = config.max_trial_number
+    with tqdm(total=total, unit="trial", disable=None, dynamic_ncols=True) as bar:
         search = Watched(id, port, folder, resume, choose)
         tqdm.write(explanation(config.json(), folder, choose))
         display = Display(config, folder, bar)
@@ -65,7 +62,8 @@ def show_once(search, display):
     if status is None:
         return False
     if any(trial.status in ENDED for trial in changed):  # nnictl may have changed the number
-        display.bar.total = search.params().get("maxTrialNumber") or display.bar.total
+        total = search.profile().get("params", {}).get("maxTrialNumber")
+        display.bar.total = total or display.bar.total
     display.show(search.trials.by_id, changed)
     if search.is_done(status) and not display.late:
         if line := search.shortfall(status):
@@ -91,41 +89,36 @@ class Watched:
         Returns None and [] if one of the two cannot be read now. Raises RuntimeError if the manager
         has ended or the database has been removed.
         """
+        status = problem = None
         try:
             status = rest.get(self.port, "/check-status")
-        except OSError as error:
-            silence = time.monotonic() - self.heard
-            never_seen = self.liveness.manager is None
-            if self.liveness.is_over() or (never_seen and silence > SILENCE):
-                raise RuntimeError(self.death()) from None
-            return self.silence(error)
-        if self.liveness.is_over():  # somebody else has the port now, and has answered
-            raise RuntimeError(self.death())
-        try:
             changed = self.trials.update()
         except OSError as error:
-            if self.trials.path.exists():
-                return self.silence(error)
+            problem = error
+        silence = time.monotonic() - self.heard
+        is_gone = status is None and self.liveness.manager is None and silence > SILENCE
+        if self.liveness.is_over() or is_gone:  # somebody else may have its port now
+            raise RuntimeError(self.death())
+        if status and not self.trials.path.exists():
             said = one_line(" ".join(status.get("errors", []))) or status["status"]
             manager = self.liveness.manager
             end = f"kill {manager.pid}" if manager else "end its manager"
             what = f"{self.trials.path} has been removed; NNI's manager says: {said}"
-            raise RuntimeError(f"search {self.id}: {what}; to end it: {end}") from None
+            raise RuntimeError(f"search {self.id}: {what}; to end it: {end}")
+        if problem:
+            self.tell_silence(silence, problem)
+            return None, []
         self.heard, self.is_silent = time.monotonic(), False
         if changed:
             self.changed, self.is_idle = self.heard, False
         return status, changed
 
-    def silence(self, error):
-        """Print once that the search has not answered for SILENCE seconds; return None and []."""
-        silence = time.monotonic() - self.heard
+    def tell_silence(self, silence, problem):
+        """Print once that the search has not answered for SILENCE seconds."""
         if silence > SILENCE and not self.is_silent:
             self.is_silent = True
-            tqdm.write(
-                f"search {self.id} has not answered for {silence:.0f} s; still waiting:"
-                f" {one_line(error)}"
-            )
-        return None, []
+            how_long = f"has not answered for {silence:.0f} s; still waiting"
+            tqdm.write(f"search {self.id} {how_long}: {one_line(problem)}")
 
     def is_done(self, status):
         """Return whether all trials have ended and no more will start."""
@@ -149,13 +142,9 @@ class Watched:
         except OSError:
             return {}
 
-    def params(self):
-        """Return the configuration as it is now: nnictl can change it. {} as in profile()."""
-        return self.profile().get("params", {})
-
     def shortfall(self, status):
         """Return why a search has ended before maxTrialNumber trials, "" if it has not."""
-        params = self.params()
+        params = self.profile().get("params", {})  # nnictl may have changed them
         limit, asked = params.get("maxExperimentDuration"), params.get("maxTrialNumber") or 0
         ended = len(self.trials.by_id)
         if ended >= asked:
