@@ -369,11 +369,11 @@ def test_a_line_tells_which_lock_the_command_waits_for(tmp_path, monkeypatch):
     said = []
     with (tmp_path / "start.lock").open("w") as other, (tmp_path / "start.lock").open() as own:
         assert locks.is_taken(other)
+        releases = [other.close, dated.unlink]
 
         def released(line):
             said.append(line)
-            other.close()
-            dated.unlink(missing_ok=True)
+            releases.pop(0)()
 
         monkeypatch.setattr(locks, "NOTICE", 0.1)
         monkeypatch.setattr(locks, "print", released, raising=False)
