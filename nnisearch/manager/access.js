@@ -22,6 +22,8 @@ const CODE = /"__(symbol|nni_type|nni_obj|enum)__":/; // keys that NNI's seriali
 const USER = process.getuid();
 // In WSL a process of root relays the connections of Windows' browser.
 const isWsl = /microsoft/i.test(require("os").release());
+const REFUSAL = `This Web UI only answers processes of user ${USER}. --listen 127.0.0.1 admits all `
+    + "users of this machine, and so a proxy or a relay, such as kubectl port-forward's.\n";
 const isOwn = (user) => user === USER || (isWsl && user === 0);
 
 // The UID of the process at the other end of each connection; undefined if none is on this machine.
@@ -43,19 +45,13 @@ function ownersOf(sockets) {
     });
 }
 
-// Close a connection. A process of another user is told why: it may be this user's own relay.
-function turnAway(socket, user) {
-    if (user === undefined) return socket.destroy();
-    forbid(socket, `A process of user ${user} has asked, and this Web UI belongs to user ${USER}. `
-        + "--listen 127.0.0.1 admits all users of this machine, and so a proxy or a relay, "
-        + "such as kubectl port-forward's.\n");
-    socket.resume();
+// Answer a connection in one line, and close it. It may be of this user's own proxy or relay.
+function forbid(socket, text) {
+    socket.on("error", () => {}).end(
+        `HTTP/1.1 403 Forbidden\r\nContent-Length: ${text.length}\r\n\r\n${text}`);
+    socket.resume(); // otherwise its unread request resets the connection before the answer
     setTimeout(() => socket.destroy(), 1000).unref();
 }
-
-const forbid = (socket, text) => socket.on("error", () => {}).end(
-    "HTTP/1.1 403 Forbidden\r\nConnection: close\r\n"
-    + `Content-Length: ${Buffer.byteLength(text)}\r\n\r\n${text}`);
 
 // Why a request is refused, or undefined. Browsers name the requesting page in Origin or
 // Sec-Fetch-Site, sometimes in only one. Host is checked, too, because DNS can give any name this
@@ -73,7 +69,7 @@ function refusal(headers, { listen, host: names = [] }) {
         return "A page of another site has asked. Type this address into the browser instead.";
 }
 
-// Guard NNI's server. Returns two functions that pass a connection by the guard: any, or the tuner's.
+// Guard NNI's server. Returns two functions that pass a connection by the guard: any, the tuner's.
 function guard(server, settings, isOpen) {
     const { close, emit } = server;
     const pass = (socket) => emit.call(server, "connection", socket);
@@ -86,17 +82,16 @@ function guard(server, settings, isOpen) {
         const start = performance.now();
         const sockets = waiting.splice(0);
         ownersOf(sockets).forEach((user, index) =>
-            isOwn(user) ? pass(sockets[index]) : turnAway(sockets[index], user));
+            isOwn(user) ? pass(sockets[index]) : forbid(sockets[index], REFUSAL));
         nextReading = performance.now() + 4 * (performance.now() - start);
+    };
+    const knock = (socket) => {
+        socket.on("error", () => {}); // it may hang up while it waits
+        if (waiting.push(socket) === 1) setTimeout(decide, nextReading - performance.now());
     };
     server.maxConnections = MOST;
     server.emit = function (event, subject, answer, ...rest) {
-        if (event === "connection" && isOpen) return pass(subject);
-        if (event === "connection") {
-            subject.on("error", () => {}); // it may hang up while it waits
-            if (waiting.push(subject) > 1) return;
-            return setTimeout(decide, nextReading - performance.now());
-        }
+        if (event === "connection") return isOpen ? pass(subject) : knock(subject);
         if (event === "upgrade" && subject.socket !== tuner) // answer is a socket
             return forbid(answer, "Only the search's own tuner may open a web socket.\n");
         if (event === "request") {

@@ -183,7 +183,7 @@ def test_no_signal_opens_a_debugger(guarded):
 def test_the_users_node_options_open_no_debugger(monkeypatch, capsys, options):
     monkeypatch.setenv("NODE_OPTIONS", options)
     monkeypatch.setenv("NNI_GUARD", "")
-    prepare_environment(SimpleNamespace(training_service=None), None)
+    prepare_environment(None, [], None)
     assert "--inspect" not in os.environ["NODE_OPTIONS"]
     assert ("--no-warnings" in os.environ["NODE_OPTIONS"]) == ("--no-warnings" in options)
     assert json.loads(os.environ["NNI_GUARD"])["nodeOptions"] == options  # which trials get
