@@ -212,14 +212,9 @@ def from_stored(params, where):
         raise ValueError(f"{where}: {explanation(error)}") from None
 
 
-def services(config):
-    """Return a configuration's training services as a list."""
-    return [config.training_service]
-
-
 def is_local(config):
     """Return whether all trials run on this machine."""
-    return getattr(config.training_service, "platform", "several") == "local"
+    return getattr(config.training_service, "platform", "several") == "local"  # or a list
 
 
 @functools.cache
