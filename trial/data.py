@@ -142,8 +142,9 @@ def save(content, path):
     """
     buffer = io.BytesIO()  # torch.save to a file hides why the disk refuses it
     torch.save(content, buffer)
+    place = {"prefix": f"{path.name}.", "suffix": ".tmp", "dir": path.absolute().parent}
     try:
-        with folder_beside(path) as folder:
+        with tempfile.TemporaryDirectory(**place) as folder:
             unfinished = Path(folder, path.name)
             unfinished.write_bytes(buffer.getbuffer())
             os.replace(unfinished, path)
@@ -152,15 +153,5 @@ def save(content, path):
 
 
 def can_save(path):
-    """Return whether save() can write this path now."""
-    try:
-        folder_beside(path).cleanup()
-    except OSError:
-        return False
-    return path.is_file() or not path.exists()
-
-
-def folder_beside(path):
-    """Return a new temporary folder beside this path, on the same disk."""
-    place = path.absolute().parent
-    return tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".tmp", dir=place)
+    """Return whether save() may write this path."""
+    return os.access(path.absolute().parent, os.W_OK) and (path.is_file() or not path.exists())
