@@ -188,11 +188,9 @@ def parse_args(argv=None):
 
     If a flag or a value is not allowed, exits with status 2 and one line on stderr.
     """
-    parser = argparse.ArgumentParser(
-        description="Train the CNN of PyTorch's CIFAR-10 tutorial, by itself or as a trial of NNI.",
-        usage=argparse.SUPPRESS,  # an error is one line, without the usage
-        allow_abbrev=False,
-    )
+    # An error is one line, without the usage.
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description = "Train the CNN of PyTorch's CIFAR-10 tutorial, alone or as NNI's trial."
     add = parser.add_argument
     for key, entry in HYPERPARAMETERS.items():
         add("--" + key.replace("_", "-"), **entry.flag)

@@ -9,7 +9,7 @@ import few_images
 import pytest
 import torch
 from conftest import ROOT
-from experiment import UNCHECKED, Experiment, accuracy, processes_at
+from experiment import Experiment, accuracy, processes_at
 from PIL import Image
 
 import train
@@ -147,7 +147,7 @@ def test_the_readmes_own_network_and_data_are_searched(tmp_path, home, environme
         ROOT / "configs" / "demo.yml",
         home,
         environment | {"PYTHONPATH": ""},
-        UNCHECKED,
+        [project / "search.py"],
         trialCommand="OMP_NUM_THREADS=1 python3 train.py",
         trialCodeDirectory=str(project),
         tuner={"name": "Random"},
