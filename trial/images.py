@@ -38,7 +38,8 @@ def check_network(model, images, labels, tta=False):
 
 def in_words(value):
     """Return a tensor's or an array's type and shape, or another value's type."""
-    return f"{value.dtype} {tuple(value.shape)}" if hasattr(value, "shape") else f"{type(value)}"
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    return f"{value.dtype} {tuple(value.shape)}" if is_array else type(value).__name__
 
 
 def make_batch(images, labels, index, pixels):

@@ -51,9 +51,9 @@ RIGHT = "(1000, 3, 32, 32), torch.int64 (1000,), torch.uint8 (200, 3, 32, 32), t
     [
         (
             None,
-            "load_data() returns <class 'NoneType'>; allowed: for training and for test, images",
+            "load_data() returns NoneType; allowed: for training and for test, images",
         ),
-        ((1, 2, 3), "load_data() returns <class 'int'>, <class 'int'>, <class 'int'>; allowed"),
+        ((1, 2, 3), "load_data() returns int, int, int; allowed"),
         (changed(0, torch.Tensor.float), f"load_data() returns torch.float32 {RIGHT}"),
         (changed(1, torch.Tensor.numpy), "torch.uint8 (1000, 3, 32, 32), int64 (1000,), "),
         (changed(2, lambda images: images[:, 0]), "torch.uint8 (200, 32, 32), "),
@@ -83,7 +83,7 @@ def test_wrong_data_ends_in_one_line(main, monkeypatch, data_set, line):
 @pytest.mark.parametrize(
     ("forward", "line"),
     [
-        (lambda self, x: (x, x), "Net returns <class 'tuple'> for an image"),
+        (lambda self, x: (x, x), "Net returns tuple for an image"),
         (
             lambda self, x: x.flatten(1)[:, :9],
             "Net returns torch.float32 (1, 9) for an image, with ",
