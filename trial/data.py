@@ -46,7 +46,9 @@ def load_cifar10(data_dir):
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a read-only folder, or a disk without locks
             data_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(f"{cache}.lock", "a"))
+            path = Path(f"{cache}.lock")
+            is_others = path.exists() and not os.access(path, os.W_OK)  # another user's
+            lock = stack.enter_context(open(path, "r" if is_others else "a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         if tensors := read_cache(cache):  # another trial has made it meanwhile
             return tensors
