@@ -263,8 +263,6 @@ def show_address(id: str, port: int, config: ExperimentConfig, listen: str | Non
     if listen:
         reach = f"everybody who reaches {listen}:{port} can run any command as you"
         print(f"Warning: {reach}, because of --listen")
-    elif not Path("/proc/net/tcp").exists():
-        print("Other users of this machine can use it, too, because it has no /proc")
     elif "microsoft" in platform.release().lower():
         print("Processes of root can use it, too: in WSL, Windows' browser comes through one")
 
