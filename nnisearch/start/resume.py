@@ -11,7 +11,7 @@ from pathlib import Path
 from nni.experiment import rest
 
 from nnisearch.before.config import from_stored
-from nnisearch.results.trials import find_folder, known_ids, read_experiments
+from nnisearch.results.experiments import find_folder, known_ids, read_experiments
 from nnisearch.shared.place import runs_on_other_host
 from nnisearch.shared.processes import argument_of, end, manager_of, managers, processes_of
 from nnisearch.shared.text import one_line
@@ -26,7 +26,7 @@ def list_experiments():
     An experiment on another machine, or in another container, keeps its status. Raises OSError or
     ValueError if the list is damaged: NNI would treat it as empty, and overwrite it.
     """
-    listed = read_experiments(id=str, status=str, logDir=str)
+    listed = read_experiments()
     alive = managers()
     for id, entry in listed.items():
         if id not in alive and not runs_on_other_host(Path(entry["logDir"], id)):
@@ -98,8 +98,8 @@ def clear(experiment):
     Before a resume, end what a killed manager has left. Raises ValueError if a manager runs, for
     example because another command has just resumed it.
     """
-    id, action = experiment.id, experiment._action
-    status = read_experiments(status=str).get(id, {}).get("status")
+    id, action = experiment.id, experiment.action
+    status = read_experiments().get(id, {}).get("status")
     patience = time.monotonic() + STOPPING
     while (manager := manager_of(id)) and status == "STOPPED" and time.monotonic() < patience:
         time.sleep(0.1)
@@ -109,5 +109,5 @@ def clear(experiment):
     if action == "resume":
         end([manager] if manager else [])
         for _ in range(2):  # twice: they may have started others meanwhile
-            end(processes_of(id, Path(experiment.config.experiment_working_directory, id)))
+            end(processes_of(id, experiment.folder))
     Experiments().update_experiment(id, "status", "STOPPED")  # otherwise NNI refuses
