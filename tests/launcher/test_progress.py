@@ -386,9 +386,10 @@ def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_p
             blocked.append(signal.SIGTSTP in signal.pthread_sigmask(signal.SIG_BLOCK, []))
             return super().execute(*args)
 
-    monkeypatch.setattr(
-        databases.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Connection)
-    )
+    def connect_and_note(address, **how):
+        return connect(address, factory=Connection, **how)
+
+    monkeypatch.setattr(databases.sqlite3, "connect", connect_and_note)
     trials = databases.Trials(path)
     with contextlib.closing(connect(path, timeout=0, isolation_level=None)) as nni:
         nni.execute("PRAGMA synchronous = OFF")
