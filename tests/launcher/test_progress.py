@@ -307,8 +307,8 @@ def start_child():
     """Start a child of this process, which is killed at the end."""
     children = []
 
-    def start_child(*command):
-        children.append(subprocess.Popen(command))
+    def start_child(*command, **variables):
+        children.append(subprocess.Popen(command, env=os.environ | variables))
         return children[-1]
 
     yield start_child
@@ -321,8 +321,10 @@ def start_child():
 def test_a_zombie_or_a_closed_process_never_makes_a_search_dead(
     watched, start_child, monkeypatch, error
 ):
-    tuner = start_child("sleep", "600")
+    folder = watched.trials.path.parents[1]
     closed, zombie = start_child("sleep", "600"), start_child("true")
+    tuner = start_child("sleep", "600", NNI_LOG_DIRECTORY=f"{folder}/log")
+    trial = start_child("sleep", "600", NNI_EXP_ID="abc123")
     wait_for(lambda: psutil.Process(zombie.pid).status() == psutil.STATUS_ZOMBIE)
     closed_pids = {closed.pid, tuner.pid}
 
@@ -342,11 +344,13 @@ def test_a_zombie_or_a_closed_process_never_makes_a_search_dead(
     assert not any(watched.liveness.tuner_is_dead() for _ in range(9))
     assert watched.liveness.tuner.pid == tuner.pid
     assert processes.lives(psutil.Process(closed.pid)) is None
-    assert processes.managers() == {}
-    assert processes.processes_of("abc123", watched.trials.path) == set()
-    processes.stop(zombie.pid, watched.trials.path)
-    tuner.kill()
-    wait_for(watched.liveness.tuner_is_dead)
+    assert "abc123" not in processes.managers()
+    family = processes.processes_of("abc123", folder)
+    assert {process.pid for process in family} == {tuner.pid, trial.pid}
+    processes.stop(zombie.pid, folder)
+    assert tuner.wait(60) == trial.wait(60) == -signal.SIGTERM
+    assert watched.liveness.tuner_is_dead()
+    assert closed.poll() is None
 
 
 def test_a_pass_reads_only_what_is_new(tmp_path):
