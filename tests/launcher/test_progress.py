@@ -405,8 +405,8 @@ def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_p
             return note_metric(*metric)
 
         monkeypatch.setattr(trials, "note_metric", write_and_note)
-        (found,) = trials.update()
-    assert len(found.intermediate) == 2500 < len(written)
+        (changed,) = trials.update()
+    assert len(changed.intermediate) == 2500 < len(written)
     assert all(blocked)
     assert len(blocked) == 1 + 2 + 4  # a thousand rows at a time
     assert signal.SIGTSTP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
