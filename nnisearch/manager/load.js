@@ -1,7 +1,7 @@
 // Fixes faults of NNI's manager, into which Node's --require loads this file. The fixes concern access
-// (access.js), speed and correctness (pace.js), SLURM jobs (slurm.js), machines over SSH (machines.js)
-// and other machines with the same HOME (place.js). Each file changes modules of NNI, which it names
-// by their paths below nni_node.
+// (access.js), the manager of trials (manager.js), trials on this machine and others (local.js,
+// elsewhere.js), and the database and the list of searches (store.js). Each file changes modules of NNI,
+// which it names by their paths below nni_node.
 "use strict";
 const fs = require("fs");
 const Module = require("module");
@@ -36,8 +36,7 @@ const notices = path.join(settings.folder, "log", "notices.log");
 fs.rmSync(notices, { force: true }); // from before a resume
 settings.say = (line) => fs.appendFileSync(notices, `${line}\n`); // progress.py prints these lines
 settings.unstored = {}; // trial: number of its metrics that are not in the database yet
-// If two change the same function, the later one wraps the earlier one.
-const changes = ["access", "slurm", "pace", "machines", "place"].map((name) =>
+const changes = ["access", "manager", "local", "store"].map((name) =>
     require(`./${name}`)(settings, root));
 
 const { _load } = Module;

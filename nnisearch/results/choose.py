@@ -27,7 +27,7 @@ from nnisearch.results.table import as_csv, cell, table
 from nnisearch.results.trials import ENDED, NO_RESULT, Trial
 from nnisearch.shared.direction import DIRECTIONS
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
-from nnisearch.shared.place import elsewhere
+from nnisearch.shared.place import runs_on_other_host
 from nnisearch.shared.processes import argument_of, manager_of
 from nnisearch.shared.text import one_line
 
@@ -136,7 +136,7 @@ def left_behind(search: dict, folder: Path) -> list[str]:
     if not unended or not search["experiment"] or goes_on:
         return []
     left = "no manager continues this search on this machine, so this is the state it was left in"
-    return [f"{' and '.join(sorted(unended))}: {elsewhere(folder) or left}"]
+    return [f"{' and '.join(sorted(unended))}: {runs_on_other_host(folder) or left}"]
 
 
 def main(
