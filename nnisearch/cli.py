@@ -131,7 +131,10 @@ def new(args: Namespace, project: Project) -> Experiment:
     """Return an experiment of the configuration in args, or of the project's default one."""
     path, reason = (args.config, args.config) if args.config else project.default_config()
     print(f"Configuration: {one_line(reason)}")
-    return Experiment(configuration.load(path))
+    config, lines = configuration.load(path)
+    for line in lines:
+        print(one_line(line))
+    return Experiment(config)
 
 
 def stored(entry: dict, args: Namespace) -> Experiment:

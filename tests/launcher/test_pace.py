@@ -250,7 +250,8 @@ report(2)
 """
     (tmp_path / "trial.py").write_text(trial)
     script = """
-        until(() => events.length === 1).then(() => fs.writeFileSync(`${process.argv[3]}/seen`, ""));
+        const seen = `${process.argv[3]}/seen`;
+        until(() => events.length === 1).then(() => fs.writeFileSync(seen, ""));
     """
     script += END + "return [job.status, events, said];"
     status, told, said = run(script, tmp_path, f"{sys.executable} trial.py")
@@ -261,16 +262,38 @@ report(2)
     assert all(text.startswith("trial 0 (t") and line in text for text in said)
 
 
-def test_any_path_and_command_works_and_input_is_empty(tmp_path):
+COMMANDS = [
+    "python3 trial.py # don't",
+    "python3 trial.py > log 2>&1",
+    "python3 trial.py | tee log",
+    "python3 trial.py && true",
+    "exec python3 trial.py",
+    "python3 trial.py; cat; exit 0",  # its input is empty
+    'python3 trial.py && touch "$NNI_OUTPUT_DIR/out"',
+    "python3 - <<EOF\nimport runpy\nrunpy.run_path('trial.py', run_name='__main__')\nEOF",
+    'test "$PWD" = "$NNI_CODE_DIR" && python3 trial.py --data-dir ~/d "it\'s"',
+]
+
+
+def test_a_trial_command_may_be_any_bash_script_in_any_folder(tmp_path):
     folder = tmp_path / "it's a $(false) folder"
     folder.mkdir()
-    script = END + "return [job.status, fs.readFileSync(`${job.workingDirectory}/stdout`, 'utf8')];"
-    command = 'read x; echo "$PWD" "$NNI_TRIAL_SEQ_ID"; exec sh -c "exit 0"'
-    assert run(script, folder, command) == ["SUCCEEDED", f"{folder} 0\n"]
-    status, _ = run(script, folder, "no-such-command")
-    assert status == "FAILED"
-    errors = "".join(path.read_text() for path in folder.glob("trials/*/stderr"))
-    assert "no-such-command: command not found" in errors
+    (folder / "trial.py").write_text(f"{REPORT}report(os.environ['NNI_TRIAL_SEQ_ID'])")
+    script = """
+        const jobs = [];
+        for (const command of process.argv.slice(4)) {
+            const service = makeService(command);
+            const job = await startTrial(service, jobs.length);
+            await until(async () => (await service.getTrialJob(job.id)).endTime);
+            jobs.push(job);
+        }
+        const errors = fs.readFileSync(`${jobs.at(-1).workingDirectory}/stderr`, "utf8");
+        return [jobs.map(({ status }) => status), events, errors];
+    """
+    statuses, events, errors = run(script, folder, *COMMANDS, "pyton trial.py")
+    assert statuses == ["SUCCEEDED"] * len(COMMANDS) + ["FAILED"]
+    assert events == [f'report "{number}"' for number in range(len(COMMANDS))]
+    assert "pyton: command not found" in errors
 
 
 def test_a_trial_that_ends_while_nni_stops_does_not_count_as_ended(tmp_path):
@@ -288,7 +311,8 @@ HOOKS = """{
     prepare(job) { events.push(`prepare ${job.again ?? 0}`); },
     environment: () => ({ THERE: "n1" }),
     begun: (job) => job.again ? { place: "n1", time: 0 } : undefined,
-    lost: async (job) => job.again === 2 ? undefined : { why: "n1 is lost", pause: 1, limit: LIMIT },
+    lost: async ({ again }) =>
+        again === 2 ? undefined : { why: "n1 is lost", pause: 1, limit: LIMIT },
     cancel: async () => { events.push("cancel"); },
     close: async () => { events.push("close"); },
 }"""

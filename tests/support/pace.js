@@ -100,10 +100,11 @@ global.makeService = (trialCommand) => {
 };
 
 // Start a trial; return NNI's job.
-global.startTrial = async (service) => {
-    const id = `t${process.pid}`; // unique: the processes of a trial are ended by its ID
-    return service.submitTrialJob({ id, sequenceId: 0, hyperParameters: { index: 0, value: "{}" } });
-};
+global.startTrial = (service, sequenceId = 0) => service.submitTrialJob({
+    id: `t${process.pid}-${sequenceId}`, // unique: the processes of a trial are ended by its ID
+    sequenceId,
+    hyperParameters: { index: 0, value: "{}" },
+});
 
 global.until = async (condition) => {
     while (!await condition()) await pause(5);
