@@ -39,7 +39,7 @@ def holder(pid):
     try:
         process = psutil.Process(int(pid))
         return one_line(f"{process.name()} ({pid}, {process.username()})")
-    except (psutil.Error, TypeError, ValueError):
+    except (psutil.Error, OSError, TypeError, ValueError):
         return f"process {one_line(pid)}"
 
 

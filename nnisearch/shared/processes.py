@@ -120,14 +120,6 @@ def end(processes: Iterable[Process]) -> None:
 
 
 def stop(pid: int, folder: Path) -> None:
-    """End a process and all its descendants, even if the process itself has ended before.
-
-    Descendants are found by the process's session or, if they have left it, by the experiment's
-    folder in their environment.
-    """
-    family = set()
-    for process in own_processes():
-        with contextlib.suppress(OSError):  # it has ended
-            if pid in (process.pid, os.getsid(process.pid)):
-                family.add(process)
-    end(processes_of(folder.name, folder) | with_descendants(family))
+    """End a process with its descendants, and all processes of the experiment in a folder."""
+    family = with_descendants(process for process in own_processes() if process.pid == pid)
+    end(family | processes_of(folder.name, folder))

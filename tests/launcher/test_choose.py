@@ -381,11 +381,7 @@ OPTUNA = "nnisearch.tuners.OptunaTuner"
         ({"name": "MetisTuner"}, "maximize", "the best; "),
         ({"className": "nni.algorithms.hpo.tpe_tuner.TpeTuner"}, "minimize", "^The least "),
         ({"className": OPTUNA}, "maximize", "^The greatest "),
-        (
-            {"className": "mine.TpeTuner"},
-            None,
-            "^The greatest .*, since no optimize_mode is known; ",
-        ),
+        ({"className": "mine.TpeTuner"}, None, "^The greatest .*, since no optimize_mode is known"),
         ({"name": "Random"}, None, "no optimize_mode .*classArgs: {optimize_mode: minimize} under"),
         ({"name": "BatchTuner"}, None, "for the least: nnichoose abc --minimize$"),
         ({"name": "Random", "classArgs": {"optimize_mode": "minimize"}}, "minimize", "^The least "),
