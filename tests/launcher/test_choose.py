@@ -371,11 +371,7 @@ OPTUNA = "nnisearch.tuners.OptunaTuner"
 @pytest.mark.parametrize(
     ("tuner", "mode", "line"),
     [
-        (
-            {"name": "tpe"},
-            "minimize",
-            "The least result .*; for the greatest: classArgs: {optimize",
-        ),
+        ({"name": "tpe"}, "minimize", "^The least .*; for the greatest: classArgs: {optimize"),
         ({"name": "Anneal", "classArgs": None}, "minimize", "mode: maximize} under tuner$"),
         ({"name": "Evolution"}, "maximize", "^The greatest .*; for the least: .*: minimize} under"),
         ({"name": "MetisTuner"}, "maximize", "the best; "),

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, read_until, to_its_end
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
-from nnis_files import database, trial
+from nnis_files import EVENT, METRIC, database, trial
 from waiting import wait_for
 
 from nnisearch.results import database as databases
@@ -358,24 +358,18 @@ def test_a_pass_reads_only_what_is_new(tmp_path):
     trials = databases.Trials(path)
     assert [t.id for t in trials.update()] == ["id0", "id1"]
     assert trials.update() == []
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        for kind, sequence, value in (("PERIODICAL", 1, 1.5), ("FINAL", 0, 61.0)):
-            row = (9_000, "id1", "1", kind, sequence, json.dumps(json.dumps(value)))
-            connection.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row)
-        row = (9_500, "id1", "SUCCEEDED", None, None, 1, None)
-        connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
-        connection.commit()
+    with contextlib.closing(sqlite3.connect(path)) as nni, nni:
+        nni.execute(METRIC, ("id1", "1", "PERIODICAL", 1, '"1.5"'))
+        nni.execute(METRIC, ("id1", "1", "FINAL", 0, '"61.0"'))
+        nni.execute(EVENT, (9_500, "id1", "SUCCEEDED", None, 1))
     (changed,) = trials.update()
     assert (changed.status, changed.result) == ("SUCCEEDED", 61.0)
     assert changed.intermediate == [2.0, 1.5]
     assert changed.seconds == 7.5
-    with contextlib.closing(sqlite3.connect(path)) as connection:  # as a trial that is run again
-        connection.execute("DELETE FROM MetricData WHERE trialJobId = 'id1' AND type <> 'FINAL'")
-        row = (9_600, "id1", "WAITING", None, None, 1, None)
-        connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
-        row = (9_700, "id1", "1", "PERIODICAL", 0, json.dumps("4.0"))
-        connection.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row)
-        connection.commit()
+    with contextlib.closing(sqlite3.connect(path)) as nni, nni:  # as a trial that is run again
+        nni.execute("DELETE FROM MetricData WHERE trialJobId = 'id1' AND type <> 'FINAL'")
+        nni.execute(EVENT, (9_600, "id1", "WAITING", None, 1))
+        nni.execute(METRIC, ("id1", "1", "PERIODICAL", 0, '"4.0"'))
     changed = {trial.id: trial for trial in trials.update()}
     assert (changed["id1"].status, changed["id1"].intermediate) == ("WAITING", [4.0])
     assert changed["id0"].result == 60.0
@@ -400,8 +394,7 @@ def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_p
         note_metric, written = trials.note_metric, []
 
         def write_and_note(*metric):
-            row = (9_000, "new", "1", "PERIODICAL", 0, json.dumps("1.5"))
-            written.append(nni.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row))
+            written.append(nni.execute(METRIC, ("new", "1", "PERIODICAL", 0, '"1.5"')))
             return note_metric(*metric)
 
         monkeypatch.setattr(trials, "note_metric", write_and_note)
