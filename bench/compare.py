@@ -1,18 +1,13 @@
-"""Measure train.py against the tutorial's loop and against its own floor, as whole processes.
+"""Measure train.py against the tutorial's loop, as whole processes.
 
-    python bench/compare.py             # 5 runs of each, some 20 minutes on 2 cores
-    python bench/compare.py --quick     # 1 run of one epoch
+    python bench/compare.py                    # 5 runs of each, some 15 minutes on 2 cores
     python bench/compare.py --processes 2      # instead: one process against two of torchrun
-    python bench/compare.py --ladder    # instead: seconds to 64.28, 70, 75 and 78 %, 25 minutes
-    python bench/compare.py --busy      # instead: fast.json on idle and on busy cores
 
 The processes run in turn: if the machine becomes slower, it is slower for all. The figures are
 medians. Uses a GPU if torch finds one, and CIFAR-10 from CIFAR10_DIR or data/ beside train.py.
 """
 
 import argparse
-import contextlib
-import itertools
 import os
 import platform
 import re
@@ -26,18 +21,7 @@ from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, ROOT / "train.py"]
-COMMANDS = {
-    "tutorial": [sys.executable, ROOT / "bench" / "tutorial.py"],
-    "train.py": TRAIN,
-    "floor": [sys.executable, ROOT / "bench" / "floor.py"],
-}
-# {accuracy in %: flags of the fastest known training that reaches it}
-LADDER = {
-    64.28: ["--params", ROOT / "configs" / "params" / "fast.json"],
-    70: ["--params", ROOT / "configs" / "params" / "reach70.json"],
-    75: ["--params", ROOT / "configs" / "params" / "reach75.json"],
-    78: ["--params", ROOT / "configs" / "params" / "reach78.json"],
-}
+TUTORIAL = [sys.executable, ROOT / "bench" / "tutorial.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 COLUMNS = {  # key: (heading, format)
     "seconds": ("seconds", "{:.1f}"),
@@ -104,74 +88,10 @@ def with_spread(accuracies):
     return f"{mean(accuracies):.2f}{spread}"
 
 
-def ratio(ones, others, digits=2):
+def ratio(ones, others):
     """Return the median and the range of one / other, seed by seed, as a table's cell."""
     ratios = [one / other for one, other in zip(ones, others, strict=True)]
-    low, middle, high = (f"{f(ratios):.{digits}f}" for f in (min, median, max))
-    return f"{middle} ({low} to {high})"
-
-
-def ladder(runs):
-    """Print the time to reach each accuracy of LADDER, and the time of the tutorial's loop."""
-    commands = {"the tutorial's loop": COMMANDS["tutorial"]}
-    commands |= {f"train.py for {goal} %": [*TRAIN, *flags] for goal, flags in LADDER.items()}
-    figures = {name: [] for name in commands}
-    for seed in range(runs):
-        for name, command in commands.items():
-            lines, costs = run_timed([*command, "--seed", seed])
-            figures[name].append((costs["seconds"], costs["cpu"], accuracy(lines)))
-    print("| | seconds | CPU seconds | accuracy % | the tutorial's seconds / these |")
-    print("| --- | --- | --- | --- | --- |")
-    tutorial = [seconds for seconds, _, _ in figures["the tutorial's loop"]]
-    for name, rows in figures.items():
-        seconds, cpu, accuracies = zip(*rows, strict=True)
-        cells = [f"{median(seconds):.1f}", f"{median(cpu):.1f}", with_spread(accuracies)]
-        cells.append(ratio(tutorial, seconds, digits=1))
-        print(f"| {name} |", " | ".join(cells), "|")
-
-
-@contextlib.contextmanager
-def busy_cores():
-    """Keep each core busy with a process that does nothing else, until the block ends."""
-    command = [sys.executable, "-c", "while True: pass"]
-    neighbours = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
-    try:
-        yield
-    finally:
-        for neighbour in neighbours:
-            neighbour.kill()
-            neighbour.wait()
-
-
-def busy(runs):
-    """Print the seconds of fast.json on idle and on busy cores, by the way its threads wait.
-
-    The last rows fix the number of threads; in the others, train.py chooses it.
-    """
-    cores = len(os.sched_getaffinity(0))
-    environments = {
-        "train.py": {},
-        "spinning as long as libgomp does by itself": {"GOMP_SPINCOUNT": "300000"},
-        "sleeping at once": {"OMP_WAIT_POLICY": "passive"},
-    }
-    threads = 1
-    while threads <= cores:
-        environments[f"threads: {threads}"] = {"OMP_NUM_THREADS": str(threads)}
-        threads *= 2
-    situations = {"idle": contextlib.nullcontext, "busy": busy_cores}
-    seconds = {(name, situation): [] for name in environments for situation in situations}
-    for seed in range(runs):
-        for situation, surroundings in situations.items():
-            with surroundings():
-                for name, environment in environments.items():
-                    command = [*TRAIN, *LADDER[64.28], "--seed", seed]
-                    _, costs = run_timed(command, **environment)
-                    seconds[name, situation].append(costs["seconds"])
-    print(f"| | seconds, idle cores | beside {cores} busy processes |")
-    print("| --- | --- | --- |")
-    for name in environments:
-        cells = [f"{median(seconds[name, situation]):.1f}" for situation in situations]
-        print(f"| {name} |", " | ".join(cells), "|")
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def hardware():
@@ -184,46 +104,40 @@ def hardware():
     return f"{gpu.strip() or 'no GPU'}, {cores}, {versions}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="runs of each, with seeds 0, 1, ...")
-    parser.add_argument("--quick", action="store_true", help="1 run of one epoch")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
-    parser.add_argument("--processes", type=int, metavar="N", help="compare 1 process with N")
-    parser.add_argument("--ladder", action="store_true", help="measure seconds to accuracies")
-    parser.add_argument("--busy", action="store_true", help="measure on idle and on busy cores")
-    args = parser.parse_args()
-    commands = COMMANDS
-    if n := args.processes:
-        commands = {"1 process": TRAIN, f"{n} processes": [*TORCHRUN, n, ROOT / "train.py"]}
-    names = list(commands)
-    runs, epochs = (1, 1) if args.quick else (args.runs, 2)
-    print(f"{hardware()}\n{runs} runs of each in turn, seeds 0 to {runs - 1}")
-    if not args.ladder and not args.busy:
-        print(f"{epochs} epochs")
-    print("Medians; for the accuracy, mean and standard deviation\n")
-    if args.ladder:
-        return ladder(runs)
-    if args.busy:
-        return busy(runs)
+def compare(commands, batch_sizes, runs, epochs=2):
+    """Print the figures of two commands, {name: command}, and their ratios."""
+    print(f"{epochs} epochs; medians; for the accuracy, mean and standard deviation\n")
     print("| batch size | |", " | ".join(heading for heading, _ in COLUMNS.values()), "|")
     print("| --- " * (len(COLUMNS) + 2) + "|")
-    for batch_size in args.batch_sizes:
-        figures = {name: [] for name in names}
+    for batch_size in batch_sizes:
+        figures = {name: [] for name in commands}
         for seed in range(runs):
             for name, command in commands.items():
                 figures[name].append(measure(command, batch_size, epochs, seed))
-        for name, results in figures.items():
-            columns = {key: [result[key] for result in results] for key in COLUMNS}
+        for name, rows in figures.items():
+            columns = {key: [row[key] for row in rows] for key in COLUMNS}
             cells = [form.format(median(columns[key])) for key, (_, form) in COLUMNS.items()]
-            cells[-1] = "" if name == "floor" else with_spread(columns["accuracy"])
+            cells[-1] = with_spread(columns["accuracy"])
             print(f"| {batch_size} | {name} |", " | ".join(cells), "|", flush=True)
-        for name, other in itertools.pairwise(names):
-            cells = []
-            for key in ("seconds", "cpu", "memory", "step"):
-                ones, others = ([row[key] for row in figures[n]] for n in (name, other))
-                cells.append(ratio(ones, others))
-            print(f"| {batch_size} | {name} / {other} |", " | ".join([*cells, "", ""]), "|")
+        first, second = figures.values()
+        cells = [
+            ratio([row[key] for row in first], [row[key] for row in second])
+            for key in ("seconds", "cpu", "memory", "step")
+        ]
+        print(f"| {batch_size} | {' / '.join(commands)} |", " | ".join([*cells, "", ""]), "|")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="runs of each, with seeds 0, 1, ...")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
+    parser.add_argument("--processes", type=int, metavar="N", help="compare 1 process with N")
+    args = parser.parse_args()
+    print(f"{hardware()}\n{args.runs} runs of each in turn, seeds 0 to {args.runs - 1}")
+    commands = {"tutorial": TUTORIAL, "train.py": TRAIN}
+    if n := args.processes:
+        commands = {"1 process": TRAIN, f"{n} processes": [*TORCHRUN, n, ROOT / "train.py"]}
+    compare(commands, args.batch_sizes, args.runs)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,14 @@ Without a GPU, one seed runs per core, each with one thread. On a GPU, one runs 
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import torch
-from compare import hardware, run_timed, with_spread
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-from experiment import ROOT
+from compare import ROOT, TRAIN, hardware, run_timed, with_spread
 
 sys.path.append(str(ROOT))
 
@@ -28,17 +25,17 @@ from trial import data
 
 
 def run(seed, flags, folder):
-    """Train with seed; return the trained model, and what compare.run_timed() returns."""
+    """Train with this seed; return the trained model, and the run's costs, as run_timed() does."""
     path = folder / f"{seed}.pt"
     # Without NNI's warning that no experiment is running.
     environment = {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
     if not torch.cuda.is_available():
         environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, ROOT / "train.py", *flags, "--seed", seed, "--save", path]
-    lines, costs = run_timed(command, **environment)
+    command = [*TRAIN, *flags, "--seed", seed, "--save", path]
+    _, costs = run_timed(command, **environment)
     model = train.Net()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model, lines, costs
+    return model, costs
 
 
 def main():
@@ -55,14 +52,14 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_a_time) as pool:
         runs = pool.map(lambda seed: run(seed, flags, Path(folder)), range(args.runs))
-        for seed, (model, _, costs) in enumerate(runs):
+        for seed, (model, costs) in enumerate(runs):
             correct = [train.test(model, images, labels, tta) for tta in (False, True)]
-            accuracies = [100 * number / len(labels) for number in correct]
-            rows.append([*accuracies, costs["seconds"], costs["cpu"]])
-            plain, tta, wall, cpu = rows[-1]
+            plain, tta = (100 * number / len(labels) for number in correct)
+            wall, cpu = costs["seconds"], costs["cpu"]
+            rows.append((plain, tta, wall, cpu))
             print(f"| {seed} | {plain:.2f} | {tta:.2f} | {wall:.0f} | {cpu:.0f} |", flush=True)
     plain, tta, wall, cpu = zip(*rows, strict=True)
-    medians = f"{statistics.median(wall):.0f} | {statistics.median(cpu):.0f}"
+    medians = f"{median(wall):.0f} | {median(cpu):.0f}"
     print(f"| mean, median | {with_spread(plain)} | {with_spread(tta)} | {medians} |")
 
 

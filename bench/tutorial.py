@@ -6,7 +6,6 @@ It prints as train.py does, and reports short epochs, too.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,30 +16,29 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train import Net
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--batch-size", type=int, default=4)
-parser.add_argument("--epochs", type=int, default=2)
-parser.add_argument("--seed", type=int, default=0)
+import train
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    data_dir = os.environ.get("CIFAR10_DIR") or Path(__file__).resolve().parent.parent / "data"
+    data_dir = train.parse_args([]).data_dir
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
     )
     training_set, test_set = (
-        CIFAR10(data_dir, train=train, download=True, transform=transform)
-        for train in (True, False)
+        CIFAR10(data_dir, is_training, download=True, transform=transform)
+        for is_training in (True, False)
     )
     loader = DataLoader(training_set, args.batch_size, shuffle=True, num_workers=2)
     test_loader = DataLoader(test_set, args.batch_size, num_workers=2)
 
-    net = Net().to(device)
+    net = train.Net().to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     window = min(2000, len(loader))
@@ -57,13 +55,12 @@ def main():
                 print(f"[{epoch + 1}, {i + 1:5d}] loss: {running_loss / window:.3f}", flush=True)
                 running_loss = 0.0
 
-    correct = total = 0
+    correct = 0
     with torch.no_grad():
         for images, labels in test_loader:
             predicted = net(images.to(device)).argmax(1)
-            total += labels.size(0)
             correct += (predicted == labels.to(device)).sum().item()
-    print(f"Acc: {100 * correct / total:.3f}% ({correct}/{total})")
+    print(f"Acc: {100 * correct / len(test_set):.3f}% ({correct}/{len(test_set)})")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """nnisearch by itself, as a wheel, for a project elsewhere."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from documents import examples
 from experiment import free_port
 
 PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -21,10 +23,8 @@ def test_the_wheel_searches_from_another_projects_folder(tmp_path, environment, 
     left_out = shutil.ignore_patterns(".*", "data", "docs", "tests", "__pycache__")
     shutil.copytree(ROOT, source, ignore=left_out)
     project.mkdir()
-    example = (ROOT / "docs" / "launcher.md").read_text().split("## A project of your own\n")[1]
-    for name, language in (("trial.py", "python"), ("config.yml", "yaml")):
-        code = re.search(rf"```{language}\n(.*?)```", example, re.DOTALL)[1]
-        (project / name).write_text(code)
+    (project / "trial.py").write_text(examples("docs/launcher.md", "python")[0])
+    (project / "config.yml").write_text(examples("docs/launcher.md", "yaml")[0])
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
     places = {"HOME": str(home), "TMPDIR": str(home), "PATH": path, "PYTHONPATH": str(installed)}
 
@@ -42,6 +42,9 @@ def test_the_wheel_searches_from_another_projects_folder(tmp_path, environment, 
     printed = run(installed / "bin" / "nnisearch", "config.yml", "-p", free_port())
     assert "4 of 4 trials have a result" in printed
     assert len(run(installed / "bin" / "nnichoose", "--csv").splitlines()) == 5
+    run(installed / "bin" / "nnichoose", "--out", "best.json")
+    assert json.loads((project / "best.json").read_text())["hyperparameters"]
+    run("trial.py", "--params", "best.json")
 
 
 def test_the_launcher_imports_nothing_of_the_trial():
