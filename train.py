@@ -11,8 +11,6 @@ end: it is the whole trial in order. For your own network and data, replace Net 
 For a new hyperparameter, add an entry to HYPERPARAMETERS and use args.NAME where it takes effect.
 """
 
-import trial.start  # before torch and NNI: it makes them load faster
-
 import argparse
 import functools
 import json
@@ -20,31 +18,34 @@ import math
 import signal
 import sys
 
+try:  # before torch and NNI, which it makes load faster
+    from trial import fast
+except ImportError:  # trial/fast.py may be deleted: all is slower, with the same results
+    fast = None
+
 import nni
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from trial import batch, checks, data, hyperparameters, optimizers, processes
+from trial import data, hyperparameters, optimizers, processes
 from trial.hyperparameters import Choice, Integer, NotAllowed, Number
-
-try:
-    from trial import fast
-except ImportError:  # trial/fast.py may be deleted: training is slower, with the same results
-    fast = None
+from trial.images import check_data, check_network, make_batch, normalize, views
 
 # The keys that a search space may use. Each is also a flag: batch_size is --batch-size.
 HYPERPARAMETERS = {
-    "batch_size": Integer(4, "the number of images per training step", at_least=1),
-    "lr": Number(0.001, "the learning rate: how far a step moves the weights", above=0),
-    "epochs": Integer(2, "the number of passes over the training images", at_least=1),
+    "batch_size": Integer(4, "images per training step", at_least=1),
+    "lr": Number(0.001, "the learning rate, how far a step moves the weights", above=0),
+    "epochs": Integer(2, "passes over the training images", at_least=1),
     "optimizer": Choice("SGD", "how gradients change the weights", optimizers.OPTIMIZERS),
-    "momentum": Number(0.9, "the weight of past gradients; Adam's beta1", at_least=0, below=1),
+    "momentum": Number(0.9, "the weight of past gradients, Adam's beta1", at_least=0, below=1),
     "weight_decay": Number(0.0, "how strongly a step pulls the weights to 0", at_least=0),
     "label_smoothing": Number(0.0, "part of a label spread over all classes", at_least=0, below=1),
-    "lr_schedule": Choice("constant", "how lr changes during training", optimizers.LR_SCHEDULES),
-    "augment": Integer(0, "mirror images and shift them by up to N pixels", at_least=0, at_most=16),
+    "lr_schedule": Choice("constant", "how lr changes in the training", optimizers.LR_SCHEDULES),
+    "augment": Integer(
+        0, "mirror images, and shift them by so many pixels", at_least=0, at_most=16
+    ),
 }
 
 
@@ -54,10 +55,8 @@ def load_data(args):
     images: uint8 (N, 3, 32, 32), labels: int64 (N,). Raises OSError if the data cannot be loaded.
     """
     if args.dataset == "synthetic":
-        data_set = data.make_synthetic()
-    else:
-        data_set = data.load_cifar10(args.data_dir)
-    return data.hold_out(*data_set[:2]) if args.validate else data_set
+        return data.make_synthetic()
+    return data.load_cifar10(args.data_dir)
 
 
 class Net(nn.Module):
@@ -89,7 +88,7 @@ def train_step(model, optimizer, images, labels, args, index):
     not print or call .item() here: a GPU records this step once and replays it as a CUDA graph. If
     several processes train together, each returns the part of the loss from its own images.
     """
-    inputs, targets = batch.make(images, labels, index, args.augment)
+    inputs, targets = make_batch(images, labels, index, args.augment)
     optimizer.zero_grad()
     logits = model(inputs)
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=args.label_smoothing)
@@ -116,7 +115,8 @@ def train(model, optimizer, images, labels, args):
     if fast and images.is_cuda and processes.count() == 1:
         learn = fast.as_cuda_graph(learn, batch_size, images.device)
     steps = args.epochs * math.ceil(len(images) / batch_size)
-    rates = optimizers.learning_rates(args, steps)  # one for each step
+    schedule = optimizers.LR_SCHEDULES[args.lr_schedule]
+    rates = (schedule(args.lr, done, steps) for done in range(steps))
     running_loss = torch.zeros((), device=images.device)
     for epoch in range(1, args.epochs + 1):
         batches = torch.randperm(len(images)).to(images.device).split(batch_size)
@@ -141,33 +141,34 @@ def train(model, optimizer, images, labels, args):
 def test(model, images, labels, tta=False):
     """Return how many of the images (uint8, (N, 3, 32, 32)) get the right label (int64, (N,)).
 
-    tta: test-time augmentation, which adds the logits of all batch.views() of an image.
+    tta: test-time augmentation, which adds the logits of all views() of an image.
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
     images, labels = processes.own_share(images), processes.own_share(labels)
     for x, y in zip(images.split(250), labels.split(250), strict=True):
-        inputs = batch.normalize(x)
-        logits = sum(model(view) for view in batch.views(inputs)) if tta else model(inputs)
+        inputs = normalize(x)
+        logits = sum(model(view) for view in views(inputs)) if tta else model(inputs)
         correct += (logits.argmax(1) == y).sum()
     return processes.total(correct)
 
 
 def train_and_test(args, data_set):
     """Train and test a Net with load_data()'s data; return it and the number of right answers."""
-    train_images, train_labels, test_images, test_labels = (x.to(args.device) for x in data_set)
+    images, labels, test_images, test_labels = (x.to(args.device) for x in data_set)
     torch.backends.cudnn.allow_tf32 = False  # otherwise GPUs round float32 in convolutions
     model = Net().to(args.device)
     if fast:
-        fast.prepare(model, train_images.device, args.batch_size // processes.count())
-    checks.check_network(model, train_images, train_labels, test_images, test_labels)
-    optimizer = optimizers.OPTIMIZERS[args.optimizer](args, model)
+        fast.prepare(model, images.device, args.batch_size // processes.count())
+    check_network(model, images, labels)
+    check_network(model, test_images, test_labels, args.tta)
+    make_optimizer = optimizers.OPTIMIZERS[args.optimizer]
+    optimizer = make_optimizer(model.parameters(), args.lr, args.momentum, args.weight_decay)
     try:
-        train(model, optimizer, train_images, train_labels, args)
+        train(model, optimizer, images, labels, args)
     except FloatingPointError as error:
         # The trial still reports a final result: the tuner learns that these values are bad.
-        if processes.is_first():
-            print(f"Warning: training ends early: {error}", file=sys.stderr)
+        print(f"Warning: training ends early: {error}", file=sys.stderr)
     return model, test(model, test_images, test_labels, args.tta)
 
 
@@ -185,47 +186,40 @@ def set_hyperparameters(args, values, source):
         setattr(args, key, HYPERPARAMETERS[key].parse(value, f"{source}: {key}"))
 
 
-def parse_args(argv):
+def parse_args(argv=None):
     """Return the settings. A flag overrides --params, and --params overrides the defaults.
 
     If a flag or a value is not allowed, exits with status 2 and one line on stderr.
     """
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],  # python -OO has none
+        description="Train the CNN of PyTorch's CIFAR-10 tutorial, by itself or as a trial of NNI.",
         usage=argparse.SUPPRESS,  # an error is one line, without the usage
         allow_abbrev=False,
     )
     add = parser.add_argument
     for key, entry in HYPERPARAMETERS.items():
-        flag = "--" + key.replace("_", "-")
-        text = f"{entry.meaning}: {entry.allowed} (default: {entry.default})".replace("%", "%%")
-        add(flag, type=entry.from_text, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+        add("--" + key.replace("_", "-"), **entry.flag)
     add("--params", type=data.as_path, metavar="FILE", help="a JSON file with hyperparameters")
-    add("--dataset", default="cifar10", choices=data.DATASETS, help="synthetic: no download")
+    add(
+        "--dataset",
+        default="cifar10",
+        choices=["cifar10", "synthetic"],
+        help="synthetic: no download",
+    )
     add("--data-dir", default=data.default_folder(), type=data.as_path, help="for the data set")
-    add("--seed", type=int, default=0, help="for all random numbers")
+    add("--seed", **Integer(0, "for all random numbers", at_least=0, below=2**63).flag)
     add("--device", default=processes.default_device(), help="where to train, such as cpu or cuda")
-    add("--report-every", type=int, default=2000, help="batches per reported mean loss")
+    add("--report-every", **Integer(2000, "batches per reported mean loss", at_least=1).flag)
     add("--validate", action="store_true", help="test on held-out training images")
     add("--tta", action="store_true", help="test each image mirrored and shifted, too")
     add("--save", type=data.as_path, metavar="FILE", help="write the trained weights there")
-    args, unknown = parser.parse_known_args(argv)
-    flags = {key: vars(args)[key] for key in HYPERPARAMETERS if key in args}  # those given
-    defaults = {key: entry.default for key, entry in HYPERPARAMETERS.items()}
+    args = parser.parse_args(argv)
     try:
-        set_hyperparameters(args, defaults, "HYPERPARAMETERS")  # Number(0) means 0.0
-        if unknown:
-            words = " ".join(" ".join(unknown).split())  # one line
-            raise NotAllowed(f"unknown: {words}; allowed: the flags in --help")
         if args.params:
             set_hyperparameters(args, hyperparameters.read(args.params), args.params)
-        set_hyperparameters(args, flags, "command line")
-        if not 0 <= args.seed < 2**63:
-            raise NotAllowed(f"--seed is {args.seed}; allowed: an integer from 0 to 2**63 - 1")
-        if args.report_every < 1:
-            raise NotAllowed(f"--report-every is {args.report_every}; allowed: an integer >= 1")
-        if args.save and (args.save.is_dir() or not args.save.absolute().parent.is_dir()):
-            raise NotAllowed(f"--save is {args.save}; allowed: a file in a folder that exists")
+            parser.parse_args(argv, args)  # again: flags override the file
+        if args.save and not data.can_save(args.save):
+            raise NotAllowed(f"--save is {args.save}; allowed: a file in a folder you may write to")
         processes.check_device(args.device)
     except (OSError, NotAllowed) as error:
         parser.error(error)
@@ -239,16 +233,18 @@ def main(argv=None):
     processes.start()
     torch.manual_seed(args.seed)
     try:
-        data_set = load_data(args)  # first: search.py starts a search after the download
-        checks.check_data(data_set)
-        # The tuner's choice. If several processes train together, only the first one asks NNI.
-        tuned = nni.get_next_parameter() if processes.is_first() else None
-        set_hyperparameters(args, processes.from_first(tuned), "tuner")
-        processes.check_batch_size(args.batch_size)
+        data_set = load_data(args)  # first: a search is stopped if a trial has no data to ask for
+        check_data(data_set)
+        if args.validate:
+            data_set = data.hold_out(*data_set[:2])
+        # The tuner's choice, which the first of several processes asks NNI for.
+        tuned = processes.from_first(nni.get_next_parameter)
+        set_hyperparameters(args, tuned, "tuner")
         if processes.is_first():
             print("Hyperparameters:", json.dumps({key: vars(args)[key] for key in HYPERPARAMETERS}))
-            print(f"Training on {args.device}{processes.note()}")
-        with batch.limited_by_memory(args):
+            others = f", one of {processes.count()} processes" if processes.count() > 1 else ""
+            print(f"Training on {args.device}{others}")
+        with processes.limited_by_memory(args):
             model, correct = train_and_test(args, data_set)
         accuracy = 100 * correct / len(data_set[3])
         if processes.is_first():
@@ -256,8 +252,7 @@ def main(argv=None):
             print(f"{name}: {accuracy:.3f}% ({correct}/{len(data_set[3])})")
             nni.report_final_result(accuracy)
             if args.save:
-                state = model.cpu().state_dict()
-                data.save(state, args.save, state.values())
+                data.save(model.cpu().state_dict(), args.save)
     except (OSError, NotAllowed) as error:  # the error names the file or the value
         sys.exit(f"train.py: error: {error}")
     processes.end()

@@ -129,13 +129,6 @@ def as_process(capsys, function, *args, **how):
     return subprocess.CompletedProcess(args, end or 0, out, err)
 
 
-@pytest.fixture(autouse=True)
-def no_timeout():
-    """Undoes a download's time-out, which is for a process of its own."""
-    yield
-    socket.setdefaulttimeout(None)
-
-
 @pytest.fixture
 def environment():
     """The environment of a child process: no CIFAR-10 that happens to be here, one thread."""
@@ -250,17 +243,12 @@ def archive(tmp_path, monkeypatch):
     import tiny_cifar10
     from torchvision.datasets import CIFAR10
 
-    from trial import data
-
     for name in ("train_list", "test_list", "meta", "tgz_md5", "url"):
         monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))
-    monkeypatch.setattr(data, "SHAPES", data.SHAPES)
-    timeout = socket.getdefaulttimeout()
     (tmp_path / "archive").mkdir()
     archive = tiny_cifar10.write_archive(tmp_path / "archive")
     tiny_cifar10.expect(archive)
-    yield archive
-    socket.setdefaulttimeout(timeout)  # a download sets it
+    return archive
 
 
 @pytest.fixture

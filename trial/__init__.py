@@ -1,1 +1,1 @@
-"""The parts of train.py. Start with data.py and batch.py; fast.py may be deleted."""
+"""The parts of train.py. Start with images.py and data.py; fast.py may be deleted."""

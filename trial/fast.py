@@ -1,25 +1,49 @@
-"""Makes training faster, with the same results. You may delete this file.
+"""Makes train.py start and train faster, with the same results. You may delete this file.
 
-It sets CPU threads and memory layouts, and turns the training step into a CUDA graph.
+train.py imports it before torch and NNI, because quick_imports() has to be in place while they
+load. Elsewhere the import does no harm, and has no use.
 """
 
 import contextlib
 import ctypes
+import gc
 import os
+import sys
 
-import torch
+
+@contextlib.contextmanager
+def quick_imports():
+    """Within this block, load modules faster, and let torch's threads wait without a busy loop."""
+    # A thread of torch that waits for another one first spins. On a machine with other users, the
+    # default is so long that the other thread gets too little CPU time (docs/speed.md).
+    is_set_by_user = bool({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys())
+    if not is_set_by_user:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+    # NNI's json_tricks loads pandas, which only tables need: 0.2 s and 34 MiB. Python does not find
+    # a module that is None in sys.modules.
+    pandas = sys.modules.setdefault("pandas", None)
+    # While modules load, the garbage collector runs 500 times, for a second, and finds nothing.
+    gc.disable()
+    yield
+    gc.freeze()  # the modules' objects stay until the end: later runs leave them out
+    gc.enable()
+    if pandas is None:
+        del sys.modules["pandas"]
+    if not is_set_by_user:
+        del os.environ["GOMP_SPINCOUNT"]  # torch has read it, and child processes need not
+
+
+with quick_imports():
+    import nni  # noqa: F401
+    import torch
 
 
 def prepare(model, device, batch_size):
     """Set up torch and the model for steps of batch_size images. The model is on the device."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
-    if device.type == "cpu":
-        prepare_cpu(model, batch_size)
-
-
-def prepare_cpu(model, batch_size):
-    """Set up torch and model for steps of batch_size images on CPUs."""
+    if device.type != "cpu":
+        return
     # In small batches, a second thread and oneDNN's kernels cost more time than they save.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), batch_size // 8)))
@@ -27,8 +51,9 @@ def prepare_cpu(model, batch_size):
     has_convolutions = any(parameter.ndim == 4 for parameter in model.parameters())
     if batch_size >= 16 and has_convolutions:
         # oneDNN works in this layout. From any other it converts weights and images at each use.
-        model.to(memory_format=torch.channels_last)
-        model.register_forward_pre_hook(to_channels_last)
+        layout = {"memory_format": torch.channels_last}
+        model.to(**layout)
+        model.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous(**layout))
     # Keep freed memory for the next step. By default glibc returns large blocks to Linux, which
     # clears their pages when a step needs them again: that takes a quarter of the time.
     with contextlib.suppress(AttributeError):  # not glibc
@@ -37,17 +62,11 @@ def prepare_cpu(model, batch_size):
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum
 
 
-def to_channels_last(model, inputs):
-    """Return the model's only input, the images, in oneDNN's layout."""
-    (images,) = inputs
-    return images.contiguous(memory_format=torch.channels_last)
-
-
 def as_cuda_graph(function, batch_size, device):
     """Return function(index), which runs as a CUDA graph if the index has batch_size entries.
 
-    function returns a tensor. The graph's next run overwrites it. Python launches the 60 kernels of
-    a step more slowly than a GPU runs them; a graph launches them all at once. This follows
+    function returns a tensor, which the next run overwrites. Python launches the 60 kernels of a
+    step more slowly than a GPU runs them; a graph launches them all at once. This follows
     https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture.
     """
     graph_index = torch.empty(batch_size, dtype=torch.int64, device=device)

@@ -1,5 +1,6 @@
 """The kinds of hyperparameters. Each has a default, a meaning, and bounds or choices."""
 
+import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -12,17 +13,27 @@ class NotAllowed(ValueError):
 class Hyperparameter:
     """A setting that a search may change. kind is the type of its values."""
 
+    @property
+    def flag(self):
+        """What argparse needs for a flag: a dict. It checks a default that is text, too."""
+        words = f"{self.meaning} ({self.allowed}; default: {self.default})".replace("%", "%%")
+        default = str(self.default)
+        return {"type": self.from_text, "default": default, "metavar": "VALUE", "help": words}
+
     def from_text(self, text):
-        """Return a flag's text as this kind. Other text stays as it is, and parse() refuses it."""
+        """Return a flag's text as this kind of value. Raises argparse's error."""
         try:
-            return self.kind(text)
+            return self.parse(self.kind(text), "")
         except ValueError:
-            return text
+            message = f"{text!r} is not allowed; allowed: {self.allowed}"
+            raise argparse.ArgumentTypeError(message) from None
 
     def parse(self, value, name):
         """Return a value from JSON as this kind. Raises NotAllowed; name begins the message."""
         if not self.allows(value):
-            raise NotAllowed(f"{name} is {value!r}; allowed: {self.allowed}")
+            is_rounded = self.kind is int and isinstance(value, float)  # as NNI's quniform does
+            hint = " (randint in a search space)" if is_rounded else ""
+            raise NotAllowed(f"{name} is {value!r}; allowed: {self.allowed}{hint}")
         return self.kind(value)
 
 
@@ -50,11 +61,7 @@ class Number(Hyperparameter):
         """Return whether value is of this kind and within the bounds. An integer is a number."""
         if isinstance(value, bool) or not isinstance(value, (int, self.kind)):
             return False  # for Python, True is an int
-        try:
-            number = self.kind(value)
-        except OverflowError:  # an int that is too large for a float
-            return False
-        return self.above < number < self.below and self.at_least <= number <= self.at_most
+        return self.above < value < self.below and self.at_least <= value <= self.at_most
 
 
 class Integer(Number):

@@ -1,4 +1,4 @@
-"""Several processes that train together. torchrun starts one per GPU.
+"""The device of a trial, and several processes that train together. torchrun starts one per GPU.
 
     torchrun --standalone --nproc-per-node=gpu train.py
 
@@ -7,7 +7,9 @@ gradients to the others' gradients, so all take the same step. In an ordinary tr
 trains alone. Then these functions do nothing, or return their argument.
 """
 
+import contextlib
 import os
+import re
 
 import torch
 from torch import distributed
@@ -28,9 +30,21 @@ def check_device(device):
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        allowed = "one that torch finds; " + str(error).partition("\n")[0]
+        raise NotAllowed(f"--device is {device}; allowed: {allowed}") from error
+
+
+@contextlib.contextmanager
+def limited_by_memory(args):
+    """Raise NotAllowed, which names batch_size, if the device has too little memory to train."""
+    try:
+        yield
+    except RuntimeError as error:  # only torch's message shows the cause
+        if not re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE):
+            raise
         problem = str(error).partition("\n")[0]
-        allowed = "one that torch finds"
-        raise NotAllowed(f"--device is {device}; allowed: {allowed}; {problem}") from error
+        allowed = f"as many images as {args.device} has memory for; {problem}"
+        raise NotAllowed(f"batch_size is {args.batch_size}; allowed: {allowed}") from error
 
 
 def start():
@@ -49,24 +63,12 @@ def is_first():
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def from_first(value):
-    """Return the first process's value, which may be any object."""
-    values = [value]
+def from_first(function):
+    """Call function() in the first process only, and return its result in all of them."""
+    results = [function() if is_first() else None]
     if distributed.is_initialized():
-        distributed.broadcast_object_list(values)
-    return values[0]
-
-
-def check_batch_size(batch_size):
-    """Raise NotAllowed if the processes cannot share a batch evenly."""
-    if batch_size % count():
-        allowed = f"a multiple of {count()}, the processes of the trial"
-        raise NotAllowed(f"batch_size is {batch_size}; allowed: {allowed}")
-
-
-def note():
-    """Return words for train.py's line about the device: empty if one process trains alone."""
-    return f", one of {count()} processes" if count() > 1 else ""
+        distributed.broadcast_object_list(results)
+    return results[0]
 
 
 def own_share(tensor):

@@ -18,7 +18,6 @@ assert gc.get_stats()[2]["collections"] == before
 
 from trial import data, optimizers  # noqa: E402
 
-data.SHAPES = [(50, 3, 32, 32), (50,), (10, 3, 32, 32), (10,)]
 source = ["--data-dir", sys.argv[1]]
 for schedule in optimizers.LR_SCHEDULES:
     for optimizer in optimizers.OPTIMIZERS:

@@ -16,5 +16,5 @@ if os.environ["RANK"] == "0":
     nni.report_intermediate_result = lambda value: print("intermediate:", value)
     nni.report_final_result = lambda value: print("final:", value)
 else:
-    del nni.get_next_parameter, nni.report_intermediate_result, nni.report_final_result
+    nni.get_next_parameter = nni.report_intermediate_result = nni.report_final_result = None
 train.main(sys.argv[2:])

@@ -1,17 +1,11 @@
-"""CIFAR-10 and its cache: first use, many trials at once, damage, no network; synthetic images.
+"""CIFAR-10 and its cache: first use, many trials at once, damage, no network; synthetic images."""
 
-Other users may write in the same folder: their links, fifos and locks are tested, too.
-"""
-
-import concurrent.futures
 import errno
-import fcntl
 import os
-import pwd
 import shutil
+import socket
 import stat
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +18,7 @@ from torchvision.datasets import CIFAR10
 from trial import data
 
 LENGTHS = "[50, 50, 10, 10]\n"
+OWN = "this run decodes CIFAR-10 for itself\n"
 
 
 @pytest.fixture
@@ -40,6 +35,7 @@ def filled(archive, folder):
 
 def test_the_cache_holds_what_torchvision_decodes(filled):
     assert_equals_torchvisions(data.load_cifar10(filled), filled)
+    assert names(filled) == USED
     shutil.copytree(filled / CIFAR10.base_folder, filled.parent / "copy" / CIFAR10.base_folder)
     shutil.rmtree(filled / CIFAR10.base_folder)
     assert_equals_torchvisions(data.load_cifar10(filled), filled.parent / "copy")
@@ -67,209 +63,65 @@ def flip_a_bit(content):
     [
         flip_a_bit,
         lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
         lambda content: b"",
         lambda content: b"not a cache" * 1000,
-        lambda content: content[:-1],
+        {"weights": torch.zeros(3)},
+        {"tensors": [torch.zeros(2)], "checksums": [1]},
     ],
 )
-def test_a_damaged_cache_is_replaced(filled, capsys, damage):
+def test_a_damaged_or_foreign_cache_is_replaced(filled, capsys, damage):
     data.load_cifar10(filled)
     cache = filled / "cifar10.pt"
     good = cache.read_bytes()
-    cache.write_bytes(damage(good))
+    if callable(damage):
+        cache.write_bytes(damage(good))
+    else:
+        torch.save(damage, cache)
     assert_equals_torchvisions(data.load_cifar10(filled), filled)
     assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
     assert cache.read_bytes() == good
 
 
-def with_checksums(tensors):
-    return {"tensors": tensors, "checksums": data.checksums(tensors)}
+def refuse(number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("function", "number"),
     [
-        lambda tensors: {"weights": torch.zeros(3)},
-        lambda tensors: with_checksums(tensors[:2]),
-        lambda tensors: with_checksums([*tensors, tensors[1]]),
-        lambda tensors: with_checksums([tensors[0].float(), *tensors[1:]]),
-        lambda tensors: with_checksums([tensors[0], tensors[1].double(), *tensors[2:]]),
-        lambda tensors: with_checksums([tensors[0].transpose(1, 2).contiguous(), *tensors[1:]]),
-        lambda tensors: with_checksums([tensor[:8] for tensor in tensors]),
-        lambda tensors: with_checksums([tensors[0], tensors[1] + 1, *tensors[2:]]),
-        lambda tensors: with_checksums([*tensors[:3], tensors[3] - 1]),
-        lambda tensors: with_checksums(tensors) | {"tensors": [x.to_sparse() for x in tensors]},
+        ("os.replace", errno.EPERM),  # of another user, in a folder where only owners may do that
+        ("pathlib.Path.write_bytes", errno.ENOSPC),
+        ("tempfile.mkdtemp", errno.EROFS),
     ],
 )
-def test_a_cache_with_other_content_is_replaced(filled, capsys, other):
-    tensors = data.load_cifar10(filled)
-    cache = filled / "cifar10.pt"
-    torch.save(other([tensor.clone() for tensor in tensors]), cache)
-    assert_equals_torchvisions(data.load_cifar10(filled), filled)
-    assert capsys.readouterr().err == f"{cache} is damaged or not CIFAR-10, and not used\n"
-    assert_equals_torchvisions(data.read_cache(cache), filled)
-
-
-@pytest.mark.parametrize(
-    "put",
-    [os.mkfifo, Path.mkdir, lambda cache: cache.symlink_to("/dev/zero")],
-    ids=["fifo", "folder", "device"],
-)
-def test_a_cache_that_is_no_regular_file_is_left_alone(filled, capsys, put):
-    cache = filled / "cifar10.pt"
-    put(cache)
-    kind = stat.S_IFMT(cache.stat().st_mode)
-    assert_equals_torchvisions(data.load_cifar10(filled), filled)
-    line = f"{cache} is not a regular file, so this run decodes CIFAR-10 for itself\n"
+def test_a_cache_that_cannot_be_written_costs_time_only(filled, capsys, function, number):
+    with pytest.MonkeyPatch.context() as disk:
+        disk.setattr(function, refuse(number))
+        assert_equals_torchvisions(data.load_cifar10(filled), filled)
+    line = f"cannot write {filled}/cifar10.pt: {os.strerror(number)}: {OWN}"
     assert capsys.readouterr().err == line
-    assert stat.S_IFMT(cache.stat().st_mode) == kind
-    assert names(filled) == ["cifar-10-batches-py", "cifar10.pt"]
-
-
-def test_a_fifo_that_replaces_the_cache_during_the_wait_is_left_alone(filled, capsys, monkeypatch):
-    cache = filled / "cifar10.pt"
-    monkeypatch.setattr("fcntl.flock", lambda file, operation: os.mkfifo(cache))
-    assert_equals_torchvisions(data.load_cifar10(filled), filled)
-    line = f"{cache} is not a regular file, so this run decodes CIFAR-10 for itself\n"
-    assert capsys.readouterr().err == line
-    assert data.read_cache(cache) is None  # it is not opened, even after the checks
-    assert cache.is_fifo()
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("torch's")])
-def test_a_cache_that_cannot_be_written_leaves_nothing(filled, error):
-    def half_written(content, file):
-        file.write(b"half of it")
-        raise error
-
-    with pytest.MonkeyPatch.context() as full_disk:
-        full_disk.setattr("torch.save", half_written)
-        with pytest.raises(OSError, match=f"cannot write {filled}/cifar10.pt"):
-            data.load_cifar10(filled)
     assert names(filled) == ["cifar-10-batches-py", "cifar10.pt.lock"]
     assert_equals_torchvisions(data.load_cifar10(filled), filled)
+    assert names(filled) == USED
 
 
-def test_a_signal_during_a_save_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
-    def interrupted(content, file):
-        try:
-            raise SystemExit(143)
-        finally:  # as torch.save, which closes what it has not written to its end
-            raise RuntimeError("unexpected pos 960 vs 854")
-
-    monkeypatch.setattr("torch.save", interrupted)
-    with pytest.raises(SystemExit) as end:
-        data.save({}, tmp_path / "model.pt", [])
-    assert end.value.code == 143
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["target", "missing"])
-@pytest.mark.parametrize("place", [CIFAR10.filename, f"{CIFAR10.base_folder}/data_batch_3"])
-def test_a_link_is_not_followed_by_a_download(archive, folder, place, name):
-    target = folder.parent / "target"
-    target.write_text("of the user")
-    link = folder / place
-    link.parent.mkdir(parents=True)
-    link.symlink_to(folder.parent / name)
-    with tiny_cifar10.server(archive):
-        assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert target.read_text() == "of the user"
-    assert not (folder.parent / "missing").exists()
-    assert not link.is_symlink()
-
-
-def test_a_link_to_a_damaged_folder_is_refused(archive, folder):
-    (target := folder.parent / "target").mkdir()
-    (target / "data_batch_1").write_text("of the user")
-    folder.mkdir()
-    shutil.copy(archive, folder)
-    (folder / CIFAR10.base_folder).symlink_to(target)
-    with pytest.raises(FileNotFoundError, match=f"{folder}/{CIFAR10.base_folder} is a link"):
-        data.load_cifar10(folder)
-    assert names(target) == ["data_batch_1"]
-    assert (target / "data_batch_1").read_text() == "of the user"
-
-
-def test_links_to_a_good_data_set_are_followed_and_stay(archive, folder, capsys):
-    folder.mkdir()
-    (folder / CIFAR10.filename).symlink_to(archive)
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert (folder / CIFAR10.filename).readlink() == archive
-    elsewhere = shutil.move(folder / CIFAR10.base_folder, folder.parent)
-    (folder / CIFAR10.base_folder).symlink_to(elsewhere)
-    (folder / "cifar10.pt").unlink()
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert (folder / CIFAR10.base_folder).is_symlink()
-    cache = shutil.move(folder / "cifar10.pt", folder.parent)
-    (folder / "cifar10.pt").symlink_to(cache)
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert (folder / "cifar10.pt").is_symlink()
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(filled, capsys, monkeypatch, number):
+    monkeypatch.setattr("fcntl.flock", refuse(number))
+    assert_equals_torchvisions(data.load_cifar10(filled), filled)
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("before", [[], [CIFAR10.filename]])
-def test_a_failed_download_changes_no_file(archive, folder, before):
-    folder.mkdir()
-    for name in before:
-        (folder / name).write_text("brought by hand, damaged")
-    failure = pytest.raises(FileNotFoundError, match="You can do one of these")
-    with tiny_cifar10.server(archive, cut=True), failure:
-        data.load_cifar10(folder)
-    assert names(folder) == [*before, "cifar10.pt.lock"]
-    for name in before:
-        assert (folder / name).read_text() == "brought by hand, damaged"
-    with tiny_cifar10.server(archive):
-        assert_equals_torchvisions(data.load_cifar10(folder), folder)
-
-
-def test_batch_files_are_restored_from_the_archive_and_other_files_stay(archive, folder):
-    batches = tiny_cifar10.write(folder)
-    shutil.copy(archive, folder)
-    (batches / "test_batch").unlink()
-    (batches / "data_batch_3").write_bytes(b"half")
-    (batches / "notes").write_text("of the user")
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert (batches / "notes").read_text() == "of the user"
-    assert names(batches) == sorted([*tiny_cifar10.FILES, "notes"])
-
-
-def test_temporary_folders_of_killed_trials_are_removed_but_not_links(filled):
-    (filled / "cifar10.download.1").mkdir(0o700)
-    (filled / "cifar10.download.1" / CIFAR10.filename).write_bytes(b"half")
-    (target := filled.parent / "target").mkdir()
-    (target / "file").write_text("of the user")
-    (filled / "cifar10.download.2").symlink_to(target)
-    data.load_cifar10(filled)
-    assert names(target) == ["file"]
-    assert names(filled) == sorted([*USED, "cifar10.download.2"])
-
-
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_truncated_file_is_named(archive, folder, name):
-    batches = tiny_cifar10.write(folder)
-    (batches / name).write_bytes(tiny_cifar10.FILES[name][:20])
-    with pytest.raises(FileNotFoundError, match=f"damaged in {batches}: {name}\n"):
-        data.load_cifar10(folder)
-    assert not (folder / "cifar10.pt").exists()
-
-
-def test_without_data_and_network_the_error_says_what_to_do(archive, folder):
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_cifar10(folder)
-    message = str(error.value)
-    assert str(folder) in message
-    assert "Connection refused" in message
-    assert "put cifar-10-python.tar.gz" in message
-    assert "--data-dir or CIFAR10_DIR" in message
-    assert "--dataset synthetic" in message
+    assert names(filled) == USED
 
 
 @pytest.fixture
-def reachable(archive):
+def shared(archive):
     """The archive and a folder with the batch files, which other users may enter, unlike pytest's.
 
-    Root could write in spite of the mode, so root's child process becomes another user.
+    Root could write in spite of the mode, so a child process of root becomes another user.
     """
     with tempfile.TemporaryDirectory() as root:
         os.chmod(root, 0o755)
@@ -280,124 +132,103 @@ def reachable(archive):
         batches.chmod(0o755)
 
 
-def test_a_read_only_folder(program, reachable):
-    archive, folder = reachable
-    folder.chmod(0o555)
+@pytest.mark.parametrize(("mode", "has_cache"), [(0o555, False), (0o1777, True), (0o777, True)])
+def test_a_folder_of_another_user(program, shared, mode, has_cache):
+    """It is read-only, or has a damaged cache and a lock of its owner's."""
+    archive, folder = shared
+    if has_cache:
+        (folder / "cifar10.pt").write_text("damaged")
+        (folder / "cifar10.pt.lock").touch(0o644)
+    folder.chmod(mode)
     (folder / CIFAR10.base_folder).chmod(0o555)
-    user = [nobody()] if os.getuid() == 0 else []
-    result = program("load_data.py", folder, archive, 0, *user)
-    result.wait()
-    assert result.stdout == LENGTHS, result.stderr
-    assert f"{folder} is read-only" in result.stderr
-    assert names(folder) == ["cifar-10-batches-py"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(filled, capsys, monkeypatch, number):
-    def no_lock(file, operation):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", no_lock)
-    assert_equals_torchvisions(data.load_cifar10(filled), filled)
-    problem = f"{filled}/cifar10.pt.lock cannot be locked ({os.strerror(number)})"
-    own = "so this run decodes CIFAR-10 for itself"
-    assert capsys.readouterr().err == f"{problem}, {own}\n"
-    assert not (filled / "cifar10.pt").exists()
-
-
-def test_a_lock_that_only_another_user_may_write(program, reachable):
-    archive, folder = reachable
-    folder.chmod(0o777)
-    (folder / "cifar10.pt.lock").touch(0o644)
     result = program("load_data.py", folder, archive, 0, nobody())
     result.wait()
     assert result.stdout == LENGTHS, result.stderr
-    problem = f"{folder}/cifar10.pt.lock cannot be locked (Permission denied)"
-    assert result.stderr == f"{problem}, so this run decodes CIFAR-10 for itself\n"
+    if mode == 0o777:
+        assert names(folder) == USED
+    else:
+        assert f"cannot write {folder}/cifar10.pt: " in result.stderr
+        assert result.stderr.endswith(OWN)
 
 
-@pytest.mark.parametrize("whose", ["own", "nobody's", "nameless"])
-def test_a_long_wait_names_the_lock_and_its_owner_once(filled, capsys, monkeypatch, whose):
-    path = filled / "cifar10.pt.lock"
-    with concurrent.futures.ThreadPoolExecutor() as pool, open(path, "w") as file:
-        owner = pwd.getpwuid(os.getuid()).pw_name
-        if whose == "nobody's":
-            os.chown(path, nobody(), -1)
-            owner = pwd.getpwuid(nobody()).pw_name
-        elif whose == "nameless":
-            nobody()  # skips, unless this is root
-            owner = 1_234_567
-            os.chown(path, owner, -1)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        monkeypatch.setattr(data, "NOTICE_AFTER", 0.01)
-        loading = pool.submit(data.load_cifar10, filled)
-        while not (told := capsys.readouterr().err):
-            time.sleep(0.01)
-        fcntl.flock(file, fcntl.LOCK_UN)
-        assert_equals_torchvisions(loading.result(), filled)
-    told += capsys.readouterr().err
-    assert told == f"waiting for another process, which has locked {path}, a file of user {owner}\n"
+def test_a_read_only_project_without_data_ends_with_the_advice(program, shared):
+    archive, folder = shared
+    folder.chmod(0o555)
+    result = program("load_data.py", folder / "data", archive, 0, nobody())
+    assert result.wait() == 1
+    assert "point --data-dir or CIFAR10_DIR at a folder" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("link", "name"),
-    [(Path.symlink_to, "target"), (Path.symlink_to, "missing"), (Path.hardlink_to, "target")],
+    ("fault", "failure"),
+    [
+        ({}, "URLError: <urlopen error [Errno 111] Connection refused>"),
+        ({"cut": True}, "RuntimeError: File not found or corrupted"),
+        ({"stalls": True}, "TimeoutError: timed out"),
+        ({"wrong": True}, "RuntimeError: File not found or corrupted"),
+    ],
+    ids=str,
 )
-def test_a_lock_that_is_a_link_is_not_written_to(filled, capsys, link, name):
-    target = filled.parent / "target"
-    target.write_text("of the user")
-    target.chmod(0o600)
-    lock = filled / "cifar10.pt.lock"
-    link(lock, filled.parent / name)
-    assert_equals_torchvisions(data.load_cifar10(filled), filled)
-    assert (f"{lock} cannot be locked (" in capsys.readouterr().err) == lock.is_symlink()
-    assert target.read_text() == "of the user"
-    assert stat.S_IMODE(target.stat().st_mode) == 0o600
-    assert not (filled.parent / "missing").exists()
+@pytest.mark.parametrize("before", [[], [CIFAR10.filename]])
+def test_a_failed_download_says_what_to_do(archive, folder, monkeypatch, fault, failure, before):
+    wait = socket.setdefaulttimeout
+    monkeypatch.setattr("socket.setdefaulttimeout", lambda s: wait(s and s / 15))
+    folder.mkdir()
+    for name in before:
+        (folder / name).write_text("brought by hand, damaged")
+    with tiny_cifar10.server(archive, **fault) as (port, _):
+        tiny_cifar10.expect(archive, port if fault else 1)
+        with pytest.raises(FileNotFoundError) as error:
+            data.load_cifar10(folder)
+    assert socket.getdefaulttimeout() is None
+    message = str(error.value)
+    assert f"CIFAR-10 is missing or damaged in {folder}/cifar-10-batches-py\n" in message
+    assert f"What failed: {failure}" in message
+    assert "put cifar-10-python.tar.gz" in message
+    assert "--data-dir or CIFAR10_DIR" in message
+    assert "--dataset synthetic" in message
+    with tiny_cifar10.server(archive):
+        assert_equals_torchvisions(data.load_cifar10(folder), folder)
+    assert names(folder) == DOWNLOADED
 
 
-@pytest.mark.parametrize("how", ["by the process's number", "by guessing"])
-def test_an_unfinished_file_that_is_a_link_is_not_followed(tmp_path, monkeypatch, how):
-    foreseen = "guessed" if how == "by guessing" else str(os.getpid())
-    target = tmp_path / "target"
-    target.write_text("of the user")
-    path = tmp_path / "model.pt"
-    path.with_name(f"{path.name}.{foreseen}.tmp").symlink_to(target)
-    if how == "by guessing":
-        monkeypatch.setattr("secrets.token_hex", lambda length: foreseen)
-        with pytest.raises(OSError, match=f"cannot write {path}.*File exists"):
-            data.save({}, path, [])
-    else:
-        data.save({}, path, [])
-        assert torch.load(path) == {}
-    assert target.read_text() == "of the user"
+def test_batch_files_are_restored_from_the_archive_and_other_files_stay(archive, folder):
+    batches = tiny_cifar10.write(folder)
+    shutil.copy(archive, folder)
+    (batches / "test_batch").unlink()
+    (batches / "data_batch_3").write_bytes(b"half")
+    (batches / "notes").write_text("of the user")
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
+    assert names(batches) == sorted([*tiny_cifar10.FILES, "notes"])
 
 
-def test_an_unfinished_file_that_cannot_be_removed_stays(filled):
-    (filled / "cifar10.pt.1.tmp" / "of another user").mkdir(parents=True)
-    (filled / "cifar10.pt.2.tmp").touch()
-    assert_equals_torchvisions(data.load_cifar10(filled), filled)
-    assert names(filled) == sorted([*USED, "cifar10.pt.1.tmp"])
+def test_links_to_a_good_data_set_are_followed_and_stay(archive, folder, capsys):
+    folder.mkdir()
+    (folder / CIFAR10.filename).symlink_to(archive)
+    assert_equals_torchvisions(data.load_cifar10(folder), folder)
+    for name in (CIFAR10.base_folder, "cifar10.pt"):
+        (folder / name).symlink_to(shutil.move(folder / name, folder.parent))
+        assert_equals_torchvisions(data.load_cifar10(folder), folder)
+    assert all((folder / name).is_symlink() for name in (CIFAR10.filename, "cifar10.pt"))
+
+
+def test_what_killed_trials_have_left_is_removed(filled):
+    unfinished = filled / "cifar10.pt.abc.tmp"
+    unfinished.mkdir(0o700)
+    (unfinished / "cifar10.pt").write_bytes(b"half")
+    data.load_cifar10(filled)
+    assert names(filled) == USED
 
 
 def test_saved_files_have_the_mode_that_the_umask_allows(filled):
     before = os.umask(0o027)
     try:
         data.load_cifar10(filled)
-        data.save({}, filled / "model.pt", [])
+        data.save({}, filled / "model.pt")
     finally:
         os.umask(before)
     for name in ("cifar10.pt", "cifar10.pt.lock", "model.pt"):
         assert stat.S_IMODE((filled / name).stat().st_mode) == 0o640
-
-
-def test_save_replaces_regular_files_only(tmp_path):
-    path = tmp_path / "fifo"
-    os.mkfifo(path)
-    with pytest.raises(OSError, match=f"cannot write {path}: it is not a regular file"):
-        data.save({}, path, [])
-    assert path.is_fifo()
-    assert names(tmp_path) == ["fifo"]
 
 
 @pytest.mark.parametrize("data_dir", ["data folder/cifar-10-batches-py", "."])
@@ -406,8 +237,7 @@ def test_data_dir_may_be_the_folder_of_the_batch_files(archive, folder, monkeypa
     monkeypatch.chdir(batches if data_dir == "." else folder.parent)
     before = names(batches)
     assert_equals_torchvisions(data.load_cifar10(Path(data_dir)), folder)
-    assert names(batches) == before
-    assert names(folder) == USED
+    assert (names(batches), names(folder)) == (before, USED)
 
 
 def test_data_dir_may_have_the_name_of_the_folder_in_it(archive, folder):
@@ -427,3 +257,12 @@ def test_synthetic_images_are_the_same_for_everyone(synthetic):
     assert 100 < images.float().mean() < 156
     again = data.make_synthetic()
     assert all(torch.equal(a, b) for a, b in zip(synthetic, again, strict=True))
+
+
+def test_validation_holds_out_a_tenth_of_each_class(synthetic):
+    images, labels = synthetic[:2]
+    kept, kept_labels, held, held_labels = data.hold_out(images, labels)
+    assert kept_labels.bincount().tolist() == [900] * 10
+    assert held_labels.bincount().tolist() == [100] * 10
+    assert held_labels[(held == images[-1]).flatten(1).all(1)].tolist() == [labels[-1]]
+    assert torch.equal(torch.cat([kept, held]).sum(0), images.sum(0))  # each once

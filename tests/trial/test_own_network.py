@@ -9,11 +9,11 @@ import few_images
 import pytest
 import torch
 from conftest import ROOT
-from experiment import SEARCH, Experiment, accuracy, processes_at
+from experiment import UNCHECKED, Experiment, accuracy, processes_at
 from PIL import Image
 
 import train
-from trial import batch
+from trial import images
 
 
 def readme_code(section):
@@ -27,59 +27,89 @@ def test_the_readmes_code_classifies_an_image(main, tmp_path, monkeypatch, capsy
     assert main("--dataset=synthetic", "--batch-size=100", "--lr=0.05", "--save=model.pt").stdout
     net = train.Net()
     net.load_state_dict(torch.load("model.pt"))
-    images = few_images.make()[2][:5]
-    classes = net(batch.normalize(images)).argmax(1)
+    examples = few_images.make()[2][:5]
+    classes = net(images.normalize(examples)).argmax(1)
     assert len(classes.unique()) > 1
     words = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    for image, number in zip(images, classes, strict=True):
+    for image, number in zip(examples, classes, strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save("image.png")
         exec(readme_code("From a search to a model"), {})
         assert capsys.readouterr().out == f"{words[number]}\n"
 
 
+def changed(place, change):
+    data_set = few_images.make()
+    data_set[place] = change(data_set[place])
+    return data_set
+
+
+RIGHT = "(1000, 3, 32, 32), torch.int64 (1000,), torch.uint8 (200, 3, 32, 32), torch.int64 "
+
+
 @pytest.mark.parametrize(
-    ("place", "wrong", "line"),
+    ("data_set", "line"),
     [
-        (0, torch.Tensor.float, "training images are torch.float32 (1000, 3, 32, 32)"),
-        (1, torch.Tensor.numpy, "training labels are a ndarray; allowed: a tensor, torch.int64"),
-        (2, lambda images: images[:, 0], "test images are torch.uint8 (200, 32, 32)"),
-        (3, lambda labels: labels[:, None], "test labels are torch.int64 (200, 1)"),
-        (3, lambda labels: labels[:5], "test images are 200 and test labels 5"),
-        (1, lambda labels: labels + 1, "Net returns logits (1, 10) for one image"),
-        (3, lambda labels: labels + 1, "Net returns logits (1, 10) for one image"),
-        (1, lambda labels: labels - 1, "a label is -1"),
+        (None, "load_data() returns NoneType; allowed: for training and for test, images"),
+        ((1, 2, 3), "load_data() returns int, int, int; allowed"),
+        (changed(0, torch.Tensor.float), f"load_data() returns torch.float32 {RIGHT}"),
+        (changed(1, torch.Tensor.numpy), "torch.uint8 (1000, 3, 32, 32), int64 (1000,), "),
+        (changed(2, lambda images: images[:, 0]), "torch.uint8 (200, 32, 32), "),
+        (changed(3, lambda labels: labels[:, None]), f"{RIGHT}(200, 1); allowed"),
+        (changed(3, lambda labels: labels[:5]), f"{RIGHT}(5,); allowed"),
+        (changed(1, lambda labels: labels + 1), "Net returns logits (1, 10) for one image"),
+        (changed(3, lambda labels: labels + 1), "Net returns logits (1, 10) for one image"),
+        (changed(1, lambda labels: labels - 1), "a label is -1"),
     ],
 )
-def test_wrong_data_ends_in_one_line(main, monkeypatch, place, wrong, line):
-    data_set = few_images.make()
-    data_set[place] = wrong(data_set[place])
+def test_wrong_data_ends_in_one_line(main, monkeypatch, data_set, line):
     monkeypatch.setattr(train, "load_data", lambda args: data_set)
     result = main("--device", "cpu")
     assert result.returncode == 1
-    assert result.stderr.startswith(f"train.py: error: {line}")
+    assert result.stderr.startswith("train.py: error: ")
+    assert line in result.stderr
     assert "; allowed: " in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "a NoneType"), ((1, 2, 3), "a tuple of 3")])
-def test_load_data_must_return_four_tensors(main, monkeypatch, given, found):
-    monkeypatch.setattr(train, "load_data", lambda args: given)
-    line = f"train.py: error: load_data() returns {found}; allowed: a tuple of training images, "
-    assert main().stderr.startswith(line)
+@pytest.mark.parametrize(
+    ("forward", "line"),
+    [
+        (lambda self, x: (x, x), "Net returns a tuple; allowed: a tensor of logits"),
+        (lambda self, x: x.flatten(1)[:, :9], "Net returns logits (1, 9) for one image; allowed: "),
+    ],
+)
+def test_a_wrong_network_ends_in_one_line(main, monkeypatch, forward, line):
+    monkeypatch.setattr(train.Net, "forward", forward)
+    assert main("--dataset", "synthetic").stderr.startswith(f"train.py: error: {line}")
 
 
-def test_a_network_with_too_few_classes_and_a_shift_by_too_many_pixels_end_in_one_line(
-    main, monkeypatch
+@pytest.mark.parametrize(
+    ("size", "flags", "line"),
+    [
+        (16, ["--augment", "16"], "augment shifts by 16 pixels; allowed: < 16, the images' size"),
+        (2, ["--tta"], "--tta shifts by 2 pixels; allowed: < 2, the images' size"),
+    ],
+)
+def test_images_that_are_too_small_end_the_trial_before_it_trains(
+    main, monkeypatch, size, flags, line
 ):
-    small = [x[:, :, :16, :16] if x.ndim == 4 else x for x in few_images.make()]
+    small = [x[:, :, :size, :size] if x.ndim == 4 else x for x in few_images.make()]
     monkeypatch.setattr(train, "load_data", lambda args: small)
-    monkeypatch.setattr(train.Net, "forward", lambda self, x: (x, x))
-    assert "Net returns a tuple; allowed: a tensor of logits" in main().stderr
-    monkeypatch.setattr(train.Net, "forward", lambda self, x: x.flatten(1)[:, :9])
-    assert "Net returns logits (1, 9) for one image; allowed: (1, classes), " in main().stderr
     monkeypatch.setattr(train.Net, "forward", lambda self, x: x.flatten(1)[:, :10])
-    error = main("--augment", "16").stderr
-    assert error == "train.py: error: augment is 16; allowed: < 16, the images' size\n"
+    result = main(*flags)
+    assert result.stderr == f"train.py: error: {line}\n"
+    assert " loss: " not in result.stdout
+
+
+def test_validation_never_sees_the_test_images(main, monkeypatch):
+    """Whatever load_data() does with args.validate."""
+    images, labels, test_images, test_labels = few_images.make()
+    data_set = [images, labels, test_images, test_labels - 1]  # one is -1, which is refused
+    monkeypatch.setattr(train, "load_data", lambda args: data_set)
+    result = main("--batch-size", "128", "--epochs", "1", "--validate")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("Validation acc: ")
+    assert result.stdout.splitlines()[-1].endswith("/100)")
 
 
 @pytest.mark.slow
@@ -105,7 +135,7 @@ def test_the_readmes_own_network_and_data_are_searched(tmp_path, home, environme
         ROOT / "configs" / "demo.yml",
         home,
         environment | {"PYTHONPATH": ""},
-        [project / SEARCH[0].name, "--no-rehearsal"],  # a rehearsal runs the same code
+        UNCHECKED,
         trialCommand="OMP_NUM_THREADS=1 python3 train.py",
         trialCodeDirectory=str(project),
         tuner={"name": "Random"},

@@ -27,7 +27,8 @@ def linear_model():
 
 def train_model(model, images, labels, **values):
     args = settings(**{"lr": 1e-4, "report_every": 10, "epochs": 1} | values)
-    train.train(model, SGD(args, model), images, labels, args)
+    optimizer = SGD(model.parameters(), args.lr, args.momentum, args.weight_decay)
+    train.train(model, optimizer, images, labels, args)
 
 
 # Of 200 images, each batch size has another window: several in an epoch with a rest of batches, or

@@ -5,21 +5,23 @@ import itertools
 import json
 import pickle
 import pty
+import runpy
 import struct
+import sys
 import termios
 import types
 from pathlib import Path
 
-import few_images
 import pytest
 import tiny_cifar10
 import torch
-from conftest import BASELINE, ROOT
+from conftest import BASELINE, ROOT, as_process
 from forked import SUPPORT
 from tiny_cifar10 import assert_equals_torchvisions, names
 
 import train
-from trial import batch, data
+from trial import data
+from trial.images import normalize, views
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "128", "--lr", "0.05", "--epochs", "1"]
 
@@ -114,11 +116,11 @@ def test_a_progress_bar_on_a_terminal(main, monkeypatch):
 
 def test_a_failed_save_keeps_the_old_file(tmp_path):
     path = tmp_path / "model.pt"
-    data.save({"weight": torch.ones(3)}, path, [torch.ones(3)])
+    data.save({"weight": torch.ones(3)}, path)
     before = path.read_bytes()
     # A function of a function cannot be pickled; Python 3.14 has another error for that.
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        data.save({"weight": torch.zeros(3), "bad": lambda: None}, path, [torch.zeros(3)])
+        data.save({"weight": torch.zeros(3), "bad": lambda: None}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -156,7 +158,8 @@ def test_a_data_folder_that_is_a_file_ends_the_trial(main, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = main("--data-dir", tmp_path / "file")
     assert result.returncode == 1
-    assert f"train.py: error: [Errno 17] File exists: '{tmp_path / 'file'}'" in result.stderr
+    assert f"train.py: error: CIFAR-10 is missing or damaged in {tmp_path}/file" in result.stderr
+    assert "point --data-dir or CIFAR10_DIR at a folder" in result.stderr
 
 
 def test_data_dir_is_beside_the_script_or_from_the_environment(monkeypatch):
@@ -177,11 +180,6 @@ def test_a_path_may_begin_with_the_users_home(monkeypatch, tmp_path):
     assert args.lr == 0.5
 
 
-def test_train_py_runs_without_docstrings(monkeypatch):
-    monkeypatch.setattr(train, "__doc__", None)  # as python -OO does
-    assert train.parse_args([]).lr == BASELINE["lr"]
-
-
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch finds no accelerator here")
 def test_an_accelerator_learns_what_the_cpu_learns(main, monkeypatch, synthetic):
     monkeypatch.setattr(data, "make_synthetic", lambda: synthetic)
@@ -200,32 +198,13 @@ def test_a_real_trial(main, monkeypatch, cifar10_dir):
     assert_equals_torchvisions(tensors, cifar10_dir)
 
 
-def test_validation_holds_out_a_tenth_of_each_class(synthetic):
-    images, labels = synthetic[:2]
-    kept, kept_labels, held, held_labels = data.hold_out(images, labels)
-    assert kept_labels.bincount().tolist() == [900] * 10
-    assert held_labels.bincount().tolist() == [100] * 10
-    assert held_labels[(held == images[-1]).flatten(1).all(1)].tolist() == [labels[-1]]
-    assert torch.equal(torch.cat([kept, held]).sum(0), images.sum(0))  # each once
-
-
-def test_validate_does_not_use_the_test_images(main, monkeypatch):
-    without_test = [*few_images.make()[:2], None, None]
-    monkeypatch.setattr(data, "make_synthetic", lambda: without_test)
-    result = main(*QUICK, "--validate")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("Validation acc: ")
-    assert result.stdout.splitlines()[-1].endswith("/100)")
-
-
 def test_tta_adds_the_logits_of_the_views(synthetic):
     torch.manual_seed(0)
     net = train.Net().eval()
     images = synthetic[2][:100]
-    x = batch.normalize(images)
-    views = batch.views(x)
+    x = normalize(images)
     with torch.no_grad():
-        plain, averaged = net(x).argmax(1), (sum(net(view) for view in views) / 50).argmax(1)
+        plain, averaged = net(x).argmax(1), (sum(net(view) for view in views(x)) / 50).argmax(1)
     assert (plain != averaged).any()
     assert train.test(net, images, plain) == 100
     assert train.test(net, images, averaged, tta=True) == 100
@@ -234,14 +213,14 @@ def test_tta_adds_the_logits_of_the_views(synthetic):
 
 def test_the_views_are_25_shifts_and_their_mirror_images():
     images = torch.randn(3, 2, 8, 8)
-    views = batch.views(images)
-    assert len(views) == len({view.numpy().tobytes() for view in views}) == 50
-    assert torch.equal(views[12], images)
+    fifty = views(images)
+    assert len(fifty) == len({view.numpy().tobytes() for view in fifty}) == 50
+    assert torch.equal(fifty[12], images)
     places = itertools.product(range(5), range(5))
-    for view, (top, left) in zip(views[:25], places, strict=True):  # inside, what is not reflected
+    for view, (top, left) in zip(fifty[:25], places, strict=True):  # inside, what is not reflected
         inner = images[:, :, top : top + 4, left : left + 4]
         assert torch.equal(view[:, :, 2:6, 2:6], inner)
-    for view, mirrored in zip(views[:25], views[25:], strict=True):
+    for view, mirrored in zip(fifty[:25], fifty[25:], strict=True):
         assert torch.equal(view.flip(3), mirrored)
 
 
@@ -253,12 +232,13 @@ def test_a_trial_has_its_data_before_it_asks_for_hyperparameters(main, monkeypat
     assert order == ["data", "NNI"]
 
 
-def test_training_computes_the_same_without_fast_py(main, monkeypatch):
+def test_training_computes_the_same_without_fast_py(main, monkeypatch, capsys):
     # Muon sees the memory layout of the weights; its losses change within a few steps.
     flags = [*QUICK, "--optimizer", "Muon", "--device", "cpu", "--report-every", "2"]
     faster = main(*flags)
-    monkeypatch.setattr(train, "fast", None)  # as train.py has it when the file is deleted
-    slower = main(*flags)
+    monkeypatch.setitem(sys.modules, "trial.fast", None)  # as if the file were deleted
+    monkeypatch.delattr("trial.fast")
+    slower = as_process(capsys, runpy.run_path(ROOT / "train.py")["main"], flags)
     assert slower.returncode == 0, slower.stderr
     assert losses(faster.stdout) == pytest.approx(losses(slower.stdout), abs=1e-3)
 
@@ -278,7 +258,7 @@ def test_threads_spin_briefly_unless_the_environment_says_otherwise(
     (tmp_path / "torch.py").write_text(f"import ctypes; ctypes.CDLL({library!r})")
     (tmp_path / "nni.py").touch()
     environment.update(theirs, OMP_DISPLAY_ENV="VERBOSE")
-    result = run(code="import os, trial.start; print(os.environ.get('GOMP_SPINCOUNT'))")
+    result = run(code="import os, trial.fast; print(os.environ.get('GOMP_SPINCOUNT'))")
     assert f"GOMP_SPINCOUNT = '{spin}'" in result.stderr
     assert result.stdout == f"{theirs.get('GOMP_SPINCOUNT')}\n"
 

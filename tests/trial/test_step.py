@@ -1,4 +1,4 @@
-"""The training step computes the same as the tutorial's loop, only faster."""
+"""The network is the tutorial's; a training step computes the same as its loop, only faster."""
 
 import contextlib
 import functools
@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from trial import batch, fast, optimizers
+from trial import fast, optimizers
+from trial.images import augment, normalize
 from trial.optimizers import orthogonalize
 
 STEPS = 40
@@ -45,8 +46,8 @@ def batches(images, batch_size):
 
 def optimizer_and_step(model, images, labels, args):
     """Return the optimizer that args names, and train.py's step as a function of the index."""
-    optimizer = optimizers.OPTIMIZERS[args.optimizer](args, model)
-    optimizer.lr.fill_(args.lr)
+    kind = optimizers.OPTIMIZERS[args.optimizer]
+    optimizer = kind(model.parameters(), args.lr, args.momentum, args.weight_decay)
     return optimizer, functools.partial(train.train_step, model, optimizer, images, labels, args)
 
 
@@ -60,8 +61,9 @@ def losses_and_weights(args, samples, graph=True, lr_type=torch.float64):
     if images.is_cuda and graph:
         learn = fast.as_cuda_graph(learn, args.batch_size, images.device)
     losses = []
-    rates = optimizers.learning_rates(args, STEPS)
-    for index, rate in zip(batches(images, args.batch_size), rates, strict=True):
+    schedule = optimizers.LR_SCHEDULES[args.lr_schedule]
+    for done, index in enumerate(batches(images, args.batch_size)):
+        rate = schedule(args.lr, done, STEPS)
         optimizer.lr.fill_(torch.tensor(rate, dtype=lr_type))
         losses.append(learn(index.to(images.device)).item())
     return losses, list(model.parameters())
@@ -114,6 +116,37 @@ def samples():
     return [tensor[:100] for tensor in few_images.make()[:2]]
 
 
+def test_the_networks_shape_and_parameters():
+    net = train.Net()
+    assert net(torch.zeros(7, 3, 32, 32)).shape == (7, 10)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 62_006
+    assert {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()} == {
+        "conv1.weight": (6, 3, 5, 5),
+        "conv1.bias": (6,),
+        "conv2.weight": (16, 6, 5, 5),
+        "conv2.bias": (16,),
+        "fc1.weight": (120, 400),
+        "fc1.bias": (120,),
+        "fc2.weight": (84, 120),
+        "fc2.bias": (84,),
+        "fc3.weight": (10, 84),
+        "fc3.bias": (10,),
+    }
+
+
+def test_the_initial_weights_are_torchs():
+    torch.manual_seed(3)
+    ours = train.Net().conv1.weight
+    torch.manual_seed(3)
+    assert torch.equal(ours, torch.nn.Conv2d(3, 6, 5).weight)
+
+
+def test_normalize_is_the_tutorials():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    expected = (pixels.double() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(normalize(pixels).double(), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -131,16 +164,16 @@ def test_a_step_computes_the_same_as_the_tutorials_loop(samples, double, optimiz
 @pytest.mark.parametrize("lr_schedule", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 10, 11, 1000])
 def test_a_schedule_is_torchs_scheduler(lr_schedule, steps):
-    args = settings(lr=0.5, lr_schedule=lr_schedule)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.lr)
-    scheduler = SCHEDULERS[lr_schedule](optimizer, args.lr, steps)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = SCHEDULERS[lr_schedule](optimizer, 0.5, steps)
     expected = []
     for _ in range(steps):
         expected += scheduler.get_last_lr()
         optimizer.step()
         if len(expected) < steps:
             scheduler.step()
-    rates = list(optimizers.learning_rates(args, steps))
+    schedule = optimizers.LR_SCHEDULES[lr_schedule]
+    rates = [schedule(0.5, done, steps) for done in range(steps)]
     assert rates == pytest.approx(expected, rel=1e-9)
     assert all(0 < rate <= 0.5 for rate in rates)
 
@@ -164,8 +197,7 @@ def test_muon_follows_its_definition(double):
     args = quick(optimizer="Muon", weight_decay=0.1)
     torch.manual_seed(0)
     model = train.Net().to(memory_format=torch.channels_last)
-    optimizer = optimizers.Muon(args, model)
-    optimizer.lr.fill_(args.lr)
+    optimizer = optimizers.Muon(model.parameters(), args.lr, args.momentum, args.weight_decay)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     momenta = [torch.zeros_like(weight) for weight in weights]
     for _ in range(2):
@@ -188,7 +220,7 @@ def test_each_image_has_its_own_shift_and_mirroring():
     padded = F.pad(image, (2, 2, 2, 2), mode="reflect")[0]
     windows = [padded[:, top : top + 32, left : left + 32] for top in range(5) for left in range(5)]
     allowed = torch.stack([*windows, *(window.flip(2) for window in windows)])
-    augmented = batch.augment(image.expand(2000, -1, -1, -1), 2, 2000)
+    augmented = augment(image.expand(2000, -1, -1, -1), 2, 2000)
     which = (augmented[:, None, 0, ::5, ::5] == allowed[None, :, 0, ::5, ::5]).flatten(2).all(2)
     assert which.sum(1).tolist() == [1] * 2000
     counts = which.sum(0)
@@ -214,7 +246,7 @@ def test_a_step_augments_when_asked_to(samples):
 def test_threads_and_kernels_follow_the_batch_size(monkeypatch, user, batch_size, threads, onednn):
     monkeypatch.setattr("os.environ", user)
     torch.set_num_threads(2)
-    fast.prepare_cpu(train.Net(), batch_size)
+    fast.prepare(train.Net(), torch.device("cpu"), batch_size)
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (threads, onednn)
 
 

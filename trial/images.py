@@ -1,6 +1,4 @@
-"""Prepares images for the network: as floats, augmented for training, as views for --tta."""
-
-import contextlib
+"""Checks load_data()'s images, and prepares them: as floats, augmented, as views for --tta."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,42 @@ from trial import processes
 from trial.hyperparameters import NotAllowed
 
 
-def make(images, labels, index, pixels):
+def check_data(data_set):
+    """Raise NotAllowed if data_set is not what load_data() promises."""
+    parts = data_set if isinstance(data_set, (tuple, list)) else [data_set]
+    kinds = [(getattr(part, "dtype", None), getattr(part, "ndim", None)) for part in parts]
+    is_right = kinds == [(torch.uint8, 4), (torch.int64, 1)] * 2
+    lengths = [len(part) for part in parts] if is_right else []
+    if not is_right or 0 in lengths or lengths[::2] != lengths[1::2]:
+        words = [
+            f"{part.dtype} {tuple(part.shape)}" if hasattr(part, "shape") else type(part).__name__
+            for part in parts
+        ]
+        images, labels = "torch.uint8 (N, channels, height, width)", "torch.int64 (N,)"
+        allowed = f"for training and for test, images {images} and as many labels {labels}"
+        raise NotAllowed(f"load_data() returns {', '.join(words)}; allowed: {allowed}")
+
+
+@torch.no_grad()
+def check_network(model, images, labels, tta=False):
+    """Raise NotAllowed if the model does not return a logit for each class, with or without tta.
+
+    images: uint8 (N, channels, height, width), labels: int64 (N,).
+    """
+    model.eval()
+    inputs = normalize(images[:1])
+    logits = model(views(inputs)[0] if tta else inputs)
+    if not isinstance(logits, torch.Tensor):
+        raise NotAllowed(f"Net returns a {type(logits).__name__}; allowed: a tensor of logits")
+    shape, least, largest = tuple(logits.shape), labels.min().item(), labels.max().item()
+    if least < 0:
+        raise NotAllowed(f"a label is {least}; allowed: 0 to the number of classes - 1")
+    if len(shape) != 2 or shape[0] != 1 or shape[1] <= largest:
+        allowed = f"(1, classes), with more than {largest} classes, as {largest} is a label"
+        raise NotAllowed(f"Net returns logits {shape} for one image; allowed: {allowed}")
+
+
+def make_batch(images, labels, index, pixels):
     """Return the images with these indices as the network takes them, and their labels.
 
     images: uint8 (N, channels, height, width), labels: int64 (N,), index: int64 (n,). Returns
@@ -39,7 +72,8 @@ def augment(images, pixels, batch_size):
     is_mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
     top, left = processes.own_share(shift).T
     # A shift per image: plain slices would shift all images alike.
-    images = shifts(images, pixels)[torch.arange(len(images), device=device), :, top, left]
+    windows = shifts(images, pixels, "augment")
+    images = windows[torch.arange(len(images), device=device), :, top, left]
     return torch.where(processes.own_share(is_mirrored), images.flip(3), images)
 
 
@@ -48,40 +82,21 @@ def views(images):
 
     A view is shifted by up to 2 pixels in each direction, and mirrored or not.
     """
-    windows = shifts(images, 2)
+    windows = shifts(images, 2, "--tta")
     shifted = [windows[:, :, top, left] for top in range(5) for left in range(5)]
     return shifted + [view.flip(3) for view in shifted]
 
 
-def shifts(images, pixels):
+def shifts(images, pixels, why):
     """Return all shifts of images, float (n, channels, height, width), by up to pixels.
 
     The result is (n, channels, top, left, height, width). result[:, :, pixels, pixels] is not
     shifted. Reflection fills the border, as in https://github.com/KellerJordan/cifar10-airbench.
-    Raises NotAllowed for images of too few pixels.
+    Raises NotAllowed, which names why, for images of too few pixels.
     """
     smaller = min(images.shape[2:])
     if pixels >= smaller:
-        raise NotAllowed(f"augment is {pixels}; allowed: < {smaller}, the images' size")
+        raise NotAllowed(f"{why} shifts by {pixels} pixels; allowed: < {smaller}, the images' size")
     padded = F.pad(images, (pixels,) * 4, mode="reflect")
     _, _, height, width = images.shape
     return padded.unfold(2, height, 1).unfold(3, width, 1)
-
-
-@contextlib.contextmanager
-def limited_by_memory(args):
-    """Raise NotAllowed, which names batch_size, if the device has too little memory to train.
-
-    torch then raises a RuntimeError. Only its message shows the cause.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        signs = ("out of memory", "allocate memory", "alloc_failed")
-        words = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(sign in words for sign in signs):
-            raise
-        allowed = f"as many images as {args.device} has memory for"
-        problem = str(error).partition("\n")[0]
-        message = f"batch_size is {args.batch_size}; allowed: {allowed}; {problem}"
-        raise NotAllowed(message) from error
