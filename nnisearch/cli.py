@@ -12,8 +12,10 @@ this command ends. nnictl can handle it like any experiment.
 import ipaddress
 import os
 import platform
+import shutil
 import socket
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +25,26 @@ from nnisearch.shared.imports import without_pandas
 
 with signals.silently_interrupted(), without_pandas():  # NNI takes half a second
     import nni
-    from nni.experiment import Experiment
+    from nni.experiment.config import ExperimentConfig
 
-    from nnisearch.before import checks, gpus
+    from nnisearch.before import checks
     from nnisearch.before import config as configuration
-    from nnisearch.before.machines import check_machines
-    from nnisearch.before.rehearsal import rehearse
     from nnisearch.results import choose
-    from nnisearch.shared import slurm
-    from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, remove
+    from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output
     from nnisearch.shared.text import one_line
     from nnisearch.start import resume
-    from nnisearch.start.launch import experiment_folder, find_port, launch, prepare_environment
-    from nnisearch.watch import progress
+    from nnisearch.start.launch import Experiment, launch, prepare_environment
+    from nnisearch.start.logs import Logs
+    from nnisearch.start.watchdog import Watchdog
+    from nnisearch.watch import first_trials, progress
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 LIST_SIZE = 1  # MB: NNI loses its list of experiments if the disk is full
+elsewhere_prepare = lambda *_: None  # noqa: E731
+
+
+def ignore(config: ExperimentConfig) -> None:
+    """Do nothing with a configuration, where a project has nothing to do."""
 
 
 @dataclass
@@ -46,117 +52,153 @@ class Project:
     """Settings of a project's own command, such as search.py; the defaults are nnisearch's own.
 
     command starts a search, and choose_command chooses a trial. default_config() returns the path
-    of the default configuration, and the reason for it. check(config) raises ValueError for what
-    the project's trial refuses. within is an argument of choose.main().
+    of the default configuration, and the reason for it; default names it in --help. check(config)
+    raises ValueError for what the project's trial refuses. load_data(config) loads what the trials
+    would load. within is an argument of choose.main().
     """
 
     command: str = "nnisearch"
     choose_command: str = "nnichoose"
-    default_config: Callable | None = None
-    check: Callable = lambda config: None
+    default_config: Callable[[], tuple[Path, str]] | None = None
+    default: str = ""
+    check: Callable[[ExperimentConfig], None] = ignore
+    load_data: Callable[[ExperimentConfig], None] = ignore
     within: float = 0.0
 
 
-def begin(args, project):
+def check_folder(config: ExperimentConfig, project: Project) -> list[str]:
+    """Check the folder of the search's files."""
+    folder = Path(config.experiment_working_directory)
+    checks.check_disk(folder, EXPERIMENT_SIZE)
+    checks.check_private(folder)
+    return []
+
+
+def check_config(config: ExperimentConfig, project: Project) -> list[str]:
+    """Check all keys of a configuration, by what NNI and the project's trial allow."""
+    lines = [f"Warning: {line}" for line in checks.check(config)]
+    project.check(config)
+    return lines
+
+
+def load_data(config: ExperimentConfig, project: Project) -> list[str]:
+    """Load the project's data, so that no trial waits for a download."""
+    project.load_data(config)
+    return []
+
+
+def name_python(config: ExperimentConfig, project: Project) -> list[str]:
+    """Name the Python that runs the trials, if it is not the user's."""
+    users, own = shutil.which("python3"), Path(sys.executable)
+    if "python" not in (config.trial_command or "") or not users:
+        return []
+    if Path(users).parent.resolve() == own.parent.resolve():
+        return []
+    change = f"to change that, write {users} in trialCommand, or install nnisearch there"
+    return [f"In trialCommand python3 is {own.parent}/python3, as for this command; {change}"]
+
+
+# Each raises ValueError for a search that cannot work, and returns lines for the user.
+CHECKS = (check_folder, check_config, load_data)
+
+
+def begin(args: Namespace, project: Project, checks_of_start: tuple) -> tuple:
     """Check and start the search that args ask for; return its ID, port and configuration."""
     listed = resume.list_experiments()
     if id := args.resume or args.view:
-        known = resume.find(id, listed, "--view" if args.view else "--resume")
-        is_up = known["status"] != "STOPPED" if args.view else resume.is_running(known)
+        entry = resume.find(id, listed, "--view" if args.view else "--resume")
+        is_up = entry["status"] != "STOPPED" if args.view else resume.is_running(entry)
         if is_up:
             if args.listen:
                 allowed = "only at a start, and this search already runs"
                 raise ValueError(f"--listen is {args.listen}; allowed: {allowed}")
-            return id, known["port"], resume.running_config(known)
+            return id, entry["port"], resume.running_config(entry)
     home = Path("~/nni-experiments").expanduser()
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")
     resume.close_list(home)
     checks.check_private(home, "NNI's folder below HOME")
-    if listed:
-        resume.note_ended(listed)
-    experiment = stored(known, args) if id else new(args, project)
-    port = start(experiment, args, project)
-    return experiment.id, port, experiment.config
+    experiment = stored(entry, args) if id else new(args, project)
+    if not args.view:
+        for check in (name_python, *checks_of_start):
+            for line in check(experiment.config, project):
+                print(line)
+    # Trials use this python3 even if its environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    return experiment.id, start(experiment, args), experiment.config
 
 
-def new(args, project):
+def new(args: Namespace, project: Project) -> Experiment:
     """Return an experiment of the configuration in args, or of the project's default one."""
     path, reason = (args.config, args.config) if args.config else project.default_config()
     print(f"Configuration: {one_line(reason)}")
-    return Experiment(configuration.load(path))
+    config, lines = configuration.load(path)
+    for line in lines:
+        print(one_line(line))
+    return Experiment(config)
 
 
-def stored(known, args):
-    """Return a stored experiment; end its remaining processes if it is to be resumed."""
-    id, folder = known["id"], known["logDir"]
-    experiment = Experiment(configuration.load_stored(id, Path(folder, id)))
-    experiment.id, experiment._action = id, "view" if args.view else "resume"
-    experiment.config.experiment_working_directory = folder
-    if args.resume:
-        resume.prepare(known)
-    return experiment
+def stored(entry: dict, args: Namespace) -> Experiment:
+    """Return a stored experiment that is to be viewed or resumed; entry is of NNI's list."""
+    id, folder = entry["id"], entry["logDir"]
+    config = configuration.load_stored(id, Path(folder, id))
+    config.experiment_working_directory = folder
+    return Experiment(config, id, "view" if args.view else "resume")
 
 
-def start(experiment, args, project):
-    """Check and start an experiment; return its port. Raises what checks and launch() raise."""
-    config = experiment.config
-    if args.view:
-        with experiment_folder(experiment) as watchdog:
-            prepare_environment(config, args.listen)
-            return launch(experiment, args.port, watchdog)
-    is_scheduled = configuration.is_local(config) and config.trial_gpu_number
-    if is_scheduled and (line := gpus.allow_visible(config.training_service)):
-        print(line)
-    checks.check_disk(Path(config.experiment_working_directory), EXPERIMENT_SIZE)
-    checks.check_private(Path(config.experiment_working_directory))
-    with experiment_folder(experiment) as watchdog:
-        folder = watchdog.folder
-        if config.use_annotation:
-            configuration.expand(config, folder / "code")
-        for line in checks.check(config):
-            print(f"Warning: {line}")
-        for line in check_machines(config, lambda: find_port(args.port, 2) + 1):
-            print(line)
-        project.check(config)
-        if slurm.is_used(config):
-            slurm.prepare(experiment.id, folder)
-        if args.rehearsal and not args.resume:  # a resumed search has run before
+def start(experiment: Experiment, args: Namespace) -> int:
+    """Start an experiment, and wait until its first trials show that it works; return its port."""
+    config, folder = experiment.config, experiment.folder
+    with (
+        Watchdog(folder, experiment.action) as watchdog,
+        first_trials.noticing_readers(folder / "trials") as readers,
+    ):
+        is_new, logs = experiment.action == "create", Logs(config, folder)
+        over_there = None if args.view else elsewhere_prepare(config, experiment, not is_new)
+        prepare_environment(args.listen, args.host, over_there)
+        port = launch(experiment, args.port, watchdog, logs)
+        if not args.view:
+            only_tuner = args.keep_going or not is_new  # a resumed search has run before
+            seen = None if over_there else readers
             try:
-                rehearse(config, folder / "rehearsal", watchdog)
-            except (ValueError, OSError):
+                first_trials.watch(config, folder, port, logs, seen, only_tuner)
+            except ValueError:
                 checks.check_disk(folder, EXPERIMENT_SIZE)  # a full disk may be the cause
                 raise
-            remove(folder / "rehearsal")
-        if is_scheduled and (holders := gpus.waiting_for(config.training_service)):
-            print(f"All GPUs are busy, so the trials will wait: {holders}")
-        prepare_environment(config, args.listen)
-        return launch(experiment, args.port, watchdog)
+        return port
 
 
-def parse_args(argv, prog, project):
+def parse_args(argv: list[str] | None, prog: str, project: Project) -> Namespace:
+    """Return the command's settings. Exits with one line on stderr if they are not allowed."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog, __doc__)
     add = parser.add_argument
-    add("config", nargs="?", type=as_path, metavar="CONFIG", help="a configuration of NNI")
+    what = "a configuration of NNI" + (f" (default: {project.default})" if project.default else "")
+    add("config", nargs="?", type=as_path, metavar="CONFIG", help=what)
+    add("-c", "--config", dest="nnictls", type=as_path, metavar="CONFIG", help="the same")
     add("-p", "--port", type=int, help="port of the Web UI (default: the first free one from 8090)")
-    add("--detach", action="store_true", help="return once the search has started")
+    add("--detach", action="store_true", help="return once the first trials run")
+    add("--keep-going", action="store_true", help="start the search even if its first trials fail")
     add("--listen", metavar="ADDRESS", help="open the Web UI to everybody who reaches this address")
+    host = (
+        "a host name by which they reach it, if not by an IP address (several: --host A --host B)"
+    )
+    add("--host", metavar="NAME", action="append", default=[], help=host)
     add("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
     add("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
-    add(
-        "--no-rehearsal",
-        dest="rehearsal",
-        action="store_false",
-        help="do not try the tuner and the trial first (if a trial must not run twice)",
-    )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv[1:] if argv[:1] == ["create"] else argv)  # as nnictl's users type
+    if args.config and args.nnictls:
+        parser.error(f"--config is {args.nnictls}; allowed: none, after {args.config}")
+    args.config = args.config or args.nnictls
     if not (args.config or args.resume or args.view or project.default_config):
         parser.error("CONFIG is missing; allowed: a configuration of NNI, --resume, --view")
     if args.config and (args.resume or args.view):
         parser.error(f"CONFIG is {args.config}; allowed: none, with --resume or --view")
     if args.resume and args.view:
         parser.error(f"--view is {args.view}; allowed: none, with --resume")
-    if args.port is not None and not 1 <= args.port < 65_535:
-        parser.error(f"--port is {args.port}; allowed: 1 to 65534")
+    if args.port is not None and not 1 <= args.port < 65_536:
+        parser.error(f"--port is {args.port}; allowed: 1 to 65535")
+    if args.host and not args.listen:
+        parser.error(f"--host is {args.host[0]}; allowed: none, without --listen")
     if args.listen:
         try:
             with socket.socket() as probe:
@@ -168,19 +210,21 @@ def parse_args(argv, prog, project):
 
 
 @may_be_closed()
-def main(argv=None, project=Project()):  # noqa: B008 - it does not change
+def main(
+    argv: list[str] | None = None,
+    project: Project = Project(),  # noqa: B008 - it does not change
+    checks: tuple[Callable, ...] = CHECKS,
+) -> int:
     """Start a search and watch it. Return 0 if it is done and has a result, else 1."""
     prepare_output()
     prog = project.command.removeprefix("python ")
     args = parse_args(argv, prog, project)
     nni.silence_stdout()  # NNI prints addresses that other machines cannot reach
     signals.end_by_exit()
-    # Trials use this python3 even if its environment is not activated.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1,::1".strip(",")
     try:
-        id, port, config = begin(args, project)
+        id, port, config = begin(args, project, checks)
     except BrokenPipeError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -189,16 +233,7 @@ def main(argv=None, project=Project()):  # noqa: B008 - it does not change
         sys.exit(f"{prog}: interrupted; no search has started")
     again = f"{project.command} --resume {id}"
     try:
-        host = args.listen if args.listen not in (None, "0.0.0.0") else "127.0.0.1"
-        print(f"Search {id}: {one_line(config.experiment_name or 'without a name')}")
-        print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
-        if args.listen:
-            reach = f"everybody who reaches {args.listen}:{port} can run any command as you"
-            print(f"Warning: {reach}, because of --listen")
-        elif not Path("/proc/net/tcp").exists():
-            print("Other users of this machine can use it, too, because it has no /proc")
-        elif "microsoft" in platform.release().lower():
-            print("Processes of root can use it, too: in WSL, Windows' browser comes through one")
+        show_address(id, port, config, args.listen)
         if args.detach or args.view:
             return 0
         has_result = progress.watch(id, port, config, again, f"{project.choose_command} {id}")
@@ -211,6 +246,20 @@ def main(argv=None, project=Project()):  # noqa: B008 - it does not change
         choose.main([id], within=project.within, was_watched=True)
         print(f"To keep the choice: {project.choose_command} {id} --out best.json")
     return 0 if has_result else 1
+
+
+def show_address(id: str, port: int, config: ExperimentConfig, listen: str | None) -> None:
+    """Print where the Web UI of a started search is, and who can use it."""
+    print(f"Search {id}: {one_line(config.experiment_name or 'without a name')}")
+    host = listen if listen not in (None, "0.0.0.0") else "127.0.0.1"
+    print(f"Web UI: http://{host}:{port}, until: nnictl stop {id}")
+    if listen:
+        reach = f"everybody who reaches {listen}:{port} can run any command as you"
+        print(f"Warning: {reach}, because of --listen")
+    elif not Path("/proc/net/tcp").exists():
+        print("Other users of this machine can use it, too, because it has no /proc")
+    elif "microsoft" in platform.release().lower():
+        print("Processes of root can use it, too: in WSL, Windows' browser comes through one")
 
 
 if __name__ == "__main__":

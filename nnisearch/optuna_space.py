@@ -6,7 +6,7 @@ from statistics import NormalDist
 from nni.common.hpo_utils import deformat_parameters, format_search_space
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from nnisearch.before.space import check_space, is_nested, is_number
+from nnisearch.before.space import NUMBERS, check_space, is_nested, is_number
 
 
 class Space:
@@ -19,16 +19,8 @@ class Space:
         check_space(search_space)
         if not search_space:
             raise ValueError("searchSpace is {}; allowed with Optuna: at least one parameter")
-        for key, entry in search_space.items():
-            kind, values = entry["_type"], entry["_value"]
-            if kind != "choice":
-                check_range(key, kind, values)
-            elif is_nested(values):
-                allowed = "values other than objects with a _name"
-                raise ValueError(f"{key} is nested; allowed with Optuna: {allowed}")
-            elif all(map(is_number, values)):
-                search_space = search_space | {key: entry | {"_value": sorted(values)}}
-        self.specs = format_search_space(search_space)
+        entries = {key: prepare(key, entry) for key, entry in search_space.items()}
+        self.specs = format_search_space(entries)
         self.distributions = {spec.name: distribution(spec) for spec in self.specs.values()}
 
     def values(self, params):
@@ -44,14 +36,24 @@ class Space:
         """Convert NNI's parameters into Optuna's. Raises ValueError if they do not fit."""
         if not isinstance(values, dict):
             raise ValueError(f"parameter is {values!r}; allowed: an object")
-        missing = self.distributions.keys() - values.keys()
-        if missing:
+        if missing := self.distributions.keys() - values.keys():
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
         return {spec.name: to_optuna(spec, values[spec.name]) for spec in self.specs.values()}
 
 
-def check_range(key, kind, values):
-    """Raise ValueError for numbers that Optuna refuses, unlike NNI's tuners."""
+def prepare(key, entry):
+    """Return an entry of a search space, with numbers to choose from in their order.
+
+    Raises ValueError for what Optuna refuses, unlike NNI's tuners.
+    """
+    kind, values = entry["_type"], entry["_value"]
+    if kind == "choice":
+        if is_nested(values):
+            allowed = "values other than objects with a _name"
+            raise ValueError(f"{key} is nested; allowed with Optuna: {allowed}")
+        are_numbers = all(map(is_number, values))
+        return {"_type": kind, "_value": sorted(values) if are_numbers else values}
+    values = values[: NUMBERS[kind]]
     wrong = f"searchSpace: {key} is {values}; allowed with Optuna for {kind}"
     if not all(map(is_number, values)) or (kind == "randint" and any(x % 1 for x in values)):
         raise ValueError(f"{wrong}: {'integers' if kind == 'randint' else 'numbers'}")
@@ -61,6 +63,7 @@ def check_range(key, kind, values):
         raise ValueError(f"{wrong}: two different bounds")
     if kind.startswith("q") and values[2] < 0:
         raise ValueError(f"{wrong}: a step above 0")
+    return {"_type": kind, "_value": values}
 
 
 def distribution(spec):
@@ -89,21 +92,20 @@ def to_optuna(spec, value):
     """
     wrong = ValueError(f"{spec.name} is {value!r}; allowed: {spec.type} {spec.values}")
     if spec.type == "choice":
-        for index, known in enumerate(spec.values):
-            if known == value and isinstance(known, bool) == isinstance(value, bool):
+        for index, option in enumerate(spec.values):
+            if option == value and isinstance(option, bool) == isinstance(value, bool):
                 return index
         raise wrong
     if not is_number(value):
         raise wrong
     if spec.type == "randint":
-        index = value - math.ceil(spec.values[0])
+        index = value - spec.values[0]
         if index != int(index) or not 0 <= index < spec.size:
             raise wrong
         return int(index)
+    low, high = spec.low, spec.high
     if spec.normal_distributed:
-        low, high = (from_optuna(spec, quantile) for quantile in (0.001, 0.999))
-    else:
-        low, high = spec.low, spec.high
+        low, high = from_optuna(spec, 0.001), from_optuna(spec, 0.999)
     ends = (math.exp(low), math.exp(high)) if spec.log_distributed else (low, high)
     rounding = (spec.q or 0) / 2 + 1e-9 * max(map(abs, ends))
     if not ends[0] - rounding <= value <= ends[1] + rounding:

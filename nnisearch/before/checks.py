@@ -13,14 +13,32 @@ import socket
 import stat
 import tempfile
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nni.experiment.config.utils import camel_case
+from packaging.requirements import Requirement
 
-from nnisearch.before.config import check_code, is_local, known_algorithms, shipped_class
+from nnisearch.before.config import in_version_1, is_local, known_algorithms, shipped_class
 from nnisearch.before.gpus import check_gpus
-from nnisearch.before.space import check_space, nested_choices, numbers_as_text
+from nnisearch.before.keys import check_code
+from nnisearch.before.space import check_space, ignored, nested_choices
+
+# {class of NNI that fails with today's packages: (what it works with, what to take instead)};
+# "" if it works with nothing: https://github.com/microsoft/nni/issues/5263
+NEEDS = {
+    "GPTuner": ("scipy<1.11", "GPSampler"),
+    "MetisTuner": ("scipy<1.11", "GPSampler"),
+    "DNGOTuner": ("pybnn", "GPSampler"),
+    "HyperoptTuner": ("hyperopt", "TPESampler"),
+    "SMACTuner": ("smac4nni", "TPESampler"),
+    "NetworkMorphismTuner": ("numpy<1.24", "TPESampler"),
+    "PPOTuner": ("gym", "TPESampler"),
+    "Hyperband": ("", "TPESampler"),
+    "BOHB": ("", "TPESampler"),
+    "CurvefittingAssessor": ("numpy<1.24", "Medianstop"),
+}
+PACKAGE = Path(__file__).resolve().parents[1]
 
 # NNI's tuners whose search space has another form.
 OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEvolutionTuner")
@@ -35,30 +53,33 @@ MANY_TRIALS = 1000  # trials at a time
 
 
 def check(config):
-    """Check a canonical configuration; return a list of warnings, one line each.
+    """Check a finished configuration; return a list of warnings, one line each.
 
     Raises ValueError for what cannot work on this machine.
     """
-    for key in ("experiment_working_directory", "trial_code_directory"):
-        folder = str(getattr(config, key))
-        if os.fsencode(folder) != folder.encode(errors="replace"):  # NNI's manager writes UTF-8
-            allowed = "a name in UTF-8, under a locale such as LC_ALL=C.UTF-8"
-            raise ValueError(f"{camel_case(key)} is {folder!a}; allowed: {allowed}")
-    check_code(config.json(), "the configuration")
-    check_algorithms(config)
-    check_addresses(config)
-    if is_local(config):
-        if shutil.which("ps") is None:
+    try:
+        for key in ("experiment_working_directory", "trial_code_directory"):
+            folder = str(getattr(config, key))
+            if os.fsencode(folder) != folder.encode(errors="replace"):  # NNI's manager uses UTF-8
+                allowed = "a name in UTF-8, under a locale such as LC_ALL=C.UTF-8"
+                raise ValueError(f"{camel_case(key)} is {folder!a}; allowed: {allowed}")
+        check_code(config.json(), "the configuration")
+        check_algorithms(config)
+        check_localhost()
+        if is_local(config) and shutil.which("ps") is None:
             raise ValueError("PATH has no ps, which NNI needs; Debian: apt install procps")
-        if config.trial_gpu_number:
+        if is_local(config) and config.trial_gpu_number:
             check_gpus(config.training_service)
-    lines = likely_mistakes(config)
-    tuner = shipped_class(config.tuner)
-    if tuner and not tuner.endswith(OTHER_SPACES):  # a user's own tuner may take any space
-        check_space(config.search_space)
-        lines += numbers_as_text(config.search_space, "searchSpace")
-        if tuner.endswith(SHALLOW_SPACES):
-            lines += nested_choices(config.search_space, "searchSpace")
+        lines = likely_mistakes(config)
+        tuner = shipped_class(config.tuner)
+        if tuner and not tuner.endswith(OTHER_SPACES):  # a user's own tuner may take any space
+            check_space(config.search_space)
+            lines += ignored(config.search_space, "searchSpace")
+            if tuner.endswith(SHALLOW_SPACES):
+                lines += nested_choices(config.search_space, "searchSpace")
+    except ValueError as error:
+        is_old = getattr(config, "_is_version_1", False)
+        raise ValueError(in_version_1(str(error)) if is_old else error) from None
     return lines
 
 
@@ -77,50 +98,52 @@ def likely_mistakes(config):
 
 
 def check_algorithms(config):
-    """Check that NNI has the tuner and the assessor, and that NNI's version of them works."""
+    """Check that NNI has the tuner and the assessor, and that they work with what is installed."""
     for kind in ("tuner", "assessor"):
         algorithm = getattr(config, kind)
-        if not algorithm or not algorithm.name:
+        if not algorithm:
             continue
-        known = known_algorithms(kind)
-        if algorithm.name.lower() not in known:
-            names = ", ".join(sorted(name for name, _ in known.values()))
+        listed = known_algorithms(kind)
+        if algorithm.name and algorithm.name.lower() not in listed:
+            names = ", ".join(sorted(name for name, _ in listed.values()))
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {names}")
-        if algorithm.name.lower() == "hyperband":
-            allowed = "className: nnisearch.tuners.Hyperband and codeDirectory: ., under tuner"
-            allowed += ", with budget: TRIAL_BUDGET among classArgs if the trial calls it that"
-            allowed += ", since NNI's ends at its first result"
-            named = f"tuner.name, or advisor.name, is {algorithm.name!r}"  # NNI merges both keys
-            raise ValueError(f"{named}; allowed: {allowed}")
-        if algorithm.name.lower() == "networkmorphism" and int(version("numpy").split(".")[0]) > 1:
-            allowed = "another tuner, since this one of NNI fails with NumPy 2"
-            raise ValueError(f"tuner.name is {algorithm.name!r}; allowed: {allowed}")
+        class_name = (shipped_class(algorithm, kind) or "").rpartition(".")[2]
+        needed, instead = NEEDS.get(class_name, ("", None))
+        if instead and not (needed and is_installed(needed)):
+            if kind == "tuner":
+                where = f"className: nnisearch.tuners.OptunaTuner, codeDirectory: {PACKAGE.parent}"
+                instead = f"{where} and classArgs: {{sampler: {instead}}}"
+            chosen = algorithm.name or algorithm.class_name
+            why = f"NNI's needs {needed}" if needed else "NNI's fails at its first result"
+            raise ValueError(f"{kind} is {chosen}; allowed: {instead}; {why}")
 
 
-def check_addresses(config):
+def is_installed(requirement):
+    """Return whether a package is installed that meets a requirement such as "scipy<1.11"."""
+    needed = Requirement(requirement)
+    with suppress(PackageNotFoundError):
+        return needed.specifier.contains(version(needed.name))
+    return False
+
+
+def check_localhost():
     """Check that NNI's programs can connect to each other."""
     try:
-        found = {place[4][0].split("%")[0] for place in socket.getaddrinfo("localhost", None)}
+        addresses = {place[4][0].split("%")[0] for place in socket.getaddrinfo("localhost", None)}
     except OSError:
-        found = set()
-    if not found or not all(ipaddress.ip_address(each).is_loopback for each in found):
-        known = ", ".join(sorted(found)) or "unknown to this machine"
+        addresses = set()
+    if not addresses or not all(ipaddress.ip_address(each).is_loopback for each in addresses):
+        there = ", ".join(sorted(addresses)) or "unknown to this machine"
         allowed = "127.0.0.1 or ::1, by a line `127.0.0.1 localhost` in /etc/hosts"
-        raise ValueError(f"localhost is {known}; allowed: {allowed}; NNI's programs connect there")
-    if is_local(config) and config.training_service.reuse_mode and not config.nni_manager_ip:
-        try:
-            with socket.socket(type=socket.SOCK_DGRAM) as probe:
-                probe.connect(("192.0.2.0", 1))  # NNI finds this machine's address in this way
-        except OSError as error:
-            why = f"reuseMode needs an address of this machine; no network: {error.strerror}"
-            raise ValueError(f"nniManagerIp is not set; allowed: 127.0.0.1; {why}") from None
+        raise ValueError(f"localhost is {there}; allowed: {allowed}; NNI's programs connect there")
 
 
 def check_private(folder, key="experimentWorkingDirectory"):
     """Check that no other user can replace files in a folder: NNI runs some of them.
 
-    A user who can write to a parent can replace the folder, so parents are checked, too. HOME and
-    its parents are not: a user who can write there can run commands as this user anyway.
+    Who owns a parent, or can write to it, can replace the folder, so parents are checked, too. In a
+    sticky folder only its owner can replace what belongs to others. HOME's parents are not checked:
+    who can write there can run commands as this user anyway.
 
     Raises ValueError that names the folder's key in the configuration.
     """
@@ -130,11 +153,14 @@ def check_private(folder, key="experimentWorkingDirectory"):
         found = place.stat()
         is_open_to_group = found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid)
         is_open = found.st_mode & stat.S_IWOTH or is_open_to_group
-        if is_open and not found.st_mode & stat.S_ISVTX:
-            who = "others" if found.st_mode & stat.S_IWOTH else "its group"
-            allowed = "a folder that, like its parents, only you can write to, or a sticky one"
-            advice = f"chmod go-w '{place}', or chmod +t '{place}'"
-            raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {who} can write: {advice}")
+        if found.st_uid not in (0, os.getuid()):
+            why = f"'{place}' belongs to user {found.st_uid}"
+        elif is_open and not found.st_mode & stat.S_ISVTX:
+            why = f"others can write to '{place}': chmod go-w '{place}'"
+        else:
+            continue
+        allowed = "a folder that, like its parents, is yours or root's and only you can write to"
+        raise ValueError(f"{key} is '{folder}'; allowed: {allowed}; {why}")
 
 
 def is_private_group(number):

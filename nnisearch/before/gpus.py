@@ -1,7 +1,6 @@
 """Finds this machine's GPUs, the processes on them, and the GPUs that a search may use."""
 
 import os
-import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
@@ -47,18 +46,20 @@ def holder(pid):
 def allow_visible(service):
     """Set a local training service's gpuIndices, if unset, to CUDA_VISIBLE_DEVICES.
 
-    NNI ignores this variable. Returns a line for the user, or None. Raises ValueError if the
-    variable is no list of GPU numbers.
+    NNI ignores this variable. Returns lines for the user.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not service.trial_gpu_number or service.gpu_indices is not None or visible is None:
-        return None
-    indices = [part.strip() for part in visible.split(",") if part.strip()]
-    if not all(re.fullmatch(r"\d+", index) for index in indices) or not indices:
-        allowed = "numbers of GPUs, or gpuIndices in the configuration, if NNI schedules GPUs"
-        raise ValueError(f"CUDA_VISIBLE_DEVICES is {visible!r}; allowed: {allowed}")
-    service.gpu_indices = list(dict.fromkeys(map(int, indices)))
-    return f"The search may use GPU {', '.join(indices)}, as CUDA_VISIBLE_DEVICES says"
+    if service.gpu_indices is not None or visible is None:
+        return []
+    indices = visible.replace(" ", "").split(",")
+    if all(map(str.isdecimal, indices)):
+        service.gpu_indices = list(dict.fromkeys(map(int, indices)))
+        return [f"The search may use GPU {', '.join(indices)}, as CUDA_VISIBLE_DEVICES says"]
+    why = "with trialGpuNumber, NNI gives a trial GPUs by their numbers"
+    return [
+        f"Warning: CUDA_VISIBLE_DEVICES is {visible!r} and has no effect: {why};"
+        " allowed: numbers, gpuIndices, or no trialGpuNumber: then trials inherit the variable"
+    ]
 
 
 def gpus_for(service):
@@ -88,12 +89,14 @@ def waiting_for(service):
 
 def check_gpus(service):
     """Raise ValueError if GPUs that a local training service asks for do not exist."""
-    found, wanted = len(gpus()), service.trial_gpu_number
+    number, wanted = len(gpus()), service.trial_gpu_number
+    if not number:
+        allowed = "0, for a search without GPUs, since nvidia-smi lists none"
+        raise ValueError(f"trialGpuNumber is {wanted}; allowed: {allowed}")
     for index in service.gpu_indices or []:
-        if index >= found:
-            raise ValueError(f"gpuIndices is {index}; allowed: below {found}, nvidia-smi's GPUs")
-    usable = len(service.gpu_indices or range(found))
+        if index >= number:
+            raise ValueError(f"gpuIndices is {index}; allowed: below {number}, nvidia-smi's GPUs")
+    usable = len(service.gpu_indices or range(number))
     if wanted > usable:
         allowed = f"at most {usable}, the GPUs that nvidia-smi and gpuIndices list"
-        hint = "a search without GPUs has trialGpuNumber: 0"
-        raise ValueError(f"trialGpuNumber is {wanted}; allowed: {allowed}; {hint}")
+        raise ValueError(f"trialGpuNumber is {wanted}; allowed: {allowed}")

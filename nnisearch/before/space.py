@@ -45,7 +45,7 @@ def check_choice(values, at):
 def check_numbers(kind, values, at):
     """Check the bounds, or the mean and deviation, and the step of a numeric parameter."""
     wrong = f"{at} is {one_line(values)}; allowed for {kind}"
-    if not isinstance(values, list) or len(values) != NUMBERS[kind]:
+    if not isinstance(values, list) or len(values) < NUMBERS[kind]:
         raise ValueError(f"{wrong}: a list of {NUMBERS[kind]} numbers")
     try:
         numbers = [float(value) for value in values]  # NNI converts text, too
@@ -76,18 +76,22 @@ def nested_spaces(values, at):
         yield space, f"{at}: {one_line(value['_name'])}"
 
 
-def numbers_as_text(space, where):
-    """Yield a line for each number that YAML has read as text, such as 1e-4."""
+def ignored(space, where):
+    """Yield a line for what NNI ignores in a search space, or reads otherwise than it is meant."""
     for key, entry in space.items():
-        values = entry["_value"]
+        kind, values = entry["_type"], entry["_value"]
         at = f"{where}: {one_line(key)}"
+        if others := entry.keys() - {"_type", "_value"}:
+            yield f"{at}: NNI ignores {one_line(', '.join(map(str, others)))}"
+        if kind != "choice" and len(values) > NUMBERS[kind]:
+            yield f"{at} is {one_line(values)}; NNI uses the first {NUMBERS[kind]} for {kind}"
         for value in values:
             if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
                 number = re.sub(r"(?i)e", ".0e", value, count=1)
                 yield f"{at}: YAML reads {value} as text; for a number write {number}"
-        if entry["_type"] == "choice":
+        if kind == "choice":
             for option in nested_spaces(values, at):
-                yield from numbers_as_text(*option)
+                yield from ignored(*option)
 
 
 def nested_choices(space, where, is_option=False):

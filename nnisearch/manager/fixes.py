@@ -9,23 +9,24 @@ import json
 import logging
 import math
 import os
-import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import websockets
-from nni import parameter_expressions
 from nni.algorithms.hpo.batch_tuner import BatchTuner
 from nni.common import dump, load
-from nni.common.hpo_utils import format_parameters, format_search_space
+from nni.common.hpo_utils import format_parameters, format_search_space, validate_search_space
 from nni.runtime import msg_dispatcher, msg_dispatcher_base
 from nni.runtime.tuner_command_channel import CommandType, channel, websocket
 from nni.tools import package_utils
+from nni.tuner import Tuner
 
 log = logging.getLogger("nni.fixes")  # the logger nni writes to dispatcher.log
-# NNI's modules that call SciPy's minimize.
-CALLING_MINIMIZE = ("gp_tuner.util", "metis_tuner.lib_acquisition_function")
+create = package_utils.create_builtin_class_instance
+run = msg_dispatcher_base.MsgDispatcherBase.run
+CODE = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # keys that NNI's load() runs
+SPACE_REFUSED = SimpleNamespace(value=b"RS")  # a message to manager.js, with the space that stays
 
 
 def apply(connection):
@@ -37,10 +38,6 @@ def apply(connection):
     msg_dispatcher_base.MsgDispatcherBase.run = prepare_and_run
 
 
-create = package_utils.create_builtin_class_instance
-run = msg_dispatcher_base.MsgDispatcherBase.run
-
-
 def create_with_memory(*arguments):
     """Create one of NNI's own tuners or assessors, with a method that creates it anew."""
     algorithm = create(*arguments)
@@ -50,7 +47,6 @@ def create_with_memory(*arguments):
 
 def prepare_and_run(dispatcher):
     """Run the dispatcher or the advisor; its tuner and assessor exist by now."""
-    work_with_todays_packages()
     note_direction(getattr(dispatcher, "tuner", dispatcher))
     run(dispatcher)
 
@@ -85,7 +81,8 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
 
     - The tuner runs in one thread. By itself NNI reports a trial's end in the assessor's thread, at
       any moment, and most tuners fail if a result comes after its trial's end.
-    - A resumed search does not repeat parameters that it has tried before.
+    - A tuner that starts anew in a resumed search does not repeat what was tried before.
+    - What is no report, and a search space that cannot be searched, does not end the tuner.
     - NNI's own tuners do not get data that they fail on: results that are no finite numbers or do
       not fit the search space, and trials that the user has added.
     """
@@ -93,7 +90,10 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
     def __init__(self, url, tuner, assessor=None):
         super().__init__(url, tuner, assessor)
         self.is_nnis = type(tuner).__module__.startswith("nni.algorithms.")
-        self.space = None
+        # A user's own tuner may continue by itself, and repeat a set on purpose.
+        has_checkpoint = type(tuner).load_checkpoint is not Tuner.load_checkpoint
+        self.starts_anew = hasattr(tuner, "make_anew") and not has_checkpoint
+        self.given_space = self.space = None  # the configuration's, and in NNI's own format
         self.ended = set()  # IDs of trials
         self.told = set()  # (trial's ID, parameter ID) of the results that the tuner knows
         self.results = []  # in the form of import_data()
@@ -134,14 +134,17 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
 
     def handle_report_metric_data(self, data):
         trial, id = data["trial_job_id"], data["parameter_id"]
+        try:
+            value = read(data["value"])
+        except ValueError as error:
+            say(f"trial {trial}: a report is left out: {error}")
+            return
         if data["type"] == "PERIODICAL":  # from rerun trials of a resumed search, too
-            self._handle_intermediate_metric_data(data | {"value": load(data["value"])})
-        elif data["type"] != "FINAL":
-            super().handle_report_metric_data(data)
+            self._handle_intermediate_metric_data(data | {"value": value})
         elif trial in self.ended or (trial, id) in self.told:
             log.warning("trial %s: a result after its end, or a second one, is left out", trial)
         else:
-            self.tell_result(trial, id, load(data["value"]))
+            self.tell_result(trial, id, value)
 
     def tell_result(self, trial, id, value):
         if self.is_nnis and (value := scalar(given := value)) is None:
@@ -158,19 +161,23 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         self._handle_final_metric_data(metric)
 
     def handle_initialize(self, data):
-        self.space = formatted(data)
+        self.given_space, self.space = data, formatted(data)
         super().handle_initialize(data)
 
     def handle_update_search_space(self, data):
-        """Search another space from now on; keep the old one if the tuner refuses the new one."""
+        """Search another space from now on; keep the old one if the tuner cannot search it."""
         make_anew = getattr(self.tuner, "make_anew", None)
-        tuner = make_anew() if make_anew else self.tuner
         try:
+            if make_anew:
+                check_space(data, make_anew())
+            tuner = make_anew() if make_anew else self.tuner
             tuner.update_search_space(data)
-        except Exception:
+        except Exception as error:  # NNI's and the users' tuners raise all kinds
             log.exception("the tuner refuses the new search space")
+            say(f"the new search space is refused, and the old one stays: {error!r}")
+            self.send(SPACE_REFUSED, dump(self.given_space))
             return
-        self.space = formatted(data)
+        self.given_space, self.space = data, formatted(data)
         if make_anew:  # NNI's own tuners confuse the old space with the new one
             self.tuner = tuner
             self.recovered_max_param_id = msg_dispatcher._next_parameter_id - 1
@@ -184,9 +191,8 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         missing, is_short = data, False
         while missing:
             ids = [msg_dispatcher._create_parameter_id() for _ in range(missing)]
-            sets = self.tuner.generate_multiple_parameters(
-                ids, st_callback=self.send_trial_callback
-            )
+            send = self.send_trial_callback
+            sets = self.tuner.generate_multiple_parameters(ids, st_callback=send)
             is_short |= len(sets) < missing
             missing = 0
             for id, parameters in zip(ids, sets, strict=False):
@@ -195,7 +201,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
                     self.tuner.trial_end(id, False)
                     missing += 1
                 else:
-                    self.send_trial_callback(id, parameters)
+                    send(id, parameters)
         if is_short:
             self.send(CommandType.NoMoreTrialJobs, dump({"parameter_id": ids[0]}))
 
@@ -206,6 +212,8 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
     def handle_add_customized_trial(self, data):
         """Note all trials of a resumed search, whatever their status."""
         super().handle_add_customized_trial(data)
+        if not self.starts_anew:
+            return
         proposed = [trial for trial in data if trial["parameter_id"] is not None]
         self.given_out.update(as_text(trial["parameters"]) for trial in proposed)
         self.to_skip |= self.given_out
@@ -214,7 +222,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         for record in data:
             if isinstance(record, dict) and isinstance(record.get("value"), str):
                 try:
-                    record["value"] = load(record["value"])
+                    record["value"] = read(record["value"])
                 except ValueError:
                     continue  # it stays text
         # BatchTuner's import_data() ignores a 0, and forgets the sets that it has proposed.
@@ -227,8 +235,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         """Give results in the form of import_data() to the tuner; filter them for NNI's tuners."""
         if self.is_nnis:
             fitting = list(filter(self.fits, records))
-            if len(fitting) < len(records):
-                left_out = len(records) - len(fitting)
+            if left_out := len(records) - len(fitting):
                 log.warning("%d of %d results left out: they do not fit", left_out, len(records))
             # NNI's own tuners mistake a plain 0 for a missing result.
             records = [
@@ -247,6 +254,35 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
             return scalar(record["value"]) is not None
         except (KeyError, TypeError, ValueError, AttributeError):
             return False
+
+
+def say(line):
+    """Add a line for the user, which progress.py prints."""
+    with open(Path(os.environ["NNI_LOG_DIRECTORY"], "notices.log"), "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def read(text):
+    """Return NNI's load() of a text; raise ValueError if it is no data, or nested too deeply."""
+    try:
+        json.loads(text, object_hook=refuse_code)
+        return load(text)
+    except Exception as error:  # load() raises all kinds
+        raise ValueError(f"{text[:60]!r}: {error}") from error
+
+
+def refuse_code(pairs):
+    if code := CODE & pairs.keys():
+        raise ValueError(f"{min(code)} is code; allowed: data")
+
+
+def check_space(space, tuner):
+    """Raise an error if one of NNI's own tuners, a new one, cannot search this space."""
+    # NNI's check refuses a choice of lists or None, which its tuners can search.
+    numbers = {name: spec for name, spec in space.items() if spec["_type"] != "choice"}
+    validate_search_space(numbers, raise_exception=True)
+    tuner.update_search_space(space)
+    dump(tuner.generate_multiple_parameters([0]), allow_nan=False)
 
 
 def scalar(value):
@@ -277,35 +313,3 @@ def note_direction(tuner):
     mode = getattr(tuner, "optimize_mode", None) or getattr(tuner, "_optimize_mode", None)  # GP's
     said = str(getattr(mode, "value", mode) or "")
     Path(os.environ["NNI_LOG_DIRECTORY"], "direction").write_text(said, encoding="utf-8")
-
-
-def work_with_todays_packages():
-    """Let NNI's GP, Metis and Curvefitting work with NumPy 1.24 and SciPy 1.11 or later.
-
-    Otherwise they fail after ten results or at the first assessment. NNI has already imported the
-    one that the search uses.
-    """
-    np.float, np.int = float, int  # NumPy has removed these names
-    for name in CALLING_MINIMIZE:
-        if module := sys.modules.get(f"nni.algorithms.hpo.{name}"):
-            module.minimize = functools.partial(minimize, module.minimize)
-    if spaces := sys.modules.get("nni.algorithms.hpo.gp_tuner.target_space"):
-        spaces.TargetSpace.random_sample = random_sample
-
-
-def minimize(scipys, fun, x0, **arguments):
-    """Call SciPy's minimize as before 1.11: x0 may be a row, and the minimum is an array."""
-    found = scipys(lambda *given: np.ravel(fun(*given))[0], np.ravel(x0), **arguments)
-    found.fun = np.atleast_1d(found.fun)
-    return found
-
-
-def random_sample(space):
-    """Draw a point of GP's space. NNI draws an array for a randint, which NumPy now refuses."""
-    point = []
-    for bound in space.bounds:
-        draw, values = getattr(parameter_expressions, bound["_type"]), bound["_value"]
-        point.append(
-            draw(*([values] if bound["_type"] == "choice" else values), space._random_state)
-        )
-    return np.array(point, dtype=float)

@@ -1,14 +1,13 @@
-// Fixes faults of NNI's manager, into which Node's --require loads this file. The fixes concern access
-// (access.js), speed and correctness (pace.js), SLURM jobs (slurm.js), machines over SSH (machines.js)
-// and other machines with the same HOME (place.js). Each file changes modules of NNI, which it names
-// by their paths below nni_node.
+// Fixes faults of NNI's manager, into which Node's --require loads this file. The changes concern
+// access (access.js), the manager of trials (manager.js), trials here and elsewhere (local.js), and
+// what is stored (store.js). Each file changes modules of NNI, named by their paths below nni_node.
 "use strict";
 const fs = require("fs");
 const Module = require("module");
 const path = require("path");
 
-// All users of this machine can run commands by Node's debugger. SIGUSR1 starts it, which batch systems
-// send; a module in the user's NODE_OPTIONS may start it, too.
+// All users of this machine can run commands by Node's debugger. SIGUSR1 starts it, which batch
+// systems send; a module in the user's NODE_OPTIONS may start it, too.
 process.on("SIGUSR1", () => {});
 const inspector = require("inspector");
 inspector.open = () => {};
@@ -25,30 +24,25 @@ Object.assign(settings, {
     id: argument("experiment-id"),
     action: argument("action"),
     folder: path.join(argument("experiments-directory"), argument("experiment-id")),
-    mode: argument("mode"),
     python: argument("python-interpreter"),
 });
-
-const root = path.dirname(fs.realpathSync(process.argv[1]));
 // In /tmp other users could read NNI's files, and two searches would delete each other's.
 require("os").tmpdir = () => settings.folder;
 const notices = path.join(settings.folder, "log", "notices.log");
 fs.rmSync(notices, { force: true }); // from before a resume
 settings.say = (line) => fs.appendFileSync(notices, `${line}\n`); // progress.py prints these lines
 settings.unstored = {}; // trial: number of its metrics that are not in the database yet
-// If two change the same function, the later one wraps the earlier one.
-const changes = ["access", "slurm", "pace", "machines", "place"].map((name) =>
-    require(`./${name}`)(settings, root));
 
+const root = path.dirname(fs.realpathSync(process.argv[1]));
+const files = ["access", "manager", "local", "store"];
+const changes = Object.assign({}, ...files.map((file) => require(`./${file}`)(settings, root)));
 const { _load } = Module;
 Module._load = function (request, parent, ...rest) {
     const exports = _load.call(this, request, parent, ...rest);
     const file = Module._resolveFilename(request, parent);
     const name = path.relative(root, file);
-    for (const change of changes) {
-        if (!change[name] || !Module._cache[file].loaded) continue; // not loaded yet: a circular import
-        change[name](exports);
-        delete change[name];
-    }
+    if (!changes[name] || !Module._cache[file].loaded) return exports; // or a circular import
+    changes[name](exports);
+    delete changes[name];
     return exports;
 };

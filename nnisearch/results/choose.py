@@ -12,31 +12,34 @@ greatest if they rise. The experiment may be running, stopped or finished: its d
 """
 
 import collections
-import csv
-import io
 import json
 import math
 import signal
 import sys
+from argparse import Namespace
+from pathlib import Path
 
-from nnisearch.results.importance import hyperparameters, importances
-from nnisearch.results.trials import ENDED, NO_RESULT, find_database, read_file
-from nnisearch.shared.direction import UNKNOWN
+from nnisearch.results.experiments import find_database
+from nnisearch.results.files import read_file
+from nnisearch.results.importance import importances
+from nnisearch.results.plot import plot
+from nnisearch.results.table import as_csv, cell, table
+from nnisearch.results.trials import ENDED, NO_RESULT, Trial
+from nnisearch.shared.direction import DIRECTIONS
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
-from nnisearch.shared.place import elsewhere
+from nnisearch.shared.place import runs_on_other_host
 from nnisearch.shared.processes import manager_of
 from nnisearch.shared.text import one_line
 
-BEST = {"minimize": "least", "maximize": "greatest"}
-MOST = 5  # unusable results to name, and trials to name for each of them
+MOST = 5  # values that are no results, and trials to name with each
 
 
-def rank(result, direction):
+def rank(result: float, direction: str) -> float:
     """Return a number for sorting, which is lower for a better result."""
     return result if direction == "minimize" else -result
 
 
-def choose(trials, within, direction="maximize"):
+def choose(trials: list[Trial], within: float, direction: str = "maximize") -> Trial:
     """Return the trial to keep from trials with a result, by the rule at the top of this file."""
     best = min((trial.result for trial in trials), key=lambda result: rank(result, direction))
     # Intermediate results may fall, as losses do, or rise, as accuracies do.
@@ -59,132 +62,45 @@ def choose(trials, within, direction="maximize"):
     return min(filter(is_good, trials), key=cost)
 
 
-def rule(within, direction):
+def rule(within: float, direction: str) -> str:
     """Return the rule of choose() as text."""
     near = f"within {within:g} of the" if within else "with the"
-    return f"the shortest one {near} {BEST[direction]} result, then the one that learned fastest"
+    return (
+        f"the shortest one {near} {DIRECTIONS[direction]} result, then the one that learned fastest"
+    )
 
 
-def cell(value):
-    """Return a hyperparameter as short text for a table."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = value if isinstance(value, str) and value.strip() else json.dumps(value)
-    return one_line(text, 40)
-
-
-def table(trials, choice):
-    """Return a table of trials as text; an asterisk marks the choice."""
-    given, keys = hyperparameters(trials)
-    rows = [["", "trial", "result", "seconds", "last", "area", *map(cell, keys)]]
-    for trial, values in zip(trials, given, strict=True):
-        numbers = (("result", ".6g"), ("seconds", ".0f"), ("last", ".4g"), ("area", ".4g"))
-        known = [(getattr(trial, key), form) for key, form in numbers]
-        measured = ["-" if value is None else format(value, form) for value, form in known]
-        cells = [cell(values[key]) if key in values else "-" for key in keys]
-        mark = "*" if trial is choice else ""
-        rows.append([mark, str(trial.number), *measured, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (map(str.rjust, row, widths) for row in rows)
-    return "\n".join("  ".join(line) for line in lines)
-
-
-def as_csv(trials):
-    """Return trials as CSV, with a column per hyperparameter; texts are unchanged."""
-    measured = ["trial", "id", "result", "seconds", "last", "area"]
-    rows = [[trial.as_json()[key] for key in measured] for trial in trials]
-    given, keys = hyperparameters(trials)
-    for row, values in zip(rows, given, strict=True):
-        for value in map(values.get, keys):
-            is_plain = value is None or isinstance(value, (str, int, float))
-            row.append(value if is_plain else json.dumps(value))
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([[*measured, *keys], *rows])
-    return file.getvalue()
-
-
-def plot(trials, choice, top, direction):
-    """Return a PNG: best so far, result by duration, the best trials' curves, and importances.
-
-    trials are sorted, the best first; curves are drawn for the first top of them. Raises
-    ImportError without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    shares = importances(trials)
-    rows, columns = (2, 2) if shares else (1, 3)
-    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
-    progress, cost, curves, *rest = figure.subplots(rows, columns).flat
-    in_turn = sorted(trials, key=lambda trial: trial.number)
-    better = min if direction == "minimize" else max
-    best = []
-    for trial in in_turn:
-        best.append(better([*best[-1:], trial.result]))
-    label = f"the choice, trial {choice.number}: {choice.result:.6g}"
-    progress.step([trial.number for trial in in_turn], best, "k", where="post", label="best so far")
-    for axes, key in ((progress, "number"), (cost, "seconds")):
-        known = [trial for trial in trials if getattr(trial, key) is not None]
-        places, results = [getattr(t, key) for t in known], [t.result for t in known]
-        axes.scatter(places, results, s=14, c="#4c6a92", alpha=0.6)
-        if (place := getattr(choice, key)) is not None:
-            axes.scatter(place, choice.result, 140, "#c1272d", marker="*", zorder=3, label=label)
-    progress.set(xlabel="trial", ylabel="result", title="Best so far")
-    cost.set(xlabel="duration in s", ylabel="result", title="Result by duration")
-
-    drawn = [trial for trial in trials[:top] if trial is not choice]
-    for trial in [*reversed(drawn), choice]:  # the choice on top
-        values = [math.nan if value is None else value for value in trial.intermediate]
-        chosen = {"color": "#c1272d", "linewidth": 2, "label": label}
-        style = chosen if trial is choice else {"color": "#4c6a92", "alpha": 0.45, "linewidth": 1}
-        marker = "." if len(values) == 1 else None
-        places = [100 * (order + 1) / len(values) for order in range(len(values))]
-        curves.plot(places, values, marker=marker, **style)
-    title = f"Intermediate results of the top {len(drawn) + 1}"
-    curves.set(xlabel="part of the trial in %", ylabel="intermediate result", title=title)
-    for axes in (progress, cost, curves):
-        axes.legend(*axes.get_legend_handles_labels(), frameon=False)
-        axes.grid(alpha=0.25)
-    for axes in rest:
-        # $ would start a formula.
-        names = [cell(key).replace("$", r"\$") for key in shares]
-        axes.barh(names, [100 * share for share in shares.values()], color="#4c6a92")
-        axes.invert_yaxis()
-        axes.set(xlabel="importance in %", title=f"Importance, by {len(trials)} trials")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
-    return file.getvalue()
-
-
-def parse_args(argv, prog, within):
+def parse_args(argv: list[str] | None, prog: str, within: float) -> Namespace:
     parser = Parser(prog, __doc__)
     add = parser.add_argument
     latest = "default: the experiment that you last started, resumed or viewed"
     add("experiment", nargs="?", metavar="EXPERIMENT_ID", help=latest)
-    add("--file", help="an experiment's folder, or JSON of --json or of nnictl's export")
+    source = "an experiment's folder, or JSON of --json or of nnictl's export"
+    add("--file", type=as_path, help=source)
     equal = "results so close to the best count as equally good; in the results' unit (%(default)s)"
     add("--within", type=float, default=within, help=equal)
+    mode = parser.add_mutually_exclusive_group()
+    for direction, best in DIRECTIONS.items():
+        how = {"action": "store_const", "const": direction, "dest": "direction"}
+        mode.add_argument(f"--{direction}", help=f"the {best} result is the best", **how)
     add("--top", type=int, default=10, help="number of trials in the table (%(default)s)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print all trials as JSON")
     output.add_argument("--csv", action="store_true", help="print the trials with a result as CSV")
-    add("--out", metavar="FILE", help="write the choice to this file, as JSON")
-    add("--plot", metavar="FILE.png", help="draw the search into this file (needs matplotlib)")
+    picture = "draw the search into this file (needs matplotlib)"
+    add("--out", type=as_path, metavar="FILE", help="write the choice to this file, as JSON")
+    add("--plot", type=as_path, metavar="FILE.png", help=picture)
     args = parser.parse_args(argv)
     if not 0 <= args.within < math.inf:
         parser.error(f"--within is {args.within}; allowed: a finite number >= 0")
     if args.top < 1:
         parser.error(f"--top is {args.top}; allowed: an integer >= 1")
-    for key in ("file", "out", "plot"):
-        given = getattr(args, key)
-        if given == "":
-            parser.error(f"--{key} is ''; allowed: the name of a file")
-        setattr(args, key, given and as_path(given))
     if args.file and args.experiment:
         parser.error(f"EXPERIMENT_ID is {args.experiment!r}; allowed: none, with --file")
     return args
 
 
-def left_out(trials):
+def left_out(trials: list[Trial]) -> str:
     """Return a text that counts the trials without a result, "" if there are none."""
     states = {
         "SUCCEEDED": "without a result",
@@ -196,22 +112,20 @@ def left_out(trials):
     return ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
-def no_results(trials):
+def no_results(trials: list[Trial]) -> list[str]:
     """Return a line for each reported value that is no result."""
-    named = collections.defaultdict(list)
+    who = collections.defaultdict(list)
     for trial in trials:
         if trial.reported is not None:
-            named[one_line(trial.reported)].append(f"{trial.number} ({one_line(trial.id)})")
+            who[one_line(trial.reported)].append(trial.title())
     lines = []
-    for reported, who in list(named.items())[:MOST]:
-        more = f" and {len(who) - MOST} more" if len(who) > MOST else ""
-        lines.append(f"trial {', '.join(who[:MOST])}{more} reported {reported}, {NO_RESULT}")
-    if len(named) > MOST:
-        lines.append(f"and {len(named) - MOST} other things")
-    return lines
+    for value, titles in list(who.items())[:MOST]:
+        more = f" and {len(titles) - MOST} more" if len(titles) > MOST else ""
+        lines.append(f"{', '.join(titles[:MOST])}{more} reported {value}, {NO_RESULT}")
+    return lines + ([f"and {len(who) - MOST} other things"] if len(who) > MOST else [])
 
 
-def left_behind(search, folder):
+def left_behind(search: dict, folder: Path) -> list[str]:
     """Return a line if trials have not ended, but the search's manager does not run here.
 
     folder is the experiment's.
@@ -220,13 +134,18 @@ def left_behind(search, folder):
     if not unended or not search["experiment"] or manager_of(search["experiment"]):
         return []
     left = "no manager of this search runs on this machine, so this is the state it was left in"
-    return [f"{' and '.join(sorted(unended))}: {elsewhere(folder) or left}"]
+    return [f"{' and '.join(sorted(unended))}: {runs_on_other_host(folder) or left}"]
 
 
-def main(argv=None, prog="nnichoose", within=0.0, was_watched=False):
+def main(
+    argv: list[str] | None = None,
+    prog: str = "nnichoose",
+    within: float = 0.0,
+    was_watched: bool = False,
+) -> None:
     """Print a search's results, and write the files that the arguments name.
 
-    was_watched: the user already knows if the direction of the search is unknown.
+    was_watched: the user already knows which result counts as the best.
     """
     prepare_output()
     args = parse_args(argv, prog, within)
@@ -243,55 +162,56 @@ def main(argv=None, prog="nnichoose", within=0.0, was_watched=False):
             sys.exit(f"{prog}: error: {one_line(error)}")
 
 
-def show(args, was_watched):
+def show(args: Namespace, was_watched: bool) -> None:
     """Read, choose, and print or write. Raises OSError, ValueError or ImportError."""
     path = args.file or find_database(args.experiment)
     search = read_file(path)
     everything = search["trials"]
-    is_named = bool(search["name"])  # NNI's experimentName is optional
-    title = one_line(search["name"] if is_named else search["experiment"])
+    name = one_line(search["name"] or search["experiment"])  # NNI's experimentName is optional
     trials = [trial for trial in everything if trial.has_result]
-    notes = [
-        *no_results(everything),
-        *left_behind(search, path if path.is_dir() else path.parent.parent),
-    ]
+    folder = path if path.is_dir() else path.parent.parent
+    notes = no_results(everything) + left_behind(search, folder)
     if not trials:
         why = "; ".join(filter(None, [left_out(everything), *notes]))
-        none = f"{title}: none of {len(everything)} trials has a result"
+        none = f"{name}: none of {len(everything)} trials has a result"
         raise ValueError(f"{none}: {why}" if why else none)
-    if search["direction"] is None:
-        search["direction"] = "maximize"
-        notes += [] if was_watched else [UNKNOWN]
-    trials.sort(key=lambda trial: (rank(trial.result, search["direction"]), trial.number))
-    choice = choose(trials, args.within, search["direction"])
-    picture = plot(trials, choice, args.top, search["direction"]) if args.plot else None
+    direction = args.direction or search["direction"]
+    if direction is None and not was_watched:
+        why = "since no optimize_mode is known; for the least: --minimize"
+        notes.append(f"The greatest result counts as the best, {why}")
+    search["direction"] = direction = direction or "maximize"
+    trials.sort(key=lambda trial: (rank(trial.result, direction), trial.number))
+    choice = choose(trials, args.within, direction)
+    needs_shares = args.plot or not (args.json or args.csv)
+    shares = importances(trials) if needs_shares else {}
+    picture = plot(trials, choice, args.top, direction, shares) if args.plot else None
     if args.out:
         kept = {"experiment": search["experiment"]}
         kept |= {key: choice.as_json()[key] for key in ("trial", "id", "result", "hyperparameters")}
         write(args.out, json.dumps(kept, indent=4).encode() + b"\n")
-    if args.plot:
+    if picture:
         write(args.plot, picture)
 
     if args.json:
         shown = {"trials": [trial.as_json() for trial in everything], "choice": choice.id}
         print(json.dumps(search | shown))
-    elif args.csv:
+        return
+    if args.csv:
         print(as_csv(trials), end="")
-    else:
-        source = one_line(search["experiment"] or args.file)
-        print(f"{source}: {title}" if is_named else source)
-        print(table(trials[: args.top], choice))
-        others = left_out(everything)
-        others = f"; left out: {others}" if others else ""
-        print(f"{len(trials)} of {len(everything)} trials have a result{others}")
-        for line in notes:
-            print(line)
-        shares = [f"{cell(key)} {share:.0%}" for key, share in importances(trials).items()]
-        if shares:
-            print(f"Importance, by {len(trials)} trials: {', '.join(shares)}")
-        who = f"trial {choice.number} ({one_line(choice.id)})"
-        print(f"* the choice, {who}: {rule(args.within, search['direction'])}")
-        print(json.dumps(choice.hyperparameters).replace("\x7f", "\\u007f"))
+        return
+    source = one_line(search["experiment"] or args.file)
+    print(f"{source}: {name}" if search["name"] else source)
+    print(table(trials, args.top, choice))
+    others = left_out(everything)
+    others = f"; left out: {others}" if others else ""
+    print(f"{len(trials)} of {len(everything)} trials have a result{others}")
+    for line in notes:
+        print(line)
+    if shares:
+        parts = [f"{cell(key)} {share:.0%}" for key, share in shares.items()]
+        print(f"Importance, by {len(trials)} trials: {', '.join(parts)}")
+    print(f"* the choice, {choice.title()}: {rule(args.within, direction)}")
+    print(json.dumps(choice.hyperparameters).replace("\x7f", "\\u007f"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Computes the importance of hyperparameters with Optuna."""
 
 import math
+import warnings
+
+from nnisearch.results.table import hyperparameters
+from nnisearch.results.trials import Trial
 
 LEAST = 10  # trials; with fewer the answer would be random
 MOST_VALUES = 20  # different values of a hyperparameter that is no number
 
 
-def importances(trials):
+def importances(trials: list[Trial]) -> dict[str, float]:
     """Return {hyperparameter: its share of 1}, the greatest first, from trials with a result.
 
     Returns {} if there are too few trials, or all results are equal. Numbers are replaced by their
@@ -15,18 +19,17 @@ def importances(trials):
     """
     if len(trials) < LEAST or len({trial.result for trial in trials}) < 2:
         return {}
-    import optuna  # not at the top: it takes two seconds, and --json does not need it
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-    from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # joblib warns if this machine has no /dev/shm
+        import optuna  # not at the top: it takes two seconds, and --json does not need it
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+        from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Agrees with fANOVA on searches of 20 to 1,000 trials; for 1,000 trials it takes 0.5 s, where
-    # fANOVA takes a minute. PED-ANOVA fails on some 20 trials.
-    evaluator = MeanDecreaseImpurityImportanceEvaluator(seed=0)
-    given, keys = hyperparameters(trials)
+    values, keys = hyperparameters(trials)
     columns, distributions = {}, {}
     for key in keys:
-        column = [values.get(key) for values in given]
+        column = [each.get(key) for each in values]
         is_ordered = all(type(x) in (int, float) and not math.isnan(x) for x in column)
         column = column if is_ordered else list(map(repr, column))
         different = sorted(set(column))
@@ -48,13 +51,8 @@ def importances(trials):
         )
         for number, trial in enumerate(trials)
     )
-    found = get_param_importances(study, evaluator=evaluator)
-    return {key: float(share) for key, share in found.items()}
-
-
-def hyperparameters(trials):
-    """Return each trial's hyperparameters as {key: value}, and a list of all keys."""
-    given = [trial.hyperparameters for trial in trials]
-    # A user's own tuner may give a list, for example.
-    given = [values if isinstance(values, dict) else {"parameters": values} for values in given]
-    return given, list(dict.fromkeys(key for values in given for key in values))
+    # Agrees with fANOVA on searches of 20 to 1,000 trials; for 1,000 trials it takes 0.5 s, where
+    # fANOVA takes a minute. PED-ANOVA fails on some 20 trials.
+    evaluator = MeanDecreaseImpurityImportanceEvaluator(seed=0)
+    shares = get_param_importances(study, evaluator=evaluator)
+    return {key: float(share) for key, share in shares.items()}

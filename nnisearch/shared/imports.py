@@ -2,10 +2,11 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def without_pandas():
+def without_pandas() -> Iterator[None]:
     """Hide pandas while the block imports NNI.
 
     NNI's json_tricks imports pandas if it is installed, which doubles the time of `import nni`.

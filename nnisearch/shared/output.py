@@ -2,15 +2,15 @@
 
 import argparse
 import contextlib
-import errno
 import io
 import os
 import secrets
 import shutil
 import signal
-import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from nnisearch.shared.text import one_line
 
@@ -18,28 +18,30 @@ from nnisearch.shared.text import one_line
 class Parser(argparse.ArgumentParser):
     """A command's flags, without abbreviations; an error is one line."""
 
-    def __init__(self, prog, description):
+    def __init__(self, prog: str, description: str | None):
         first = (description or "").partition("\n")[0]  # `python -OO` keeps no docstrings
         super().__init__(prog=prog, description=first, allow_abbrev=False)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Exit with status 2 and the message."""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def as_path(text):
+def as_path(text: str) -> Path:
     """Return the path in a flag; ~ is the home, which no shell expands in --out=~/best.json."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is ''; allowed: the name of a file")
     return Path(os.path.expanduser(text))
 
 
-def prepare_output():
+def prepare_output() -> None:
     """Print each line at once, and escape characters that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is not; a closed one is None
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def write(path, content, mode=0o666):
+def write(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write bytes to a file. It is complete or unchanged, even if the power fails.
 
     mode is for a new file, before the umask. Raises OSError that names the file.
@@ -58,7 +60,10 @@ def write(path, content, mode=0o666):
                 stream.flush()
                 os.fsync(file)
             os.replace(unfinished, path)
-            sync(path.parent)
+            folder = os.open(path.parent, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some file systems cannot
+                os.fsync(folder)
+            os.close(folder)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
@@ -66,7 +71,22 @@ def write(path, content, mode=0o666):
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def remove(folder):
+def open_special(path: Path) -> int | None:
+    """Return a descriptor of what a file must not replace, such as /dev/stdout or a pipe; or None.
+
+    Raises OSError for a folder.
+    """
+    if not path.exists():
+        return None
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):  # it has no descriptor, as in a notebook
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):  # a file, too, after >
+                stream.flush()
+                return os.dup(stream.fileno())
+    return None if path.is_file() else os.open(path, os.O_WRONLY)
+
+
+def remove(folder: Path) -> None:
     """Remove a folder as far as possible, read-only folders in it, too."""
     for place, names, _ in os.walk(folder):
         for name in names:
@@ -76,45 +96,8 @@ def remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def sync(folder):
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some file systems cannot
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def open_special(path):
-    """Return a descriptor if a file must not replace the path, such as /dev/stdout or a pipe.
-
-    Returns None for a file, a folder or nothing. Raises OSError, also for a pipe without a reader:
-    opening it would block.
-    """
-    if not path.exists():
-        return None
-    found = path.stat()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # closed, or without a descriptor
-            if os.path.samestat(found, os.fstat(stream.fileno())):  # a file, too, after >
-                stream.flush()
-                return os.dup(stream.fileno())
-    if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
-        return None
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise OSError("it is a pipe that nobody reads; allowed: a file") from None
-        raise
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # a file has replaced it meanwhile
-        os.close(descriptor)
-        return None
-    os.set_blocking(descriptor, True)
-    return descriptor
-
-
 @contextlib.contextmanager
-def may_be_closed():
+def may_be_closed() -> Iterator[None]:
     """End the command silently once nobody reads its output, as in `… | head -1`."""
     try:
         yield

@@ -1,111 +1,137 @@
-"""Finds and ends the processes of searches."""
+"""Finds and ends the processes of searches.
 
+A process may end at any moment, be a zombie, or be closed to this user (as by hidepid). No function
+here raises for that, and no such process hides the others.
+"""
+
+import collections
 import contextlib
 import itertools
 import os
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
+from psutil import Process
 
 from nnisearch.shared.place import namespace
 
 
-def own_processes():
+def call(process: Process, method: str):
+    """Return what a method of psutil.Process returns; None if the process is gone or closed."""
+    with contextlib.suppress(psutil.Error, OSError):  # psutil lets some OSErrors through
+        return getattr(process, method)()
+    return None
+
+
+def lives(process: Process) -> bool | None:
+    """Return whether a process runs, or None if it cannot be seen; a zombie has ended."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OSError):
+        return None
+
+
+def own_processes() -> list[Process]:
     """Return this user's processes, without zombies and without those in other containers."""
-    found = []
+
+    def is_own(process):
+        uids = call(process, "uids")
+        return uids and uids.real == os.getuid() and namespace(process.pid) == namespace()
+
+    return [process for process in psutil.process_iter() if is_own(process) and lives(process)]
+
+
+def with_descendants(processes: Iterable[Process]) -> set[Process]:
+    """Return processes with their children, the children of these, and so on, of all users."""
+    children = collections.defaultdict(set)
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            is_own = process.uids().real == os.getuid() and namespace(process.pid) == namespace()
-            if is_own and lives(process):
-                found.append(process)
-    return found
+        children[call(process, "ppid")].add(process)
+    family, newest = set(), set(processes)
+    while newest:
+        family |= newest
+        newest = set().union(*(children[parent.pid] for parent in newest)) - family
+    return family
 
 
-def managers():
+def managers() -> dict[str, Process]:
     """Return {ID: process} of all running managers.
 
     NNI only checks that a process has the noted PID. This process may be a zombie or, after a
     reboot, another program. So the arguments are read: those of NNI's main.js name the experiment.
     """
-    found = {}
+    running = {}
     for process in own_processes():
-        with contextlib.suppress(psutil.Error):
-            arguments = process.cmdline()
-            if any(argument.endswith("nni_node/main.js") for argument in arguments[:5]):
-                found[argument_of(process, "--experiment-id")] = process
-    return found
+        arguments = call(process, "cmdline") or []
+        if any(argument.endswith("nni_node/main.js") for argument in arguments[:5]):
+            running[argument_of(process, "--experiment-id")] = process
+    return running
 
 
-def argument_of(process, name):
-    """Return the value after an argument of a process, or None. Raises psutil.Error."""
-    return dict(itertools.pairwise(process.cmdline())).get(name)
+def argument_of(process: Process, name: str) -> str | None:
+    """Return the value after an argument of a process, or None."""
+    return dict(itertools.pairwise(call(process, "cmdline") or [])).get(name)
 
 
-def manager_of(id):
+def manager_of(id: str) -> Process | None:
     """Return the process of the experiment's manager, or None if it does not run."""
     return managers().get(id)
 
 
-def is_tuner(process):
-    """Return whether a process is a tuner that nnisearch or nnictl has started."""
-    arguments = process.cmdline()
-    return "--exp_params" in arguments or any(
-        part.endswith("/nnisearch/manager/dispatcher.py") for part in arguments
-    )
+def is_tuner(process: Process) -> bool | None:
+    """Return whether nnisearch or nnictl has started a process as a tuner; None if it is closed."""
+    arguments = call(process, "cmdline")
+    if arguments is None:
+        return None
+    script = "/nnisearch/manager/dispatcher.py"
+    return "--exp_params" in arguments or any(part.endswith(script) for part in arguments)
 
 
-def processes_of(id, folder):
+def processes_of(id: str, folder: Path) -> set[Process]:
     """Return the processes that an experiment's manager has started, with their descendants.
 
     NNI's variables and paths in the experiment's folder identify them. This process and its
     parents are left out: a trial of the search may have started the shell that resumes it.
     """
-    found = set()
+    started = set()
     for process in own_processes():
-        with contextlib.suppress(psutil.Error):
-            environment, arguments = process.environ(), process.cmdline()
-            is_trial = environment.get("NNI_EXP_ID") == id
-            is_tried = environment.get("NNI_SYS_DIR", "").startswith(f"{folder}/")
-            script = arguments[1] if arguments[:1] == ["bash"] and arguments[1:] else ""
-            is_shell = script.startswith(f"{folder}/") and script.endswith("/run.sh")
-            is_tuner = environment.get("NNI_LOG_DIRECTORY", "").startswith(f"{folder}/")
-            is_gpu_collector = environment.get("METRIC_OUTPUT_DIR", "").startswith(f"{folder}/")
-            if is_trial or is_tried or is_shell or is_tuner or is_gpu_collector:
-                found |= {process, *process.children(recursive=True)}
-    this = psutil.Process()
-    return found - {this, *this.parents()}
+        environment, arguments = call(process, "environ") or {}, call(process, "cmdline") or []
+        script = arguments[1] if arguments[:1] == ["bash"] and arguments[1:] else ""
+        is_shell = script.startswith(f"{folder}/") and script.endswith("/run.sh")
+        # The first is the tuner's, the other that of the process that reads the GPUs' state.
+        logs = [environment.get(name, "") for name in ("NNI_LOG_DIRECTORY", "METRIC_OUTPUT_DIR")]
+        is_inside = any(path.startswith(f"{folder}/") for path in logs)
+        if environment.get("NNI_EXP_ID") == id or is_shell or is_inside:
+            started.add(process)
+    family, ancestor = with_descendants(started), Process()
+    while ancestor:
+        family.discard(ancestor)
+        ancestor = call(ancestor, "parent")
+    return family
 
 
-def end(processes):
+def end(processes: Iterable[Process]) -> None:
     """End processes as NNI ends trials: by SIGTERM, and by SIGKILL after five seconds."""
-    for how in (psutil.Process.terminate, psutil.Process.kill):
+    for method in ("terminate", "kill"):
         for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                how(process)
+            call(process, method)
         last = time.monotonic() + 5
         while (processes := [*filter(lives, processes)]) and time.monotonic() < last:
             time.sleep(0.02)
 
 
-def lives(process):
-    """Return whether a process runs; a zombie has ended."""
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def stop(pid, folder):
+def stop(pid: int, folder: Path) -> None:
     """End a process and all its descendants, even if the process itself has ended before.
 
     Descendants are found by the process's session or, if they have left it, by the experiment's
     folder in their environment.
     """
-    family = processes_of(folder.name, folder)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        family |= {parent, *parent.children(recursive=True)}
+    family = set()
     for process in own_processes():
-        with contextlib.suppress(OSError):
-            if os.getsid(process.pid) == pid:
+        with contextlib.suppress(OSError):  # it has ended
+            if pid in (process.pid, os.getsid(process.pid)):
                 family.add(process)
-    end(family)
+    end(processes_of(folder.name, folder) | with_descendants(family))

@@ -3,11 +3,12 @@
 import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
-def end_by_exit():
+def end_by_exit() -> None:
     """Let SIGTERM and SIGHUP raise SystemExit, so that this process cleans up before it ends."""
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -15,7 +16,7 @@ def end_by_exit():
 
 
 @contextlib.contextmanager
-def silently_interrupted():
+def silently_interrupted() -> Iterator[None]:
     """Let Ctrl-C end this process silently in the block, which imports modules."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
@@ -27,7 +28,7 @@ def silently_interrupted():
 
 
 @contextlib.contextmanager
-def uninterrupted():
+def uninterrupted() -> Iterator[None]:
     """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
     put_off = []
     before = {

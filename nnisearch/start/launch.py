@@ -1,4 +1,4 @@
-"""Starts NNI's manager on a free port; a failed start leaves nothing behind."""
+"""Starts NNI's manager on a free port."""
 
 import contextlib
 import errno
@@ -8,260 +8,200 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
-from nni.experiment import RunMode, rest
+import nni_node
+import psutil
+import requests
+from nni.experiment.config import ExperimentConfig
+from nni.experiment.launcher import NniManagerArgs
+from nni.experiment.management import generate_experiment_id
 
-from nnisearch.before.config import is_local, services
-from nnisearch.shared import slurm
-from nnisearch.shared.output import remove
-from nnisearch.shared.place import elsewhere
-from nnisearch.shared.processes import end, manager_of, managers, processes_of, stop
+from nnisearch.shared.processes import call, managers
 from nnisearch.shared.signals import uninterrupted
-from nnisearch.shared.text import one_line, uncoloured
-from nnisearch.start.patches import PATIENCE, Experiments, StartLock, patience
+from nnisearch.shared.text import one_line
+from nnisearch.start import resume
+from nnisearch.start.locks import held
+from nnisearch.start.patches import Experiments
 
 PORT = 8090
+PATIENCE = 120  # s for NNI's web server; nnictl waits for 3
 PRELOAD = Path(__file__).resolve().parent.parent / "manager" / "load.js"
-UNDO = Path(__file__).with_name("undo.py")
+
+
+@dataclass
+class Experiment:
+    """An experiment of NNI to start; action is "create", "resume" or "view"."""
+
+    config: ExperimentConfig
+    id: str = field(default_factory=generate_experiment_id)
+    action: str = "create"
+
+    @property
+    def folder(self):
+        return Path(self.config.experiment_working_directory, self.id)
 
 
 def is_free(port):
-    """Return whether no process on this machine listens on the port."""
+    """Return whether no process on this machine listens on the port.
+
+    Raises PermissionError for a port that only root may open.
+    """
     for place, family in (("", socket.AF_INET), ("::", socket.AF_INET6)):
         try:
             socket.create_server((place, port), family=family).close()
+        except PermissionError:
+            raise
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # there is no IPv6
                 return False
     return True
 
 
-def are_free(port, count):
-    """Return whether this port and the next count - 1 are free."""
-    return all(is_free(port + offset) for offset in range(count))
+def find_port(wanted):
+    """Return a free port: wanted or, by default, PORT or above.
 
-
-def find_port(wanted, count):
-    """Return the first of count consecutive free ports: wanted or, by default, PORT or above.
-
-    Raises ValueError if wanted is taken; it names the experiment that has it.
+    Raises ValueError if wanted is not free; it names the experiment that has it.
     """
-    for port in [wanted] if wanted else itertools.count(PORT):
-        if are_free(port, count):
-            return port
+    try:
+        for port in [wanted] if wanted else itertools.count(PORT):
+            if is_free(port):
+                return port
+    except PermissionError as error:
+        allowed = f"1024 or more, since you may not open this one: {error.strerror}"
+        raise ValueError(f"--port is {wanted}; allowed: {allowed}") from None
     alive = managers()
-    for id, known in Experiments().get_all_experiments().items():
-        if known.get("port") == wanted and id in alive:
-            name = one_line(known.get("experimentName"))
+    for id, entry in Experiments().get_all_experiments().items():
+        if entry.get("port") == wanted and id in alive:
+            name = one_line(entry.get("experimentName"))
             holder = f"experiment {id} ({name}) has it: nnictl stop {id} ends that"
             raise ValueError(f"--port is {wanted}; allowed: a free one; {holder}")
-    after = ", and the next one free" if count > 1 else ""
-    raise ValueError(f"--port is {wanted}; allowed: a free one{after}")
+    raise ValueError(f"--port is {wanted}; allowed: a free one")
 
 
-def prepare_environment(config, listen):
-    """Set the environment of NNI's manager, so that Node loads load.js with its settings."""
-    machines = [m for one in services(config) for m in getattr(one, "machine_list", None) or []]
-    found = [info for machine in machines for info in socket.getaddrinfo(machine.host, None)]
-    guard = {
+def prepare_environment(listen, hosts, elsewhere):
+    """Set the environment of NNI's manager, so that Node loads load.js with these settings.
+
+    listen is None or the address that everybody may use, under the host names in hosts; elsewhere
+    is None or elsewhere.js's settings.
+    """
+    options = os.environ.get("NODE_OPTIONS", "")
+    settings = {
+        "machines": [],
         "listen": listen,
-        "machines": [address[0] for *_, address in found],
-        "nodeOptions": os.environ.get("NODE_OPTIONS", ""),
+        "host": hosts,
+        "elsewhere": elsewhere,
+        "nodeOptions": options,
     }
-    if slurm.is_used(config):
-        guard["slurm"] = {"lost": slurm.LOST, "note": slurm.NOTE}
     preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))
-    options, debuggers = re.subn(r"(?<!\S)--inspect(-brk)?(=\S*)?(?!\S)", "", guard["nodeOptions"])
+    options, debuggers = re.subn(r"(?<!\S)--inspect(-brk)?(=\S*)?(?!\S)", "", options)
     if debuggers:
         reach = "all users of this machine could run commands by it"
         print(f"NODE_OPTIONS has --inspect; NNI's manager starts without that debugger: {reach}")
-    # NNI's Node of 2022 misreads today's openssl.cnf, and then refuses Ed25519 keys.
-    os.environ["NODE_OPTIONS"] = f'--require "{preload}" {options} --openssl-config=/dev/null'
-    os.environ["NNI_GUARD"] = json.dumps(guard)
+    os.environ["NODE_OPTIONS"] = f'--require "{preload}" {options}'
+    os.environ["NNI_GUARD"] = json.dumps(settings)
 
 
-@contextlib.contextmanager
-def experiment_folder(experiment):
-    """Create the experiment's folder, and yield a Watchdog for what is started there.
+def launch(experiment, wanted, watchdog, logs):
+    """Start NNI's manager on a port, wanted or the first free one; return the port.
 
-    Removes the folder if a new search fails to start. Raises OSError if it cannot be created.
+    Raises ValueError if the port is taken, and RuntimeError with the last errors in logs, a
+    logs.Logs, if the start fails. watchdog undoes what has been started.
     """
-    folder = Path(experiment.config.experiment_working_directory, experiment.id)
-    made = [parent for parent in folder.parents if not parent.exists()]
-    # NNI creates folders in it that everybody may write to, and runs files from them.
-    for parent in reversed([folder, *made]):
-        parent.mkdir(mode=0o700, exist_ok=True)
-    folder.chmod(0o700)
-    with Watchdog(folder, experiment._action) as watchdog:  # it also guards the removal
+    while True:
+        port, process = None, None
         try:
-            yield watchdog
-        except BaseException:
-            if experiment._action == "create":
+            with held(watchdog.lock):  # otherwise two starts at once could choose the same port
+                if experiment.action != "create":
+                    resume.clear(experiment)
+                port = find_port(wanted)
+                if not wanted and port != PORT:
+                    print(f"Port {PORT} is taken; {port} is the next free one")
+                watchdog.note_start()
                 with uninterrupted():
-                    remove(folder)
-                    with contextlib.suppress(OSError):  # another search may use a parent, too
-                        for parent in made:
-                            parent.rmdir()
-            raise
-
-
-def launch(experiment, wanted, watchdog):
-    """Start an experiment on a port, wanted or the first free one; return the port.
-
-    Waits for the first trial, at most PATIENCE seconds. Raises ValueError if the port is taken, and
-    RuntimeError with the manager's last errors if the start fails.
-    """
-    config = experiment.config
-    uses_runners = not is_local(config) or config.training_service.reuse_mode
-    count = 2 if uses_runners else 1  # runners report to the next port
-    logs = {path: path.stat().st_size for path in watchdog.folder.glob("log/*.log")}
-    port = None
-    with patience() as started:
-        try:
-            with contextlib.ExitStack() as stack:
-                lock = Path("~/nni-experiments/.nnisearch.lock").expanduser()
-                lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                # One start at a time: two at once could choose the same port.
-                with StartLock(lock):
-                    if manager_of(experiment.id):
-                        allowed = "one that does not run; another command has just resumed it"
-                        raise ValueError(f"--resume is {experiment.id}; allowed: {allowed}")
-                    port = find_port(wanted, count)
-                    if not wanted and port != PORT:
-                        print(f"Port {PORT} is taken; {port} is the next free one")
-                    stack.enter_context(watchdog.starting())
-                    experiment.start(port, run_mode=RunMode.Detach)
-                listed = Experiments()
-                if experiment.id not in listed.get_all_experiments():
-                    raise OSError("NNI's list of experiments cannot be written: is the disk full?")
-                listed.update_experiment(experiment.id, "webuiUrl", [f"http://127.0.0.1:{port}"])
-                if experiment._action != "view":
-                    wait_for_trial(port)
+                    process = start_manager(experiment, port)
+                wait_for_server(process, port)
+                enter(experiment, port, process)
+            url = f"http://localhost:{port}/api/v1/nni/experiment"
+            answer = requests.post(url, json=experiment.config.json(), timeout=PATIENCE)
+            if not answer.ok:
+                raise OSError(one_line(answer.text))
+            return port
         except Exception as error:
-            if port and not wanted and not are_free(port, count):
-                return launch(experiment, wanted, watchdog)  # another user has just taken the port
-            if not started:  # no process of NNI has caused it
+            words = logs.tuners_end() or "; ".join([one_line(error), *logs.errors()])
+            watchdog.undo()
+            if port and not wanted and not is_free(port):
+                continue  # another user has just taken the port
+            if not process:  # NNI has not caused it
                 raise
-            words = "; ".join([one_line(error), *last_words(watchdog.folder / "log", logs)])
             raise RuntimeError(f"the search does not start: {words}") from error
-    return port
 
 
-class Watchdog:
-    """Undoes a start that fails. If this process is killed, undo.py does that in its place.
-
-    undo.py reads a pipe from this process. The pipe closes even at kill -9, and its last line tells
-    what to undo.
-    """
-
-    def __init__(self, folder, action):
-        self.folder, self.action, self.doing = folder, action, "wait"
-
-    def __enter__(self):
-        command = [sys.executable, UNDO, self.folder, self.action]
-        with uninterrupted():  # in a new session, because Ctrl-C does not reach that
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        return self
-
-    def __exit__(self, *_):
-        with uninterrupted():
-            if not self.doing.startswith("run"):  # otherwise undo.py ends what an interruption left
-                self.tell("done")
-            with contextlib.suppress(OSError):
-                self.process.communicate()
-
-    def tell(self, line):
-        self.doing = line
-        with contextlib.suppress(OSError):  # undo.py has been killed
-            self.process.stdin.write(f"{line}\n".encode())
-            self.process.stdin.flush()
-
-    @contextlib.contextmanager
-    def running(self, command, **how):
-        """Run a command in a session of its own; end it and its children after the block."""
-        how |= {"stdin": subprocess.DEVNULL, "start_new_session": True}
-        with uninterrupted():
-            process = subprocess.Popen(command, **how)
-            self.tell(f"run {process.pid}")
-        try:
-            yield process
-        finally:
-            with uninterrupted():
-                stop(process.pid, self.folder)
-                process.wait()
-                self.tell("wait")
-
-    @contextlib.contextmanager
-    def starting(self):
-        """Undo the start of NNI's manager in the block if the block fails."""
-        latest = read_latest(self.folder)
-        self.tell(f"start {latest}")
-        try:
-            yield
-        except BaseException:
-            with uninterrupted():
-                undo(self.folder, self.action, latest)
-                self.tell("wait")
-            raise
-
-
-def read_latest(folder):
-    """Return the ID in NNI's link to its latest experiment, or ""."""
-    latest = folder.with_name("_latest")
-    return os.readlink(latest) if latest.is_symlink() else ""
-
-
-def undo(folder, action, latest):
-    """End the processes of a start, and restore NNI's list and NNI's link to the latest experiment.
-
-    folder is the experiment's; latest is what read_latest() returned before the start. The
-    experiment is removed from the list if action is "create", and marked as stopped otherwise.
-    """
-    id = folder.name
-    if manager := manager_of(id):
-        stop(manager.pid, folder)
-    end(processes_of(id, folder))
-    if action == "create":
-        Experiments().remove_experiment(id)
-    elif not elsewhere(folder):  # another machine may just have resumed it
-        Experiments().update_experiment(id, "status", "STOPPED")
-    if read_latest(folder) == id:
-        folder.with_name("_latest").unlink()
-        if latest:
-            folder.with_name("_latest").symlink_to(latest)
-
-
-def wait_for_trial(port):
-    """Wait at most PATIENCE seconds until a search has its first trial or has ended.
-
-    Raises RuntimeError if its tuner fails.
-    """
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end and not rest.get(port, "/trial-jobs"):
-        status = rest.get(port, "/check-status")
-        if status["status"] == "ERROR":
-            raise RuntimeError(f"NNI's tuner: {' '.join(status['errors'])}")
-        if "NO_MORE_TRIAL" in status["status"]:
-            return
-        time.sleep(0.1)
-
-
-def last_words(folder, sizes):
-    """Return the last lines of the manager's stderr, and the last errors in NNI's two logs.
-
-    sizes is {path: bytes} of what an earlier start has written there.
-    """
-    words = []
-    for name, pattern in (
-        ("nnictl_stderr.log", r"^(?!-+$|Experiment \w+ start|Thrown at:|\s+at ).+"),
-        ("nnimanager.log", r".*(?:ERROR|CRITICAL).*"),
-        ("dispatcher.log", r".*(?:ERROR|CRITICAL).*"),
+def start_manager(experiment, port):
+    """Start NNI's manager as nnictl does; return its process."""
+    config, folder = experiment.config, experiment.folder
+    (folder / "log").mkdir(exist_ok=True)
+    link = folder.with_name("_latest")
+    with contextlib.suppress(OSError):  # the trials do not need it
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(experiment.id, target_is_directory=True)
+    node = Path(nni_node.__path__[0])
+    options = NniManagerArgs(
+        experiment.action, experiment.id, config, port, False, False, None, None
+    )
+    with (
+        (folder / "log" / "nnictl_stdout.log").open("a") as out,
+        (folder / "log" / "nnictl_stderr.log").open("a") as err,
     ):
-        with contextlib.suppress(OSError):
-            path = folder / name
-            text = uncoloured(path.read_bytes()[sizes.get(path, 0) :].decode(errors="replace"))
-            words += map(one_line, re.findall(pattern, text, re.MULTILINE)[-4:])
-    return words
+        err.write(f"Experiment {experiment.id} start: {datetime.now()}\n")
+        return subprocess.Popen(
+            [
+                node / "node",
+                "--max-old-space-size=4096",
+                "--trace-uncaught",
+                node / "main.js",
+                *options.to_command_line_args(),
+            ],
+            cwd=node,
+            stdin=subprocess.DEVNULL,  # a pseudo-terminal would not close
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+
+
+def wait_for_server(process, port):
+    """Wait until the manager listens on the port, at most PATIENCE seconds. Raises RuntimeError."""
+    server, end = psutil.Process(process.pid), time.monotonic() + PATIENCE
+    while time.monotonic() < end and process.poll() is None:
+        # It is our own server, not another user's; IPv4 is opened after IPv6 (access.js).
+        for connection in call(server, "net_connections") or []:
+            is_listening = connection.status == psutil.CONN_LISTEN
+            is_ipv4 = connection.family == socket.AF_INET
+            if is_listening and is_ipv4 and connection.laddr.port == port:
+                return
+        time.sleep(0.05)
+    state = "has ended" if process.poll() is not None else f"is silent after {PATIENCE} s"
+    raise RuntimeError(f"NNI's web server {state}")
+
+
+def enter(experiment, port, process):
+    """Enter a started experiment into NNI's list. Raises OSError if that cannot be written."""
+    config = experiment.config
+    Experiments().add_experiment(
+        experiment.id,
+        port,
+        int(time.time() * 1000),
+        config.training_service.platform,
+        config.experiment_name,
+        pid=process.pid,
+        webuiUrl=[f"http://127.0.0.1:{port}"],
+        logDir=str(config.experiment_working_directory),
+        tag=[],
+    )
+    if experiment.id not in Experiments().get_all_experiments():
+        raise OSError("NNI's list of experiments cannot be written: is the disk full?")

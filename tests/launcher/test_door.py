@@ -4,12 +4,10 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,27 +15,22 @@ from types import SimpleNamespace
 import nni_node
 import psutil
 import pytest
-import yaml
 from conftest import ENDLESS, ROOT, UPGRADE, ask, nobody, outside_address, writable
 from experiment import MANAGER, UNCHECKED, Experiment, free_port, kill_at, processes_at
-from machines import SSHD, Machine, make_key
-from projects import CONFIG
-from stand_ins import stand_in_nvidia_smi
-from waiting import wait_for
-from websockets.sync.server import serve
 
 from nnisearch.shared.processes import is_tuner, lives
-from nnisearch.start.launch import prepare_environment
+from nnisearch.start.launch import is_free, prepare_environment
+
+API = "/api/v1/nni"
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """A search whose one trial does not end, for all that only asks."""
     home = tmp_path_factory.mktemp("guarded")
-    stand_in_nvidia_smi(home, busy=[False])
     environment = {key: value for key, value in os.environ.items() if "CIFAR10" not in key}
     changes = {"maxTrialNumber": 1, "searchSpace": ENDLESS, "trialCommand": "sleep 3600"}
-    changes |= {"trialConcurrency": 1, "trialGpuNumber": 1, "tuner": {"name": "Random"}}
+    changes |= {"trialConcurrency": 1, "trialGpuNumber": 0, "tuner": {"name": "Random"}}
     search = Experiment(ROOT / "config.yml", home, environment, UNCHECKED, **changes)
     yield search
     kill_at(home)
@@ -60,53 +53,85 @@ STRANGERS = {
     "an image of a page of another port": lambda port: {"headers": ["Sec-Fetch-Site: same-site"]},
     "a page": lambda port: {"headers": ["Origin: http://example.com"]},
     "a page of another port": lambda port: {"headers": ["Origin: http://localhost:3000"]},
+    "a page by TLS": lambda port: {"headers": [f"Origin: https://localhost:{port}"]},
     "a file": lambda port: {"headers": ["Origin: null"]},
     "a rebound name": lambda port: {"headers": [f"Host: example.com:{port}"]},
     "a rebound name and its page": lambda port: {
         "headers": [f"Host: example.com:{port}", f"Origin: http://example.com:{port}"]
     },
+    "no Host": lambda port: {"headers": ["Host: "]},
 }
 
 
-def command(file):
-    """Return a request that makes NNI's tuner run a command."""
-    call = {"__symbol__": "path:os.system", "__args__": [f"touch {file}"]}
-    path = "/api/v1/nni/experiment/import-data"
-    return {"path": path, "method": "POST", "body": json.dumps([{"value": call}])}
+def importing(value):
+    """Return a request that tells the tuner a result."""
+    body = json.dumps([{"parameter": {"x": 1}, "value": value}])
+    return {"path": f"{API}/experiment/import-data", "method": "POST", "body": body}
 
 
 @pytest.mark.parametrize("who", STRANGERS)
-def test_a_stranger_is_refused(guarded, tmp_path, who):
-    port = guarded.port
-    stranger = STRANGERS[who](port)
+def test_a_stranger_is_refused(guarded, who):
+    stranger = STRANGERS[who](guarded.port)
     headers = stranger.pop("headers", [])
-    assert ask(port, *headers, **stranger) in (None, 403)
-    assert ask(port, *headers, *UPGRADE, path="/tuner", **stranger) in (None, 403)
-    assert ask(port, *headers, **command(tmp_path / "stranger's"), **stranger) in (None, 403)
-    # The tuner takes one request after the other, and does run a command of this user's.
-    assert ask(port, **command(tmp_path / "own")) == 200
-    wait_for((tmp_path / "own").exists)
-    assert not (tmp_path / "stranger's").exists()
+    assert ask(guarded.port, *headers, **stranger) in (None, 403)
+    assert ask(guarded.port, *headers, **importing(1), **stranger) in (None, 403)
     assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
 
 
-def test_this_users_process_is_accepted(guarded):
-    port = guarded.port
-    assert ask(port) == 200
-    assert ask(port, f"Origin: http://localhost:{port}") == 200
-    assert ask(port, f"Host: 127.0.0.1:{port}", f"Origin: http://127.0.0.1:{port}") == 200
-    assert ask(port, path="/oview") == 200
+OWN = {
+    "a program": lambda port: {},
+    "a page": lambda port: {"headers": [f"Origin: http://localhost:{port}"]},
+    "a page by the number": lambda port: {
+        "headers": [f"Host: 127.0.0.1:{port}", f"Origin: http://127.0.0.1:{port}"]
+    },
+    "a page by a tunnel": lambda port: {
+        "headers": ["Host: localhost:5000", "Origin: http://localhost:5000"]
+    },
+    "the page itself": lambda port: {"headers": ["Sec-Fetch-Site: same-origin"]},
+    "the address bar": lambda port: {"headers": ["Sec-Fetch-Site: none"]},
+    "a process that has set its user": lambda port: {"user": os.getuid()},
+    "IPv6": lambda port: {"headers": [f"Host: [::1]:{port}"], "address": loopback6()},
+}
+
+
+@pytest.mark.parametrize("who", OWN)
+def test_this_users_process_is_accepted(guarded, who):
+    own = OWN[who](guarded.port)
+    headers = own.pop("headers", [])
+    assert ask(guarded.port, *headers, **own) == 200
+    assert ask(guarded.port, *headers, path="/oview", **own) == 200
+    assert ask(guarded.port, *headers, **importing(1), **own) == 200
+
+
+def test_nnictl_and_nothing_else_sees_the_search(guarded):
     (trial,) = guarded.get("trial-jobs")
     assert trial["trialJobId"] in guarded.nnictl("trial", "ls", guarded.id)
-    assert f"http://127.0.0.1:{port}" in guarded.nnictl("webui", "url", guarded.id)
-    assert ask(port, user=os.getuid()) == 200
-    assert ask(port, "Sec-Fetch-Site: same-origin") == 200
-    assert ask(port, "Sec-Fetch-Site: none") == 200  # the address bar
+    assert f"http://127.0.0.1:{guarded.port}" in guarded.nnictl("webui", "url", guarded.id)
+    folder = guarded.home / "nni-experiments" / guarded.id
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert writable(folder) == []
 
 
-def test_this_users_process_is_accepted_by_ipv6(guarded):
-    assert ask(guarded.port, address=loopback6()) == 200
-    assert ask(guarded.port, f"Host: [::1]:{guarded.port}", address=loopback6()) == 200
+@pytest.mark.parametrize("path", ["/tuner", "/ws", "/tuner/.websocket"])
+def test_nobody_poses_as_the_tuner(guarded, path):
+    assert ask(guarded.port, *UPGRADE, path=path) == 403
+    assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
+
+
+@pytest.mark.parametrize("key", ["__symbol__", "__nni_type__", "__nni_obj__", "__enum__"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/experiment/import-data"),
+        ("POST", "/trial-jobs"),
+        ("PUT", "/experiment?update_type=SEARCH_SPACE"),
+    ],
+)
+def test_a_request_with_code_is_refused_whoever_asks(guarded, method, path, key):
+    body = json.dumps([{"x": [{key: "path:os.system", "__args__": ["true"]}]}])
+    assert ask(guarded.port, path=f"{API}{path}", method=method, body=body) == 400
+    escaped = body.replace("__", r"\u005f_")
+    assert ask(guarded.port, path=f"{API}{path}", method=method, body=escaped) == 400
 
 
 def answers(port, *requests):
@@ -116,7 +141,7 @@ def answers(port, *requests):
         return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
 
-def get(port, *headers, path="/api/v1/nni/check-status"):
+def get(port, *headers, path=f"{API}/check-status"):
     lines = [f"GET {path} HTTP/1.1", f"Host: localhost:{port}", *headers, "", ""]
     return "\r\n".join(lines)
 
@@ -125,10 +150,9 @@ def test_a_foreign_request_after_an_own_one_is_refused_in_its_turn(guarded):
     port = guarded.port
     printed = answers(port, get(port), get(port), get(port, "Origin: http://example.com"))
     assert re.findall(r"HTTP/1.1 (\d+)", printed) == ["200", "200", "403"]
-    assert guarded.get("check-status")["status"] == "NO_MORE_TRIAL"
 
 
-@pytest.mark.parametrize("path", ["/oview", "/api/v1/nni/check-status", "/nothing"])
+@pytest.mark.parametrize("path", ["/oview", f"{API}/check-status", "/nothing"])
 def test_no_page_puts_a_frame_around_the_web_ui(guarded, path):
     printed = answers(guarded.port, get(guarded.port, "Connection: close", path=path))
     assert "\r\nX-Frame-Options: DENY\r\n" in printed
@@ -141,36 +165,6 @@ def test_the_proxy_to_the_internet_is_closed(guarded):
         assert ask(guarded.port, path=path) in (200, 403, 404)  # 200: the Web UI's page
     time.sleep(1)  # the proxy ends the manager once it has not found netron.app
     assert ask(guarded.port) == 200
-
-
-@pytest.mark.skipif(
-    not (SSHD and shutil.which("ssh")),
-    reason="needs sshd and ssh, Debian's openssh-server and openssh-client",
-)
-def test_a_tunnel_of_this_user_is_accepted(guarded, tmp_path):
-    key = tmp_path / "key"
-    make_key(key)
-    server = Machine("127.0.0.2", tmp_path / "server", key, {"HOME": tmp_path})
-    port = free_port()
-    command = ["ssh", "-N", "-L", f"{port}:localhost:{guarded.port}", "-p", server.settings["port"]]
-    command += ["-i", key, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-    tunnel = subprocess.Popen([*map(str, command), server.settings["host"]])
-    try:
-        wait_for(lambda: ask(port) == 200)
-        assert ask(port, f"Origin: http://localhost:{port}") == 200
-        assert ask(port, "Origin: http://example.com") == 403
-    finally:
-        tunnel.kill()
-        tunnel.wait()
-        server.die()
-
-
-def test_the_folder_is_the_users_alone(guarded):
-    folder = guarded.home / "nni-experiments" / guarded.id
-    wait_for(lambda: list(folder.rglob("gpu_metrics")))
-    assert folder.stat().st_mode & 0o777 == 0o700
-    # The collector writes its list for everybody, in a folder that nobody else can enter.
-    assert [path for path in writable(folder) if not path.endswith("/gpu_metrics")] == []
 
 
 def test_no_signal_opens_a_debugger(guarded):
@@ -203,43 +197,62 @@ def node(tmp_path):
     """Start NNI's Node with a script that has access.js; return the process."""
     started = []
 
-    def node(script, prelude="", **settings):
-        given = {"port": free_port(), "machines": [], "python": sys.executable} | settings
-        guard = json.dumps(str(ROOT / "nnisearch" / "manager" / "access.js"))
-        code = f"{prelude}; const settings = {json.dumps(given)};"
-        code += f"const changes = require({guard})(settings); {script}"
-        command = [Path(nni_node.__path__[0], "node"), "-e", code]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path))
+    def node(script, prelude="", before=(), **settings):
+        settings = {"port": free_port(), "python": sys.executable} | settings
+        access = json.dumps(str(ROOT / "nnisearch" / "manager" / "access.js"))
+        code = f"{prelude}; const settings = {json.dumps(settings)};"
+        code += f"const changes = require({access})(settings); {script}"
+        command = [*before, Path(nni_node.__path__[0], "node"), "-e", code]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, text=True, cwd=tmp_path, **pipes))
         return started[-1]
 
     yield node
     for process in started:
-        process.kill()
-        process.wait()
+        with process:  # closes its pipes
+            process.kill()
 
 
 SERVER = """
 require("http").createServer((_, answer) => answer.end("here")).listen(
     settings.port, () => console.log(settings.port));
 """
+LOCAL = "Host: 127.0.0.1:8090"
+NAMED = {"listen": "127.0.0.1", "host": ["lab.example"]}
 
 
 @pytest.mark.parametrize(
     ("status", "headers"),
     [
         (200, ["Host: lab.example", "Origin: https://lab.example"]),
+        (200, ["Host: LAB.example", "Sec-Fetch-Site: same-origin"]),
         (200, ["Host: lab.example", "Origin: https://lab.example", "Sec-Fetch-Site: same-origin"]),
         (200, ["Origin: https://lab.example", "Sec-Fetch-Site: same-origin"]),
-        (200, ["Origin: https://lab.example", "X-Forwarded-Host: lab.example"]),
+        (200, [LOCAL, "Origin: https://lab.example", "X-Forwarded-Host: lab.example"]),
+        (200, ["Host: 192.0.2.1:8090", "Origin: http://192.0.2.1:8090"]),
+        (200, ["Host: [2001:db8::1]:8090"]),
         (403, ["Host: lab.example", "Origin: https://evil.example"]),
+        (403, ["Host: lab.example", "Origin: https://lab.example:3000"]),
         (403, ["Origin: https://lab.example", "Sec-Fetch-Site: cross-site"]),
         (403, ["Origin: https://lab.example"]),
+        (403, ["Host: evil.example", "Origin: http://evil.example"]),
+        (403, ["Host: evil.example", "Sec-Fetch-Site: same-origin"]),
+        (403, ["Host: 127.0.0.1.evil.example"]),
     ],
 )
 def test_with_listen_a_proxy_may_be_in_front(node, status, headers):
     """It speaks TLS to the browser, and may change Host; mostly it is another user's process."""
-    port = int(node(SERVER, listen="127.0.0.1").stdout.readline())
+    port = int(node(SERVER, **NAMED).stdout.readline())
     assert ask(port, *headers, user=nobody()) == status
+
+
+def test_listen_opens_one_address(node):
+    outside = outside_address()
+    port = int(node(SERVER, listen=outside).stdout.readline())
+    assert ask(port, address=outside, user=nobody()) == 200
+    assert ask(port) == 200
+    assert ask(port, user=nobody()) == 403
+    assert ask(port, address="127.0.0.2") is None
 
 
 def test_a_stop_does_not_wait_for_a_browser(node):
@@ -247,8 +260,7 @@ def test_a_stop_does_not_wait_for_a_browser(node):
     stop = 'server.on("connection", () => server.close(() => console.log("stopped")));'
     server = node(f"const server = {SERVER.strip()} server.headersTimeout = 0; {stop}")
     port = int(server.stdout.readline())
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as browser:
-        assert browser.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", port), timeout=60):
         assert server.stdout.readline() == "stopped\n"
 
 
@@ -287,14 +299,27 @@ def test_in_wsl_a_process_of_root_is_accepted(node, kernel):
     assert ask(port) == (200 if "microsoft" in kernel else 403)
 
 
-def test_tensorboard_is_not_open_to_the_network(node):
+def ends(pid):
+    psutil.wait_procs([process := psutil.Process(pid)], timeout=60)
+    return not lives(process)
+
+
+def test_tensorboard_is_not_open_to_the_network_and_ends_with_the_manager(node, tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    code = "import sys, time; print(*sys.argv[1:], sep='|', flush=True); time.sleep(600)"
+    (tmp_path / "tensorboard" / "main.py").write_text(code)
     started = node("""
-        const utils = { getTunerProc: (command) => console.log(JSON.stringify(command)) };
+        const utils = {};
         changes["common/utils.js"](utils);
-        utils.getTunerProc(["tensorboard", "--bind_all --logdir_spec=1:/x", "--port=6006"]);
+        const command = ["tensorboard", "--bind_all --logdir_spec=1:/a b", "--port=6006"];
+        const { pid } = utils.getTunerProc(command, "inherit", process.cwd(), process.env);
+        console.log(pid);
     """)
-    command = ["tensorboard", "--host=127.0.0.1 --logdir_spec=1:/x", "--port=6006"]
-    assert json.loads(started.stdout.readline()) == command
+    lines = {started.stdout.readline().strip() for _ in range(2)}
+    assert "--host=127.0.0.1|--logdir_spec=1:/a b|--port=6006" in lines
+    (pid,) = filter(str.isdigit, lines)
+    started.kill()
+    assert ends(int(pid))
 
 
 TUNER = """
@@ -335,12 +360,11 @@ def test_a_computing_tuner_ends_with_its_manager(node, tmp_path, closes):
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         stranger.setblocking(False)
         manager = node(THINK, closes=closes, stranger=stranger.getsockname()[1])
-        tuner = psutil.Process(int(manager.stdout.readline()))
+        tuner = int(manager.stdout.readline())
         assert manager.stdout.readline() == "thinking\n"
         if not closes:
             manager.kill()
-        psutil.wait_procs([tuner], timeout=60)
-        assert not lives(tuner)
+        assert ends(tuner)
         with pytest.raises(BlockingIOError):
             stranger.accept()
 
@@ -355,31 +379,6 @@ def test_a_computing_tuner_ends_with_its_manager(node, tmp_path, closes):
 def test_a_tuner_is_found_after_nnisearch_and_after_nnictl(command):
     assert is_tuner(SimpleNamespace(cmdline=lambda: command))
     assert not is_tuner(SimpleNamespace(cmdline=lambda: ["/bin/sh", "-c", " ".join(command)]))
-
-
-def test_a_runner_leaves_a_manager_without_the_secret():
-    """What comes from the port of a manager that has ended could run any command."""
-    runner = (ROOT / "nnisearch" / "manager" / "runner.py").read_text()
-    paths = []
-
-    def pose(channel):
-        paths.append(channel.request.path)
-        channel.send("a command")
-
-    with serve(pose, "127.0.0.1", 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        port = server.socket.getsockname()[1]
-        code = f"import runpy; runpy.run_module = lambda *_, **__: None; exec({runner!r})\n"
-        place = (
-            f"nnimanager_ip='127.0.0.1', nnimanager_port='{port}/secret', node_count=1, node_id=0"
-        )
-        code += f"Channel(types.SimpleNamespace({place}))._inner_open()"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        server.shutdown()
-    assert result.returncode == 1
-    assert f"ws://127.0.0.1:{port} is not the manager" in result.stderr
-    assert len(paths) == 1
-    assert "secret" not in paths[0]
 
 
 # Other addresses of localhost
@@ -405,49 +404,16 @@ while True:
             process.kill()
 
 
-TINY = CONFIG | {
-    "trialCommand": f"python3 {ROOT / 'tests/support/other_project.py'}",
-    "trialConcurrency": 1,
-    "maxTrialNumber": 1,
-}
-# Takes the port after the search has found it free.
-RACE = [
-    "-c",
-    "import sys; from nnisearch import cli; from nnisearch.before import checks;"
-    "from nnisearch.start import launch as start; checks.check = lambda _: [];"
-    "start.is_free = lambda port: True; sys.exit(cli.main())",
-]
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        (UNCHECKED, "--port is {port}; allowed: a free one"),
-        (RACE, "EADDRINUSE: address already in use ::1:{port}"),
-    ],
-    ids=["before", "meanwhile"],
-)
-def test_a_port_that_another_has_taken_in_ipv6_fails_the_start(run_search, how, said):
+def test_a_port_that_another_has_taken_in_ipv6_ends_the_manager(node):
     loopback6()
     port = free_port()
     with another_user_listens(port) as other:
-        result = run_search("-p", port, "--detach", "--no-rehearsal", config=TINY, how=how)
+        assert not is_free(port)  # so a start takes the next one
+        server = node(SERVER, port=port)  # the other was faster
+        assert server.wait(60) == 1
         other.kill()
         assert other.stdout.read() == ""
-    assert result.returncode == 1
-    assert said.format(port=port) in result.stderr
-
-
-def namespace(tmp_path, hosts, *commands):
-    """Return a command that runs another in a network of its own, with /etc/hosts as given."""
-    file = tmp_path / "hosts"
-    file.write_text(hosts)
-    steps = ["ip link set lo up", f"mount --bind {file} /etc/hosts", *commands]
-    enter = ["unshare", "--net", "--mount", "bash", "-ec"]
-    probe = [*enter, " && ".join(steps)]
-    if os.getuid() != 0 or subprocess.run(probe, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to make namespaces, and iproute2")
-    return [*enter, " && ".join([*steps, '"$@"']), "bash"]
+    assert f"EADDRINUSE: address already in use ::1:{port}" in server.stderr.read()
 
 
 @pytest.mark.parametrize(
@@ -459,26 +425,21 @@ def namespace(tmp_path, hosts, *commands):
     ],
     ids=["::1 alone", "::1 first", "no IPv6"],
 )
-def test_localhost_may_be_ipv4_or_ipv6(run_search, tmp_path, hosts, commands):
-    before = namespace(tmp_path, hosts, *commands)
-    result = run_search("-p", free_port(), config=TINY, how=UNCHECKED, before=before)
-    assert result.returncode == 0, result.stderr
-    assert "1 of 1 trials have a result" in result.stdout
-
-
-def test_in_reuse_mode_the_runners_on_this_machine_report_and_nobody_else(experiment, tmp_path):
-    """They come from its outside address, to the port after the Web UI's."""
-    config = TINY | {"trainingService": {"platform": "local", "reuseMode": True}}
-    (tmp_path / "reuse.yml").write_text(yaml.safe_dump(config))
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "empty").touch()  # NNI sends the folder along, and fails for want of files
-    folders = {"trialCodeDirectory": str(tmp_path / "code")}
-    folders |= {"experimentWorkingDirectory": str(tmp_path / "home" / "it's\n$HOME")}
-    search = experiment(tmp_path / "reuse.yml", **folders)
-    outside = {"address": outside_address(), "path": "/"}
-    wait_for(lambda: ask(search.port + 1, **outside))  # its second server starts last
-    assert ask(search.port + 1, **outside, user=nobody()) is None
-    assert ask(search.port + 1, *UPGRADE, **outside) == 400  # without the secret
-    (trial,) = search.wait(120)
-    assert trial["status"] == "SUCCEEDED"
-    assert search.stop() == []
+def test_localhost_may_be_ipv4_or_ipv6(node, tmp_path, hosts, commands):
+    """In a network of its own, with /etc/hosts as given, NNI's clients reach the manager."""
+    (tmp_path / "hosts").write_text(hosts)
+    steps = ["ip link set lo up", f"mount --bind {tmp_path / 'hosts'} /etc/hosts", *commands]
+    enter = ["unshare", "--net", "--mount", "bash", "-ec"]
+    if subprocess.run([*enter, " && ".join(steps)], capture_output=True).returncode != 0:
+        pytest.skip("needs the right to make namespaces, and iproute2")
+    client = "import sys, requests; print(requests.get(sys.argv[1]).text)"
+    script = (
+        SERVER.replace("console.log", "client")
+        + f"""
+        function client(port) {{
+            const command = ["-c", {json.dumps(client)}, `http://localhost:${{port}}`];
+            require("child_process").spawn(settings.python, command, {{ stdio: "inherit" }});
+        }}"""
+    )
+    before = [*enter, " && ".join([*steps, '"$@"']), "bash"]
+    assert node(script, before=before).stdout.readline() == "here\n"

@@ -2,28 +2,22 @@
 
 import contextlib
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
-from conftest import ROOT, as_process
+from conftest import ROOT
 from experiment import free_port, kill_at
-from nnis_manager import run
 from projects import CONFIG, SUPPORT, TRIAL
 from stand_ins import stand_in_nvidia_smi
 
-from nnisearch import cli
-from nnisearch.before import config, rehearsal
-from nnisearch.start.launch import Watchdog
-
 OWN = {"codeDirectory": "."}  # of a user's own tuner or assessor
+LOCAL = {"platform": "local", "trialCodeDirectory": "."}
 
 
 class Project:
@@ -92,32 +86,57 @@ def project(tmp_path, environment):
 pytestmark = pytest.mark.slow
 
 
-def test_a_users_own_tuner_and_assessor_run(project):
-    project.write(
-        "tuner.py",
-        """
-        import checks, config, own, progress, text
+OWN_TUNER = """
+    import checks, config, own, progress, text
 
-        for module in (config, own, progress, text):
-            assert module.Constant
-        class Mine(checks.Constant):
-            optimize_mode = "minimize"
-        """,
-    )
-    tuner = OWN | {"className": "tuner.Mine"}
-    assessor = OWN | {"className": "text.Patient", "classArgs": {"patience": 3}}
-    out, given = project.succeeds(tuner=tuner, assessor=assessor, searchSpace={})
-    assert given == [{"x": 7, "space": {}}] * 2  # the same combination twice
-    assert "the least result" in out
-    assert "The greatest result counts as the best: " not in out
+    for module in (config, own, progress, text):
+        assert module.Constant
+    class Mine(checks.Constant):
+        optimize_mode = "minimize"
+"""
+VALUES = [{"a": [1, 2]}, {"a": {"b": 1}}, {"a": None}, {"a": "text"}]
 
 
-def test_a_users_own_advisor_runs(project):
-    tuner = OWN | {"className": "progress.Counter"}
-    out, given = project.succeeds(tuner=tuner, searchSpace=[1, "two"])
-    assert given == [{"x": 0, "space": [1, "two"]}, {"x": 1, "space": [1, "two"]}]
-    assert "the least result" not in out
-    assert out.count("The greatest result counts as the best: ") == 1
+@pytest.mark.parametrize(
+    ("changes", "expected", "part"),
+    [
+        (
+            {
+                "tuner": OWN | {"className": "tuner.Mine"},
+                "assessor": OWN | {"className": "text.Patient", "classArgs": {"patience": 3}},
+                "searchSpace": {},
+            },
+            [{"x": 7, "space": {}}] * 2,  # the same combination twice
+            "the least result",
+        ),
+        (  # an advisor, and keys where NNI prefers them
+            {
+                "tuner": OWN | {"className": "progress.Counter"},
+                "searchSpace": [1, "two"],
+                "trialCommand": "exit 3",
+                "trialCodeDirectory": "/",
+                "trainingService": LOCAL | {"trialCommand": "python3 trial.py"},
+            },
+            [{"x": 0, "space": [1, "two"]}, {"x": 1, "space": [1, "two"]}],
+            "The greatest result counts as the best: ",
+        ),
+        (  # a tuner by its alias, and fewer combinations than trials
+            {
+                "tuner": {"name": "BatchTuner"},
+                "searchSpace": {"combine_params": {"_type": "choice", "_value": VALUES}},
+                "maxTrialNumber": 99999,
+            },
+            VALUES,
+            "",
+        ),
+    ],
+    ids=["tuner", "advisor", "batch"],
+)
+def test_what_nni_runs_runs(project, changes, expected, part):
+    project.write("tuner.py", OWN_TUNER)
+    out, given = project.succeeds(trials=len(expected), **changes)
+    assert given == expected
+    assert part in out
 
 
 def test_folders_of_any_name(project, monkeypatch):
@@ -134,7 +153,7 @@ def test_folders_of_any_name(project, monkeypatch):
     _, given = project.succeeds(
         trials=1,
         maxTrialNumber=1,
-        trialCommand=COMMANDS[-1],
+        trialCommand='test "$(pwd)" = "$NNI_CODE_DIR" && python3 trial.py --data-dir ~/d "it\'s"',
         tuner=OWN | {"className": "config.Constant"},
         searchSpace=space,
         experimentWorkingDirectory=str(project.home / "experiments"),
@@ -143,35 +162,6 @@ def test_folders_of_any_name(project, monkeypatch):
     )
     assert given == [{"x": 7, "space": space}]
     assert not project.folder.joinpath("stdout").exists()
-
-
-@pytest.mark.skipif(
-    sys.version_info >= (3, 14), reason="NNI's annotation reads ast.Constant.s, which 3.14 removed"
-)
-def test_annotation(project):
-    project.write(
-        "trial.py",
-        '''
-        import sys
-        sys.modules["pandas"] = None  # then NNI's import takes half of the time
-        import nni
-        """@nni.get_next_parameter()"""
-        """@nni.variable(nni.choice(0.25, 0.5), name=x)"""
-        x = 0.1
-        """@nni.report_final_result(x)"""
-        ''',
-    )
-    out, given = project.succeeds(useAnnotation=True, searchSpace=None)
-    assert [list(values.values()) for values in given] in ([[0.25], [0.5]], [[0.5], [0.25]])
-    assert "best 0.5" in out
-
-
-def test_a_tuner_by_its_alias_and_a_space_that_is_smaller_than_the_number_of_trials(project):
-    values = [{"a": [1, 2]}, {"a": {"b": 1}}, {"a": None}, {"a": "text"}]
-    space = {"combine_params": {"_type": "choice", "_value": values}}
-    tuner = {"name": "BatchTuner"}
-    _, given = project.succeeds(searchSpace=space, trials=4, tuner=tuner, maxTrialNumber=99999)
-    assert given == values
 
 
 def test_version_1_and_pbt_without_a_folder(project):
@@ -191,87 +181,3 @@ def test_version_1_and_pbt_without_a_folder(project):
     project.write("space.json", json.dumps(CONFIG["searchSpace"]))
     project.write("config.yml", yaml.safe_dump(version_1))
     project.succeeds()
-
-
-COMMANDS = [
-    "python3 trial.py # don't",
-    "python3 trial.py > log 2>&1",
-    "python3 trial.py | tee log",
-    "python3 trial.py && true",
-    "exec python3 trial.py",
-    "python3 trial.py; cat; exit 0",  # its input is empty
-    "python3 trial.py && touch $NNI_OUTPUT_DIR/out && test -d $NNI_OUTPUT_DIR",
-    "python3 - <<EOF\nimport runpy\nrunpy.run_path('trial.py', run_name='__main__')\nEOF",
-    'test "$(pwd)" = "$NNI_CODE_DIR" && python3 trial.py --data-dir ~/d "it\'s"',
-]
-PROPOSAL = '{"parameter_id": 0, "parameters": {"x": 0.5}}'
-
-
-@pytest.fixture
-def rehearse_trial(project, monkeypatch):
-    """Rehearse a trial command alone; return why it fails, and whether it has asked for x."""
-    monkeypatch.setenv("PATH", project.environment["PATH"])
-    with Watchdog(project.home / "search", "create") as watchdog:
-
-        def rehearse_trial(command):
-            project.configure(trialCommand=command)
-            folder = project.home / f"trial{len(os.listdir(project.home))}"
-            found = config.load(project.folder / "config.yml")
-            return rehearsal.rehearse_trial(found, folder, PROPOSAL, 0, None, watchdog)
-
-        yield rehearse_trial
-
-
-def test_a_trial_command_may_be_any_bash_script(project, rehearse_trial):
-    script = """
-        const [folder, given, ...commands] = process.argv.slice(3);
-        const statuses = [];
-        for (const [sequenceId, command] of commands.entries()) {
-            const service = makeService(folder, command);
-            const id = `t${process.pid}-${sequenceId}`; // unique: a trial is ended by its ID
-            service.submitTrialJob({ id, sequenceId, hyperParameters: { index: 0, value: given } });
-            service.runJobLoop();
-            const status = async () => (await service.getTrialJob(id)).status;
-            await until(async () => !["WAITING", "RUNNING"].includes(await status()));
-            statuses.push(await status());
-        }
-        return [statuses, events];
-    """
-    statuses, events = run(script, project.folder, PROPOSAL, *COMMANDS)
-    assert statuses == ["SUCCEEDED"] * len(COMMANDS)
-    assert events == ["metric 1.0", "metric 0.5"] * len(COMMANDS)
-    assert [rehearse_trial(command) for command in COMMANDS] == [(None, True)] * len(COMMANDS)
-
-
-def test_a_trial_command_that_fails_is_explained(rehearse_trial):
-    assert "pyton: command not found" in rehearse_trial("pyton trial.py")[0]
-    assert "it fails with status 3" in rehearse_trial("exit 3; python3 trial.py")[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"tuner": {"name": "Hyperband"}}, "nnisearch.tuners.Hyperband"),
-        ({"tuner": {"name": "NetworkMorphism"}}, "tuner.name is 'NetworkMorphism'; allowed: "),
-        ({"tuner": {"name": "TPE", "classArgs": {"foo": 1}}}, "tuner is TPE with {'foo': 1}: "),
-        ({"tuner": OWN | {"className": "nowhere.Mine"}}, "No module named 'nowhere'"),
-        ({"assessor": OWN | {"className": "own.Patient"}}, "assessor is own.Patient: TypeError: "),
-        ({"trialCommand": "python3 trial.py --data $("}, "trialCommand is "),
-        ({"trialCommand": "python3 -c 'import nopackage'"}, "No module named 'nopackage'"),
-        ({"trialCommand": None}, "trialCommand is None; allowed: a text"),
-        ({"tuner": {"name": "TPE", "classArgs": {"optimize_mode": "max"}}}, "; allowed: maximize"),
-        ({"trainingServicePlatform": "adl"}, "config.yml: a configuration of version 1; allowed: "),
-    ],
-)
-def test_projects_that_nni_cannot_run_are_refused(project, monkeypatch, capsys, changes, part):
-    """They are refused in one line, and nothing is left of them."""
-    project.configure(**changes)
-    monkeypatch.chdir(project.folder)
-    monkeypatch.setattr(cli.signals, "end_by_exit", lambda: None)
-    with mock.patch.dict(os.environ, project.environment, clear=True):
-        result = as_process(capsys, cli.main, ["config.yml", "-p", str(free_port())])
-    assert result.returncode == 1, result.stdout
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("nnisearch: error: ")
-    assert part in line
-    assert list(project.home.glob("nni-experiments/????????")) == []

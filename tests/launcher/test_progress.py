@@ -17,8 +17,11 @@ from conftest import ROOT, read_until, to_its_end
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
 from nnis_files import database, trial
+from waiting import wait_for
 
+from nnisearch.results import database as databases
 from nnisearch.results import trials as results
+from nnisearch.shared import processes
 from nnisearch.watch import liveness, progress
 
 TRIAL = ROOT / "tests" / "support" / "scripted_trial.py"
@@ -63,15 +66,20 @@ def run_pieces(start_pieces):
 
 def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces, home):
     nnis_own = "import nni, numpy; nni.get_next_parameter(); nni.report_final_result"
-    results_of = {
-        "tell(0.5)": "0.5",
-        "tell({'default': 0.25, 'other': 'x'})": "0.25",
-        f"{nnis_own}(numpy.float32(0.125))": "0.125",
-        "tell({'default': {'__ndarray__': 0.75, 'dtype': 'float64', 'shape': []}})": "0.75",
-        "tell(1); tell(2)": "1",  # NNI's TPE dies of the second result
-        "[report(1.0) for _ in range(50)]; tell(4); Path('good').touch()": "4",
+    told_results = {  # {piece: (line, result)}
+        "tell(0.5)": ("0.5", 0.5),
+        "tell({'default': 0.25, 'other': 'x'})": ("0.25", 0.25),
+        f"{nnis_own}(numpy.float32(0.125))": ("0.125", 0.125),
+        "tell({'default': {'__ndarray__': 0.75, 'dtype': 'float64', 'shape': []}})": ("0.75", 0.75),
+        "tell(1); tell(2)": ("1", 1),
+        "[report(1.0) for _ in range(50)]; tell(4); Path('good').touch()": ("4", 4),
+        "wait_for('good'); [(report(0.0), time.sleep(0.5)) for _ in range(50)]": (
+            "was ended by the assessor",
+            None,
+        ),
+        "pass": ("has ended without reporting a result", None),
     }
-    reported = {
+    no_results = {
         "tell('\\x1b[31mhigh')": '"\\u001b[31mhigh"',
         "tell(None)": "null",
         "tell(10 ** 400)": f"1{'0' * 19}...{'0' * 37}",
@@ -79,16 +87,10 @@ def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces,
         "tell([1, 2])": "[1, 2]",
         "tell({'loss': 1})": '{"loss": 1}',
     }
-    others = {
-        "wait_for('good'); [(report(0.0), time.sleep(0.5)) for _ in range(50)]": (
-            "was ended by the assessor"
-        ),
-        "pass": "has ended without reporting a result",
-    }
-    others |= {piece: f"reported {text}, {results.NO_RESULT}" for piece, text in reported.items()}
-    pieces = results_of | others
+    for piece, text in no_results.items():
+        told_results[piece] = f"reported {text}, {results.NO_RESULT}", None
     search = run_pieces(
-        *pieces,
+        *told_results,
         tuner={"name": "TPE"},
         assessor={"name": "Medianstop", "classArgs": {"start_step": 1}},
         trialConcurrency=3,
@@ -97,14 +99,17 @@ def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces,
         experimentName=None,
     )
     assert search.returncode == 0, search.stderr
+    direction = "The least result counts as the best; for the greatest: classArgs: {optimize_mode: "
+    assert direction in search.stdout
     while_it_ran, table = search.stdout.split("6 of 14 trials have a result; left out: ")
     assert "The tuner has no more after 14 trials; maxTrialNumber is 50" in while_it_ran
     line = r"^trial \d+ \(\w+\):? (.*); (?:best (.*)|no result yet)$"
     told = re.findall(line, while_it_ran, re.MULTILINE)
-    assert sorted(text for text, _ in told) == sorted(pieces.values())
+    by_line = dict(told_results.values())
+    assert sorted(text for text, _ in told) == sorted(by_line)
     so_far = []
     for text, best in told:
-        so_far += [float(text)] if text in results_of.values() else []
+        so_far += [] if by_line[text] is None else [by_line[text]]
         assert best == (f"{min(so_far):g}" if so_far else "")
     stopped = "1 EARLY_STOPPED (by maxTrialDuration or an assessor)"
     assert sorted(table.splitlines()[0].split(", ")) == [stopped, "7 without a result"]
@@ -113,10 +118,10 @@ def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces,
     assert "Traceback" not in search.stderr
     command = [sys.executable, "-m", "nnisearch.results.choose", "--json"]
     variables = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
-    found = json.loads(subprocess.check_output(command, env=variables))
-    assert found["direction"] == "minimize"
-    (chosen,) = (t for t in found["trials"] if t["id"] == found["choice"])
-    assert chosen["result"] == 0.125
+    printed = json.loads(subprocess.check_output(command, env=variables))
+    assert printed["direction"] == "minimize"
+    (choice,) = (t for t in printed["trials"] if t["id"] == printed["choice"])
+    assert choice["result"] == 0.125
 
 
 def test_each_failure_is_explained_once_and_counted(run_pieces):
@@ -166,7 +171,7 @@ def test_the_death_of_tuner_or_assessor_is_noticed_and_its_error_shown(
         assert line.endswith(f"; results so far: python choose.py {id}")
 
 
-def test_a_closed_output_ends_only_the_command_and_a_stopped_search_is_called_stopped(
+def test_what_ends_only_the_command_and_how_a_stopped_search_is_told(
     start_pieces, start_search, home
 ):
     pipe = ["bash", "-c", 'set -o pipefail; "$@" | head -3', "-"]  # up to the Web UI's address
@@ -176,6 +181,13 @@ def test_a_closed_output_ends_only_the_command_and_a_stopped_search_is_called_st
     assert stdout.count("\n") == 3
     assert stderr == ""
     id = stdout.split()[-1]
+    with start_search("--resume", id) as process:
+        read_until(process, "trial 0")
+        process.terminate()
+        read_until(
+            process, f"The search continues. To watch it again: python search.py --resume {id}"
+        )
+        assert process.wait(60) == 128 + signal.SIGTERM
     with start_search("--resume", id) as process:
         read_until(process, "trial 0")
         for manager in processes_at(home, MANAGER):
@@ -191,22 +203,36 @@ def watched(tmp_path, monkeypatch):
     """A watched search with a database of our own; this process stands in for the manager."""
     monkeypatch.setenv("HOME", str(tmp_path))
     database(tmp_path, [trial(0, 60.0), trial(1, None, None, [], "WAITING")])
-    known = tmp_path / "nni-experiments" / ".experiment"
-    entry = {"pid": os.getpid(), "prefixUrl": "my/prefix", "status": "RUNNING"}
-    known.write_text(json.dumps({"abc123": json.loads(known.read_text())["abc123"] | entry}))
-    monkeypatch.setattr(liveness.Life, "find_manager", lambda _: psutil.Process())
+    listed = tmp_path / "nni-experiments" / ".experiment"
+    listed.write_text(listed.read_text().replace("STOPPED", "RUNNING"))
+    monkeypatch.setattr(liveness, "manager_of", lambda _: psutil.Process())
     folder = tmp_path / "nni-experiments" / "abc123"
     commands = ("nnisearch --resume abc123", "nnichoose abc123")
-    return progress.Search("abc123", 1, folder, *commands)
+    return progress.Watched("abc123", 1, folder, *commands)
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """Let NNI's manager answer {path: answer}, or raise an exception."""
+
+    def answer(answers):
+        def get(port, path, **_):
+            if isinstance(answers, Exception):
+                raise answers
+            return answers[path]
+
+        monkeypatch.setattr(rest, "get", get)
+
+    return answer
+
+
+RUNNING = {"status": "RUNNING"}
 
 
 def test_a_slow_manager_is_asked_again_and_a_dead_one_is_not_called_stopped(
-    watched, monkeypatch, capsys
+    watched, answer, monkeypatch, capsys
 ):
-    def silent(*_, **__):
-        raise ConnectionError("Read timed out.")
-
-    monkeypatch.setattr(rest, "get", silent)
+    answer(ConnectionError("Read timed out."))
     assert watched.ask() == (None, [])
     assert capsys.readouterr().out == ""
     watched.heard -= 25
@@ -215,39 +241,33 @@ def test_a_slow_manager_is_asked_again_and_a_dead_one_is_not_called_stopped(
         r"search abc123 has not answered for 2\d s; still waiting: Read timed out\.\n",
         capsys.readouterr().out,
     )
-    monkeypatch.setattr(life, "lives", lambda process: False)
+    monkeypatch.setattr(liveness, "lives", lambda process: None)  # it cannot be seen
+    assert watched.ask() == (None, [])
+    monkeypatch.setattr(liveness, "lives", lambda process: False)
     died = "NNI's manager has died: no error message; was it killed?"
     results_so_far = "results so far: nnichoose abc123"  # which no pass has read before
     end = f"search abc123: {died}; to continue: nnisearch --resume abc123; {results_so_far}"
-    for answer in (silent, lambda *_, **__: {"status": "DONE"}):  # the latter: who has its port now
-        monkeypatch.setattr(rest, "get", answer)
+    for answers in (ConnectionError(), {"/check-status": {"status": "DONE"}}):  # who has its port
+        answer(answers)
         with pytest.raises(RuntimeError, match=f"^{re.escape(end)}$"):
             watched.ask()
 
 
-def test_after_its_files_are_removed_a_search_ends_with_the_managers_error(watched, monkeypatch):
-    said = {"status": "ERROR", "errors": ["SQLITE_READONLY"]}
-    monkeypatch.setattr(rest, "get", lambda *_, **__: said)
+def test_after_its_files_are_removed_a_search_ends_with_the_managers_error(watched, answer):
+    answer({"/check-status": {"status": "ERROR", "errors": ["SQLITE_READONLY"]}})
     watched.trials.path.unlink()
     with pytest.raises(RuntimeError, match=r"sqlite has been removed; .* SQLITE_READONLY; to end"):
         watched.ask()
 
 
-def test_a_queued_trial_is_waited_for_if_the_tuner_has_no_more(watched, monkeypatch):
-    answers = {"/experiment": {"nextSequenceId": 3}, "/check-status": {"status": "RUNNING"}}
-    asked = []
-
-    def get(port, what, prefix):
-        asked.append((port, what, prefix))
-        return answers[what]
-
-    monkeypatch.setattr(rest, "get", get)
+def test_a_queued_trial_is_waited_for_if_the_tuner_has_no_more(watched, answer):
+    answers = {"/experiment": {"nextSequenceId": 3}, "/check-status": RUNNING}
+    answer(answers)
     watched.ask()
-    assert asked == [(1, "/check-status", "my/prefix")]
     no_more = {"status": "TUNER_NO_MORE_TRIAL"}
     watched.changed -= 100
     assert not watched.is_done(no_more)
-    watched.trials.known["id1"].status = "SUCCEEDED"
+    watched.trials.by_id["id1"].status = "SUCCEEDED"
     assert not watched.is_done(no_more)  # the third trial has a number, and has not started
     answers["/experiment"]["nextSequenceId"] = 2
     assert watched.is_done(no_more)
@@ -255,43 +275,83 @@ def test_a_queued_trial_is_waited_for_if_the_tuner_has_no_more(watched, monkeypa
     answers["/experiment"]["params"] = {"maxTrialNumber": 9, "maxExperimentDuration": "1h"}
     assert watched.shortfall(no_more) == "The tuner has no more after 2 trials; maxTrialNumber is 9"
     assert "maxExperimentDuration is 1h, and has pass" in watched.shortfall({"status": "DONE"})
-    assert watched.shortfall({"status": "VIEWED"}) == ""
     watched.changed = time.monotonic()
     assert not watched.is_done(no_more)  # NNI may be about to start one
 
 
+def test_the_bar_follows_a_changed_number_of_trials(watched, answer):
+    display = SimpleNamespace(bar=SimpleNamespace(total=2), late={}, show=lambda *_: None)
+    watched.check = lambda _: None
+    params = {"maxTrialNumber": 9}
+    answer({"/experiment": {"params": params}, "/check-status": RUNNING})
+    assert not progress.show_once(watched, display)
+    assert display.bar.total == 9
+
+
 def test_an_idle_search_is_reported_once(watched, capsys):
     watched.trials.update()
-    watched.life.tuner_is_dead = lambda: False
+    watched.liveness.tuner_is_dead = lambda: False
     watched.changed -= 100
-    watched.check({"status": "RUNNING"})
+    watched.check(RUNNING)
     assert capsys.readouterr().out == ""  # a trial waits
-    watched.trials.known["id1"].status = "SUCCEEDED"
+    watched.trials.by_id["id1"].status = "SUCCEEDED"
     for _ in range(2):
-        watched.check({"status": "RUNNING"})
+        watched.check(RUNNING)
     (line,) = capsys.readouterr().out.splitlines()
     assert re.search(r"no trial runs or waits, and the tuner has proposed none for 1\d\d s", line)
     assert line.endswith("abc123/log/dispatcher.log")
 
 
-def test_only_a_trial_without_a_runner_notes_its_exit_status(watched, tmp_path):
-    watched.trials.update()
-    ended = watched.trials.known["id1"]
-    ended.status = "FAILED"
-    for reuse_mode in (False, True):
-        service = SimpleNamespace(platform="local", reuse_mode=reuse_mode)
-        news = progress.Endings(SimpleNamespace(training_service=service), tmp_path).news(ended)
-        assert ("was it killed?" in news) != reuse_mode
+@pytest.fixture
+def start_child():
+    """Start a child of this process, which is killed at the end."""
+    children = []
+
+    def start_child(*command):
+        children.append(subprocess.Popen(command))
+        return children[-1]
+
+    yield start_child
+    for child in children:
+        child.kill()
+        child.wait()
 
 
-def test_a_viewed_search_is_reported_as_not_running(watched):
-    with pytest.raises(RuntimeError, match=r"shown by nnictl view.*: nnictl stop abc123; nnis"):
-        watched.check({"status": "VIEWED"})
+@pytest.mark.parametrize("error", [psutil.AccessDenied(), PermissionError(), FileNotFoundError()])
+def test_a_zombie_or_a_closed_process_never_makes_a_search_dead(
+    watched, start_child, monkeypatch, error
+):
+    tuner = start_child("sleep", "600")
+    closed, zombie = start_child("sleep", "600"), start_child("true")
+    wait_for(lambda: psutil.Process(zombie.pid).status() == psutil.STATUS_ZOMBIE)
+    closed_pids = {closed.pid, tuner.pid}
+
+    for method in ("cmdline", "environ", "ppid", "status", "uids"):
+        read = getattr(psutil.Process, method)
+
+        def read_open(process, method=method, read=read):
+            # As with /proc mounted with hidepid=1; a parent can be read without that.
+            if process.pid in closed_pids and (method != "ppid" or process.pid == closed.pid):
+                raise error
+            is_tuner = method == "cmdline" and process.pid == tuner.pid
+            return ["python3", "--exp_params"] if is_tuner else read(process)
+
+        monkeypatch.setattr(psutil.Process, method, read_open)
+    assert not any(watched.liveness.tuner_is_dead() for _ in range(9))  # the tuner is closed
+    closed_pids.remove(tuner.pid)
+    assert not any(watched.liveness.tuner_is_dead() for _ in range(9))
+    assert watched.liveness.tuner.pid == tuner.pid
+    assert processes.lives(psutil.Process(closed.pid)) is None
+    assert processes.managers() == {}
+    assert processes.processes_of("abc123", watched.trials.path) == set()
+    processes.stop(zombie.pid, watched.trials.path)
+    tuner.kill()
+    wait_for(watched.liveness.tuner_is_dead)
 
 
 def test_a_pass_reads_only_what_is_new(tmp_path):
     path = database(tmp_path, [trial(0, 60.0), trial(1, None, 3.0, [2.0], "RUNNING")])
-    trials = results.Trials(path)
+    trials = databases.Trials(path)
     assert [t.id for t in trials.update()] == ["id0", "id1"]
     assert trials.update() == []
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -305,7 +365,7 @@ def test_a_pass_reads_only_what_is_new(tmp_path):
     assert (changed.status, changed.result) == ("SUCCEEDED", 61.0)
     assert changed.intermediate == [2.0, 1.5]
     assert changed.seconds == 7.5
-    with contextlib.closing(sqlite3.connect(path)) as connection:  # as machines.js runs it again
+    with contextlib.closing(sqlite3.connect(path)) as connection:  # as a trial that is run again
         connection.execute("DELETE FROM MetricData WHERE trialJobId = 'id1' AND type <> 'FINAL'")
         row = (9_600, "id1", "WAITING", None, None, 1, None)
         connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
@@ -327,9 +387,9 @@ def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_p
             return super().execute(*args)
 
     monkeypatch.setattr(
-        results.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Connection)
+        databases.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Connection)
     )
-    trials = results.Trials(path)
+    trials = databases.Trials(path)
     with contextlib.closing(connect(path, timeout=0, isolation_level=None)) as nni:
         nni.execute("PRAGMA synchronous = OFF")
         note_metric, written = trials.note_metric, []

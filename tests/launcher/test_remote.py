@@ -21,7 +21,7 @@ from nni.experiment.config.training_services.remote import RemoteConfig, RemoteM
 from waiting import wait_for
 
 from nnisearch.before.machines import check_machines
-from nnisearch.results.trials import Trials
+from nnisearch.results.database import Trials
 
 GPU = (  # as nvidia-smi shows one that is free
     "<gpu><processes></processes><product_name>A</product_name>"
@@ -139,7 +139,7 @@ def last_states(search):
     path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
     trials = Trials(path)
     trials.update()
-    return {id: trial.status for id, trial in trials.known.items()}
+    return {id: trial.status for id, trial in trials.by_id.items()}
 
 
 def test_a_search_goes_on_while_machines_come_and_go(search, machines, tmp_path):

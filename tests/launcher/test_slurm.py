@@ -17,7 +17,7 @@ from waiting import wait_for
 
 from nnisearch.before import config as configuration
 from nnisearch.before import rehearsal
-from nnisearch.results.trials import Trials
+from nnisearch.results.database import Trials
 from nnisearch.shared import slurm
 from nnisearch.shared.text import reason
 from nnisearch.start.launch import Watchdog
@@ -58,7 +58,7 @@ def search(experiment, environment, tmp_path):
 def trials_of(search):
     trials = Trials(search.home / "nni-experiments" / search.id / "db" / "nni.sqlite")
     trials.update()
-    return list(trials.known.values())
+    return list(trials.by_id.values())
 
 
 def running(search, message=""):

@@ -1,7 +1,6 @@
-"""nnisearch/tuners.py: Optuna's samplers and Hyperband, as NNI calls them and in real searches."""
+"""nnisearch/tuners.py: Optuna's samplers, as NNI calls them and in a real search."""
 
 import contextlib
-import json
 import logging
 import math
 import sqlite3
@@ -12,10 +11,7 @@ import time
 import nni
 import pytest
 from conftest import ROOT
-from experiment import SEARCH, accuracy, parameters
-from nni.algorithms.hpo.curvefitting_assessor import CurvefittingAssessor
-from nni.algorithms.hpo.metis_tuner import lib_acquisition_function
-from nni.assessor import AssessResult
+from experiment import accuracy, parameters
 
 from nnisearch.manager import fixes
 from nnisearch.tuners import PACKAGES, OptunaTuner
@@ -53,6 +49,10 @@ def search(tuner, trials, function, at_a_time=2):
             tuner.trial_end(id, True)
         everything += given.values()
     return everything
+
+
+def near_0_3(values):
+    return -((values["x"] - 0.3) ** 2)
 
 
 def multiple(value, step):
@@ -102,16 +102,16 @@ def test_arguments_that_optuna_lacks_are_refused(arguments, part):
         make(**arguments)
 
 
-def test_a_seed_repeats_the_parameters_also_of_a_changed_space():
+def test_a_seed_repeats_the_parameters_also_of_a_resumed_search():
     def drawn(seed):
-        tuner = make(KINDS, seed=seed)
-        first = search(tuner, 12, lambda values: values["normal"])
-        tuner.update_search_space(KINDS | {"uniform": {"_type": "uniform", "_value": [-2, 2]}})
-        return first + search(tuner, 6, lambda values: values["normal"])
+        first = search(make(KINDS, seed=seed), 12, lambda values: values["normal"])
+        resumed = make(KINDS, seed=seed)
+        resumed.import_data([{"parameter": values, "value": 1} for values in first])
+        return first + search(resumed, 6, lambda values: values["normal"])
 
     one, same, other = map(drawn, (1, 1, 2))
     assert one == same
-    assert not [values for values in one if values in other]
+    assert len(set(map(str, one + other))) == 36
 
 
 @pytest.mark.parametrize(("optimize_mode", "sign"), [("maximize", -1), ("minimize", 1)])
@@ -208,47 +208,26 @@ def test_a_search_space_of_a_wrong_form_is_refused_in_a_line(space):
 
 
 @pytest.mark.parametrize("sampler", ["TPESampler", "GPSampler", "RandomSampler"])
-def test_a_space_that_changes_keeps_the_results_that_fit_it(sampler):
+def test_a_space_that_changes_keeps_the_results_that_fit_it(sampler, caplog):
     space = LINE | {"size": {"_type": "choice", "_value": [1, 2, 4]}}
-    tuner = make(space, sampler=sampler)
-    drawn = search(tuner, 14, lambda values: values["x"])
-    running = {id: tuner.generate_parameters(id) for id in (14, 15, 16, 17)}
-    tuner.update_search_space(LINE | {"size": {"_type": "choice", "_value": ["4", 2, 1]}})
-    kept = [values for values in drawn if values["size"] != 4]
-    on = [id for id, values in running.items() if values["size"] != 4]
+    dispatcher = fixes.Dispatcher("ws://_unittest_", make(space, sampler=sampler))
+    drawn = search(dispatcher.tuner, 14, near_0_3)
+    dispatcher.learn([{"parameter": values, "value": near_0_3(values)} for values in drawn])
+    x = {"_type": "uniform", "_value": [-0.5, 1]}
+    new = {"x": x, "size": {"_type": "choice", "_value": ["4", 2, 1]}}
+    dispatcher.handle_update_search_space(new)
+    tuner = dispatcher.tuner
+    kept = [values for values in drawn if values["size"] != 4 and values["x"] >= -0.5]
     assert 0 < len(kept) < 14
-    states = [trial.state.name for trial in tuner.study.trials]
-    assert states == ["COMPLETE"] * len(kept) + ["RUNNING"] * len(on)
-    assert [tuner.space.values(trial.params) for trial in tuner.study.trials[: len(kept)]] == kept
-    for id, values in running.items():
-        tuner.receive_trial_result(id, values, 10.0 + id)
-        tuner.trial_end(id, True)
-    results = [trial.value for trial in tuner.study.trials]
-    assert results == [*(values["x"] for values in kept), *(10.0 + id for id in on)]
-    later = search(tuner, 8, lambda values: values["x"])
-    assert {values["size"] for values in later} == {"4", 2, 1}
+    assert [tuner.space.values(trial.params) for trial in tuner.study.trials] == kept
+    assert [trial.value for trial in tuner.study.trials] == list(map(near_0_3, kept))
+    later = search(tuner, 8, near_0_3)
+    assert {values["size"] for values in later} <= {"4", 2, 1}
     assert not [values for values in later if values in drawn]
-
-
-def test_a_narrower_space_leaves_out_what_lies_outside():
-    tuner = make()
-    drawn = search(tuner, 10, lambda values: values["x"])
-    tuner.update_search_space({"x": {"_type": "uniform", "_value": [0, 1]}})
-    kept = [values["x"] for values in drawn if values["x"] >= 0]
-    assert [trial.params["x"] for trial in tuner.study.trials] == kept
-    tuner.update_search_space(LINE | {"y": {"_type": "uniform", "_value": [0, 1]}})
-    assert tuner.study.trials == []
-    assert set(tuner.generate_parameters(10)) == {"x", "y"}
-
-
-def test_a_changed_space_that_cannot_be_searched_leaves_the_old_one(caplog):
-    tuner = make()
-    search(tuner, 4, lambda values: values["x"])
     with caplog.at_level(logging.ERROR, logger="nni"):
-        tuner.update_search_space({"x": {"_type": "quniform", "_value": [0, 1, 0]}})
-    assert "the old one stays: searchSpace: x is [0, 1, 0]" in caplog.text
-    assert len(tuner.study.trials) == 4
-    assert -1 <= tuner.generate_parameters(4)["x"] <= 1
+        dispatcher.handle_update_search_space({"x": {"_type": "quniform", "_value": [0, 1, 0]}})
+    assert "searchSpace: x is [0, 1, 0]" in caplog.text
+    assert dispatcher.tuner is tuner
 
 
 @pytest.mark.parametrize("sampler", ["BruteForceSampler", "GridSampler"])
@@ -350,16 +329,12 @@ def test_a_sampler_whose_package_is_missing_is_refused(monkeypatch, sampler):
         OptunaTuner(sampler)
 
 
-def tuner_config(name, **arguments):
-    one = {"className": f"nnisearch.tuners.{name}", "classArgs": arguments}
-    return one | {"codeDirectory": str(ROOT)}
-
-
 SUM_IS_THE_RESULT = "sleep 0.5; python3 tests/support/other_project.py"
 
 
 def test_a_search_that_is_changed_from_outside_and_resumed(experiment):
-    tuner = tuner_config("OptunaTuner", sampler="TPESampler", seed=0)
+    tuner = {"className": "nnisearch.tuners.OptunaTuner", "codeDirectory": str(ROOT)}
+    tuner["classArgs"] = {"sampler": "TPESampler", "seed": 0}
     space = LINE | {"kind": {"_type": "choice", "_value": ["a", "b"]}}
     changes = {"trialCommand": SUM_IS_THE_RESULT, "searchSpace": space, "maxTrialNumber": 99}
     search = experiment("configs/demo.yml", tuner=tuner, **changes)
@@ -398,96 +373,3 @@ def test_a_search_that_is_changed_from_outside_and_resumed(experiment):
     results = {t["trialJobId"]: accuracy(t) for t in trials if t["status"] == "SUCCEEDED"}
     assert {t["trialJobId"]: accuracy(t) for t in before}.items() <= results.items()
     assert search.stop() == []
-
-
-def test_hyperband_gives_the_best_more_epochs(experiment):
-    tuner = tuner_config("Hyperband", optimize_mode="maximize", R=2, eta=2)
-    changes = {"tuner": tuner, "searchSpace": LINE, "trialCommand": SUM_IS_THE_RESULT}
-    demo = experiment("configs/demo.yml", SEARCH, maxTrialNumber=5, **changes)
-    trials = demo.wait(180)
-    assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
-    given = [parameters(trial) for trial in trials]
-    assert sorted(values["epochs"] for values in given) == [1, 1, 2, 2, 2]
-    short = [values for values in given if values["epochs"] == 1]
-    best = max(short, key=lambda values: values["x"])  # the result is the sum of all values
-    assert best | {"epochs": 2} in given
-    assert demo.stop() == []
-
-
-@pytest.fixture
-def hyperband(monkeypatch, tuners):
-    """Make a Hyperband that keeps what it sends to NNI's manager in a list."""
-
-    def hyperband(**arguments):
-        advisor = tuners.HyperbandTuner(R=4, eta=2, seed=0, **arguments).advisor
-        advisor.sent = []
-        monkeypatch.setattr(advisor, "send", lambda command, data: advisor.sent.append(data))
-        advisor.handle_update_search_space(LINE)
-        return advisor
-
-    return hyperband
-
-
-def run_next(advisor, **reported):
-    """Let the next trial that an advisor gives out report that, or nothing, and end."""
-    advisor.handle_request_trial_jobs(1)
-    job = json.loads(advisor.sent[-1])
-    metric = {"parameter_id": job["parameter_id"], "trial_job_id": job["parameter_id"]}
-    if reported:
-        advisor.handle_report_metric_data(metric | {"type": "FINAL"} | reported)
-    end = {"trial_job_id": job["parameter_id"], "hyper_params": advisor.sent[-1]}
-    advisor.handle_trial_end(end | {"event": "SUCCEEDED" if reported else "FAILED"})
-    return job
-
-
-def test_hyperbands_budget_has_the_name_that_the_trial_expects(hyperband):
-    assert run_next(hyperband(), value="1")["parameters"].keys() == {"x", "epochs"}
-    advisor = hyperband(budget="TRIAL_BUDGET")
-    assert run_next(advisor, value="1")["parameters"].keys() == {"x", "TRIAL_BUDGET"}
-
-
-def test_hyperband_survives_a_round_in_which_nothing_was_reported(hyperband):
-    advisor = hyperband()
-    jobs = [run_next(advisor) for _ in range(3)] + [run_next(advisor, value="0.5")]
-    assert [job["parameters"]["epochs"] for job in jobs] == [1] * 4
-    second = [run_next(advisor, value="0.5") for _ in range(2)]
-    assert [job["parameters"]["epochs"] for job in second] == [2, 2]
-    assert second[0]["parameters"]["x"] == jobs[3]["parameters"]["x"]
-
-
-def test_a_resumed_hyperband_ignores_earlier_trials(hyperband):
-    advisor = hyperband()
-    old = {"parameter_id": "0-2_1_3", "parameters": {"x": 0.5, "epochs": 2}}
-    advisor.handle_add_customized_trial([old, {"parameter_id": None, "parameters": {"x": 0}}])
-    for id in ("0-2_1_3", None):
-        metric = {"parameter_id": id, "trial_job_id": "a", "type": "FINAL", "value": "1"}
-        advisor.handle_report_metric_data(metric)
-        end = {"trial_job_id": "a", "hyper_params": json.dumps({"parameter_id": id})}
-        advisor.handle_trial_end(end | {"event": "SUCCEEDED"})
-    assert advisor.sent == []
-    assert run_next(advisor, value="1")["parameter_id"].startswith("1-2_0_")
-
-
-@pytest.fixture
-def fixed_nni(monkeypatch):
-    """NNI's algorithms, which work with today's NumPy and SciPy until the test ends."""
-    monkeypatch.setattr("numpy.float", float, raising=False)
-    monkeypatch.setattr("numpy.int", int, raising=False)
-    fixes.work_with_todays_packages()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_nnis_curvefitting_judges(fixed_nni):
-    assessor = CurvefittingAssessor(epoch_num=20)
-    rise = [1 - 0.8**step for step in range(1, 11)]
-    assert assessor.assess_trial("a", rise)
-    assessor.trial_end("a", True)
-    judgements = [assessor.assess_trial("b", rise[:length]) for length in range(1, 11)]
-    assert set(judgements) <= set(AssessResult)
-
-
-def test_nnis_metis_finds_the_least(fixed_nni):
-    found = lib_acquisition_function.next_hyperparameter_lowest_mu(
-        lambda x: ((x[0] - 0.3) ** 2, 0), [], [[0, 1]], ["range_continuous"], [[0.9]]
-    )
-    assert found["hyperparameter"] == pytest.approx([0.3], abs=0.01)

@@ -1,33 +1,17 @@
-"""NNI's Web UI in a real browser shows the results of a search.
+"""NNI's Web UI in a real browser shows the results of a search."""
 
-docs/web-ui.md's pictures are taken of a search that is on a port, running or at nnictl view. The
-icons come from the Internet, or from a folder that `npm pack @fluentui/font-icons-mdl2` has filled:
-
-    export SCREENSHOTS_OF=8090 ICONS=package/fonts
-    python -m pytest -n 0 tests/launcher/test_web_ui.py -k screenshots
-"""
-
-import base64
 import json
-import os
-import re
 import shutil
 import tempfile
-import time
-from pathlib import Path
 
 import pytest
-from conftest import LIGHT_TRIAL, ROOT, SPACE
+from conftest import LIGHT_TRIAL, SPACE
 from experiment import accuracy, metric_value, parameters, printed_parameters
-from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver"
-)
 # What the chart of a tab has been given to draw: the page draws it on a canvas, without elements.
 SERIES = """
     let node = document.querySelector(".echarts-for-react");
@@ -83,7 +67,9 @@ def page():
             browser.quit()
 
 
-@needs_browser
+@pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver"
+)
 def test_the_web_ui_shows_the_results_of_a_search(experiment, page):
     command = f"{LIGHT_TRIAL} | tee $NNI_OUTPUT_DIR/trial.log"  # where NNI's print writes
     changes = {"tuner": {"name": "Random"}, "searchSpace": SPACE, "maxTrialNumber": 2}
@@ -132,48 +118,3 @@ def test_the_web_ui_shows_the_results_of_a_search(experiment, page):
     assert logged.split() == demo.trial_file(trials[0], "trial.log").split()
     page.browser.quit()  # NNI waits up to a minute for its connections
     assert demo.stop() == []
-
-
-@needs_browser
-@pytest.mark.skipif(not os.environ.get("SCREENSHOTS_OF"), reason="renews the pictures")
-def test_screenshots(page):
-    page = page(os.environ["SCREENSHOTS_OF"])
-
-    # The names that the page gives its fonts: FabricMDL2Icons, FabricMDL2Icons-0, ...
-    fonts = sorted(Path(os.environ.get("ICONS", "/nowhere")).glob("fabric-icons-*.woff"))
-    style = ""
-    for font in fonts:
-        number = re.match(r"fabric-icons(-\d+)?-", font.name)[1] or ""
-        data = base64.b64encode(font.read_bytes()).decode()
-        source = f"url(data:font/woff;base64,{data}) format('woff')"
-        style += f"@font-face {{font-family: 'FabricMDL2Icons{number}'; src: {source}}}\n"
-
-    def save(name, height):
-        page.browser.execute_script(
-            "document.head.appendChild(document.createElement('style')).textContent = arguments[0]",
-            style,
-        )
-        time.sleep(5)  # for what is drawn without a sign that it is done
-        with tempfile.TemporaryDirectory() as folder:
-            picture = Path(folder, "page.png")
-            page.browser.save_screenshot(str(picture))
-            image = Image.open(picture).crop((0, 0, 1270, height)).quantize(64)
-            image.save(ROOT / "docs" / name, optimize=True)
-
-    page.open("oview", shows="Best metric")
-    save("overview.png", 673)
-    page.open("detail", shows="Trial jobs")
-    page.click("[role=tab]", "Hyper-parameter")
-    page.wait(lambda: page.all("svg text"))
-    page.click(".ms-Dropdown", "100%")
-    page.click(".ms-Dropdown-item", "Top 20%")
-    save("hyper-parameter.png", 640)
-    page.click("[role=tab]", "Duration")
-    page.wait(lambda: page.all("canvas"))
-    save("duration.png", 590)
-    page.click("[role=tab]", "Default metric")
-    page.wait(lambda: page.all("canvas"))
-    save("default-metric.png", 560)
-    page.click("[role=tab]", "Intermediate result")
-    page.wait(lambda: page.all("canvas"))
-    save("intermediate-result.png", 560)

@@ -36,7 +36,8 @@ def database(home, trials, experiment="abc123", start=1000, **profile):
     path.parent.mkdir(parents=True)
     listed = home / "nni-experiments" / ".experiment"
     known = json.loads(listed.read_text()) if listed.exists() else {}
-    known[experiment] = {"startTime": start, "logDir": str(home / "nni-experiments")}
+    folder = str(home / "nni-experiments")
+    known[experiment] = {"startTime": start, "logDir": folder, "status": "STOPPED"}
     listed.write_text(json.dumps(known))
     tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
     params = {"experimentName": "a search", "trialCommand": "python3 train.py", "tuner": tuner}

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import nni_node
@@ -12,16 +11,17 @@ ROOT = Path(__file__).resolve().parents[2]
 NNI_NODE = Path(nni_node.__path__[0]).resolve()
 
 
-def run(script, *args):
-    """Return what a script for tests/support/pace.js returns."""
-    given = {
-        "NNI_NODE": str(NNI_NODE),
-        "PACE": str(ROOT / "nnisearch" / "manager" / "pace.js"),
-        "PYTHON": sys.executable,
-    }
+def start_script(script, *args, hooks="undefined", env=os.environ, **how):
+    """Start a script for tests/support/pace.js; hooks are those of elsewhere.js, in JavaScript."""
+    folders = {"NNI_NODE": str(NNI_NODE), "CHANGES": str(ROOT / "nnisearch" / "manager")}
+    script = f"prepare({hooks});{script}"
     node = [NNI_NODE / "node", ROOT / "tests" / "support" / "pace.js", script, *map(str, args)]
-    ended = subprocess.run(
-        node, env=os.environ | given, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    return subprocess.Popen(node, env=env | folders, text=True, stdout=subprocess.PIPE, **how)
+
+
+def run(script, *args, **how):
+    """Return what a script returns."""
+    with start_script(script, *args, stderr=subprocess.PIPE, **how) as ended:
+        printed, errors = ended.communicate(timeout=120)
+    assert ended.returncode == 0, errors
+    return json.loads(printed)

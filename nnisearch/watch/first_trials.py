@@ -1,0 +1,213 @@
+"""Watches the first moments of a search, in which most mistakes show.
+
+A search whose tuner fails, or whose first trials show that no trial can work, is not worth its
+time. The start then fails, and its watchdog stops and removes the search.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import select
+import struct
+import threading
+import time
+
+from nni.experiment import rest
+
+from nnisearch.before.config import shipped_class
+from nnisearch.results.database import DATABASE, Trials
+from nnisearch.results.trials import ENDED, NO_RESULT
+from nnisearch.shared.text import last_line, one_line, reason, tail
+from nnisearch.watch.liveness import Liveness
+
+NOTICE = 5  # s until the user is told what the command waits for
+PATIENCE = 600  # s; then the search goes on although no trial has read its parameters
+AFTER_ASKING = 2  # s; a trial that still runs so long after it has read its parameters is good
+UNSEEN = 10  # s; the same for a trial that waits, or whose reading cannot be seen
+FIRST = 5  # trials; a trial may fail with some parameters only
+IN_ACCESS, IN_CREATE = 0x1, 0x100  # of inotify(7)
+EVENT = struct.Struct("iIII")  # inotify(7): watch, what has happened, cookie, length of the name
+
+
+def watch(config, folder, port, logs, readers, only_tuner):
+    """Wait until the first trials of a started search show that it works, or wait themselves.
+
+    logs is a logs.Logs, readers what noticing_readers() has yielded. With only_tuner, wait only
+    until the tuner has proposed a trial. Raises ValueError, in one line, if the tuner or the trials
+    cannot work.
+    """
+    liveness, begun, is_said = Liveness(folder.name, folder), time.monotonic(), False
+    first = FirstTrials(config, folder, readers)
+    while time.monotonic() - begun < PATIENCE:
+        status = check_tuner(port, liveness, logs)
+        first.update()
+        if only_tuner and status != "INITIALIZED" and first.trials.by_id:
+            return
+        if first.waits or (not only_tuner and first.are_good(status)):
+            return
+        if not is_said and time.monotonic() - begun > NOTICE:
+            is_said = True
+            print(f"Waiting for {first.awaited()}; --keep-going does not wait")
+        time.sleep(0.05)
+
+
+def check_tuner(port, liveness, logs):
+    """Return the status of a search. Raises ValueError if its tuner or its manager has failed."""
+    try:
+        status = rest.get(port, "/check-status")
+    except OSError as error:
+        status = {"status": "ERROR" if liveness.is_over() else "SILENT", "errors": [error]}
+    if status["status"] == "ERROR" or liveness.fatal_entries():
+        words = logs.tuners_end() or "; ".join([*map(one_line, status["errors"]), *logs.errors()])
+        raise ValueError(words)
+    return status["status"]
+
+
+class FirstTrials:
+    """The first trials of a search.
+
+    readers is {ID: when the trial has read its parameters}, which grows; None if it is unknown.
+    """
+
+    def __init__(self, config, folder, readers):
+        self.config, self.folder, self.readers = config, folder, readers
+        self.trials = Trials(folder / DATABASE)
+        self.running = {}  # ID: when the trial was first seen to run
+        self.changed = self.waiting = time.monotonic()  # last change; since when all have waited
+        self.waits = False  # whether all have waited for so long that the search may go on
+
+    def update(self):
+        """Read what the trials have done."""
+        now, changed = time.monotonic(), []
+        with contextlib.suppress(OSError):  # NNI has not made it yet, or writes it
+            changed = self.trials.update()
+        if changed:
+            self.changed = now
+        for trial in changed:
+            if trial.status == "RUNNING":
+                self.running.setdefault(trial.id, now)
+        statuses = {trial.status for trial in self.trials.by_id.values()}
+        if statuses != {"WAITING"}:
+            self.waiting = now
+        self.waits = now - self.waiting > UNSEEN
+
+    def first(self):
+        return sorted(self.trials.by_id.values(), key=lambda trial: trial.number)[:FIRST]
+
+    def are_good(self, status):
+        """Return whether a trial shows that the search works.
+
+        Raises ValueError if a trial shows that it does not. status is NNI's of the search.
+        """
+        first = self.first()
+        for trial in first:
+            self.check(trial)
+        number = min(FIRST, self.config.max_trial_number or FIRST)
+        is_quiet = time.monotonic() - self.changed > AFTER_ASKING
+        if status == "DONE" or (status == "TUNER_NO_MORE_TRIAL" and is_quiet):
+            number = len(first)  # the tuner has proposed fewer
+        failed = [trial for trial in first if trial.status == "FAILED" and not is_reported(trial)]
+        if first and len(failed) == number:
+            tried = one_line(json.dumps(first[0].hyperparameters), 300)
+            self.refuse(first[0], f"the first {number} trials fail, such as with {tried}")
+        return any(map(self.is_good, first))
+
+    def check(self, trial):
+        """Raise ValueError if a trial shows that no trial can work."""
+        is_odd = trial.reported and not re.search("NaN|Infinity", trial.reported)
+        if is_odd and shipped_class(self.config.tuner):  # a user's own may know what to do with it
+            self.refuse(trial, f"a trial reports {trial.reported}, {NO_RESULT}")
+        if self.readers is None or trial.id in self.readers or is_reported(trial):
+            return
+        if trial.status == "FAILED":
+            self.refuse(trial, "a trial fails before it reads its parameters")
+        if trial.status == "SUCCEEDED":
+            self.refuse(trial, "a trial ends without reading its parameters, and without a report")
+
+    def is_good(self, trial):
+        """Return whether a trial shows that trials can work."""
+        if is_reported(trial) or trial.status in ENDED:
+            return trial.status != "FAILED" or is_reported(trial)
+        if self.readers is None:
+            return time.monotonic() - self.running.get(trial.id, float("inf")) > UNSEEN
+        return time.monotonic() - self.readers.get(trial.id, float("inf")) > AFTER_ASKING
+
+    def refuse(self, trial, what):
+        """Raise ValueError that says in one line what a trial does, with the trial's own error."""
+        words = [self.read(trial, name) for name in ("stderr", "stdout")]
+        why = reason(next(filter(str.strip, words), ""))
+        command = one_line(self.config.trial_command, 300)
+        hint = "--keep-going starts the search all the same"
+        raise ValueError(f"trialCommand is {command!r}: {what}: {why}; {hint}")
+
+    def read(self, trial, name):
+        with contextlib.suppress(OSError):
+            return tail(self.folder / "trials" / trial.id / name)
+        return ""
+
+    def awaited(self):
+        """Return in words what the first trials have not done yet."""
+        first = self.first()
+        if not first:
+            return "the tuner's first parameters"
+        if not self.running:
+            return "a trial to start"
+        folder, words = self.folder / "trials" / first[0].id, ""
+        with contextlib.suppress(OSError):
+            words = last_line(folder / "stderr") or last_line(folder / "stdout")
+        is_read = bool(self.readers)
+        what = "a trial to run on or report" if is_read else "a trial to read its parameters"
+        return f"{what}; the last line of the first: {words}" if words else what
+
+
+def is_reported(trial):
+    """Return whether a trial has reported something."""
+    return bool(trial.intermediate) or trial.result is not None or trial.reported is not None
+
+
+@contextlib.contextmanager
+def noticing_readers(trials):
+    """Yield {ID: when} of the trials that have read their parameters, while the block runs.
+
+    Yields None where inotify(7) is at its limit. trials is the folder of the trials' folders, and
+    is made.
+    """
+    trials.mkdir(exist_ok=True)
+    libc = ctypes.CDLL(None)
+    notify = libc.inotify_init1(os.O_CLOEXEC)
+    if notify < 0 or libc.inotify_add_watch(notify, os.fsencode(trials), IN_CREATE) < 0:
+        yield None
+        return
+    readers, folders, is_over = {}, {}, threading.Event()
+
+    def note():
+        while not is_over.is_set():
+            if select.select([notify], [], [], 0.1)[0]:
+                for watch, happened, name in events(os.read(notify, 1 << 16)):
+                    if happened & IN_CREATE:
+                        folder = os.fsencode(trials / name)
+                        watch = libc.inotify_add_watch(notify, folder, IN_ACCESS)
+                        folders[watch] = name
+                    if name == "parameter.cfg" or watch < 0:  # at the limit, none is accused
+                        readers.setdefault(folders[watch], time.monotonic())
+
+    # A thread, because a trial may read them a few milliseconds after its folder was made.
+    thread = threading.Thread(target=note)
+    thread.start()
+    try:
+        yield readers
+    finally:
+        is_over.set()
+        thread.join()
+        os.close(notify)
+
+
+def events(data):
+    """Yield (watch, what has happened, name of the file) of the bytes that inotify gives."""
+    while data:
+        watch, happened, _, length = EVENT.unpack_from(data)
+        end = EVENT.size + length
+        yield watch, happened, os.fsdecode(data[EVENT.size : end].rstrip(b"\0"))
+        data = data[end:]
