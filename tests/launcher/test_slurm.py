@@ -103,7 +103,7 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
         assert trial.start >= in_queue_until
         metrics = one.get(f"metric-data/{trial.id}")
         assert [metric["type"] for metric in metrics].count("FINAL") == 1
-    assert {urlsplit(trial.path).hostname for trial in trials_of(one)} == {"n1", "n2"}
+    assert {urlsplit(trial["logPath"]).hostname for trial in trials} == {"n1", "n2"}
     assert one.stop() == []
 
 
