@@ -19,6 +19,7 @@ from nni.experiment import rest
 from nnisearch.before.config import shipped_class
 from nnisearch.results.database import DATABASE, Trials
 from nnisearch.results.trials import ENDED, NO_RESULT
+from nnisearch.shared.processes import call, own_processes
 from nnisearch.shared.text import last_line, one_line, reason, tail
 from nnisearch.watch.liveness import Liveness
 
@@ -135,7 +136,8 @@ class FirstTrials:
             return trial.status != "FAILED" or is_reported(trial)
         if self.readers is None:
             return time.monotonic() - self.running.get(trial.id, float("inf")) > UNSEEN
-        return time.monotonic() - self.readers.get(trial.id, float("inf")) > AFTER_ASKING
+        is_late = time.monotonic() - self.readers.get(trial.id, float("inf")) > AFTER_ASKING
+        return is_late and has_process(trial.id)
 
     def refuse(self, trial, what):
         """Raise ValueError that says in one line what a trial does, with the trial's own error."""
@@ -163,6 +165,12 @@ class FirstTrials:
         is_read = bool(self.readers)
         what = "a trial to run on or report" if is_read else "a trial to read its parameters"
         return f"{what}; the last line of the first: {words}" if words else what
+
+
+def has_process(trial):
+    """Return whether a process of a trial, named by its ID, runs; on a busy machine NNI is late."""
+    environments = (call(process, "environ") or {} for process in own_processes())
+    return any(environment.get("NNI_TRIAL_JOB_ID") == trial for environment in environments)
 
 
 def is_reported(trial):
@@ -193,7 +201,9 @@ def noticing_readers(trials):
                         folder = os.fsencode(trials / name)
                         watch = libc.inotify_add_watch(notify, folder, IN_ACCESS)
                         folders[watch] = name
-                    if name == "parameter.cfg" or watch < 0:  # at the limit, none is accused
+                        if (trials / name / "stdout").exists():  # it has started before the watch
+                            readers[name] = time.monotonic()  # so it is not accused
+                    if name == "parameter.cfg" or (name and watch < 0):  # none is accused at a limit
                         readers.setdefault(folders[watch], time.monotonic())
 
     # A thread, because a trial may read them a few milliseconds after its folder was made.
