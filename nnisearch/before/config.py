@@ -35,6 +35,7 @@ VERSION_1 = {
     "maxTrialNumberPerGpu": "maxTrialNumPerGpu",
     "searchSpaceFile": "searchSpacePath",
     "experimentWorkingDirectory": "logDir",
+    "trainingService": "localConfig",
     "trialCommand": "command",
     "trialCodeDirectory": "codeDir",
     "trialGpuNumber": "gpuNum",

@@ -39,7 +39,7 @@ def holder(pid):
     try:
         process = psutil.Process(int(pid))
         return one_line(f"{process.name()} ({pid}, {process.username()})")
-    except (psutil.Error, TypeError, ValueError):
+    except (psutil.Error, OSError, TypeError, ValueError):
         return f"process {one_line(pid)}"
 
 
@@ -66,11 +66,6 @@ def gpus_for(service):
     """Return {index: [process, ...]} of the GPUs that a local training service may use."""
     allowed = service.gpu_indices
     return {n: held for n, held in enumerate(gpus()) if allowed is None or n in allowed}
-
-
-def free_gpus(service):
-    """Return the indices of the GPUs that a local training service may use now."""
-    return [n for n, held in gpus_for(service).items() if service.use_active_gpu or not held]
 
 
 def waiting_for(service):

@@ -165,11 +165,14 @@ def explanation(error):
     if isinstance(error, AssertionError) and not error.args:  # the failed line is the reason
         line = traceback.extract_tb(error.__traceback__)[-1].line
         text = f"allowed: {line.removeprefix('assert ')}"
-    text = re.sub(r"^_?\w+Config: ", "", text)  # the name of NNI's class
+    if by_class := re.fullmatch(r"(\w+Config): (.*)", text):
+        text = by_class[2]
     if wrong := re.fullmatch(r"type of (\w+) \((.*)\) is not (.*)", text):
         kind = re.search(r"int|str|bool|Path|List|(?<=Literal\[')\w+", wrong[3])
         allowed = TYPES.get(kind[0], kind[0]) if kind else "an object"
         text = f"{wrong[1]} is {one_line(wrong[2], 100)}; allowed: {allowed}"
+    elif by_class and by_class[1] == "LocalConfig":
+        text = f"trainingService: {text}"
     # NNI's classes spell the keys in snake_case.
     fields = {name for kind in PLACES.values() for name in kind.__dataclass_fields__}
     return re.sub(

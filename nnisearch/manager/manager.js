@@ -10,6 +10,7 @@ const timers = require("timers/promises");
 const NNIS_PAUSE = 5000; // ms, of the loops that notice a trial's end and start the next one
 const PAUSE = 50; // ms, in its place while there are trials
 const [INITIALIZED, NEW_TRIAL_JOB, REPORT_METRIC_DATA] = ["ID", "TR", "ME"]; // of the channel
+const SPACE_REFUSED = "RS"; // from fixes.py, with the search space that stays
 const ENDED = ["SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"];
 const isUnended = ({ status }) => !ENDED.includes(status);
 
@@ -111,6 +112,10 @@ const extendManager = (NNIs, settings) => class Manager extends NNIs {
     }
 
     onTunerCommand(command, content) {
+        if (command === SPACE_REFUSED) { // otherwise a resume would begin with the new one
+            this.experimentProfile.params.searchSpace = JSON.parse(content);
+            return this.dataStore.storeExperimentProfile(this.experimentProfile);
+        }
         if (command === INITIALIZED) this.asked = 0;
         // A tuner without more sets leaves asked as it is: it is asked at a trial's end.
         if (command === NEW_TRIAL_JOB) this.asked = Math.max(0, this.asked - 1);

@@ -100,6 +100,7 @@ def entry(kind, *values):
         ({"tuner": {"className": "a.B"}}, "; allowed: either name, or className and codeDirectory"),
         ({"searchSpaceFile": "no.json", "searchSpace": None}, "no.json: No such file"),
         ({"trialCodeDirectory": "/no/such/folder"}, "/no/such/folder"),
+        ({"trialGpuNumber": 1}, "trainingService: please set useActiveGpu to True if your syst"),
         ({"useAnnotation": True}, "useAnnotation is true; allowed: false, with nni.get_next_"),
         # Where trials run.
         ({"trainingService": None}, "trainingService is not set; allowed: an object with a pl"),
@@ -169,6 +170,7 @@ def old(tmp_path):
         ({"trainingServicePlatform": "remote"}, "'machineList' is missing"),
         ({"localConfig": None}, "localConfig is None; allowed: an object"),
         ({"trial": {"gpuNum": -1}}, "gpuNum is -1; allowed: gpuNum >= 0"),
+        ({"trial": {"gpuNum": 1}}, "localConfig: please set useActiveGpu to True if your system"),
         ({"maxTrialNum": 0}, "maxTrialNum is 0; allowed: maxTrialNum > 0"),
         ({"multiPhase": True}, "Multi-phase is no longer supported"),
         # NNI drops these.

@@ -66,7 +66,7 @@ def test_a_script_that_starts_a_search_writes_its_configuration(tmp_path):
     code = examples("docs/launcher.md", "python")[1]
     (tmp_path / "trial.py").touch()
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    config = configuration.load(tmp_path / "config.json")
+    config, _ = configuration.load(tmp_path / "config.json")
     assert checks.check(config) == []
     assert config.trial_command == "python3 trial.py"
     assert config.trial_code_directory == str(tmp_path)
