@@ -27,6 +27,7 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
     import nni
     from nni.experiment.config import ExperimentConfig
 
+    from nnisearch import elsewhere
     from nnisearch.before import checks
     from nnisearch.before import config as configuration
     from nnisearch.results import choose
@@ -41,7 +42,6 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 LIST_SIZE = 1  # MB: NNI loses its list of experiments if the disk is full
 LONGEST = 480  # bytes of a folder's name; SQLite cannot open a longer path below it
-elsewhere_prepare = lambda *_: None  # noqa: E731
 
 
 def ignore(config: ExperimentConfig) -> None:
@@ -157,7 +157,9 @@ def start(experiment: Experiment, args: Namespace) -> int:
         first_trials.noticing_readers(folder / "trials") as readers,
     ):
         is_new, logs = experiment.action == "create", Logs(config, folder)
-        over_there = None if args.view else elsewhere_prepare(config, experiment, not is_new)
+        over_there = None
+        if not args.view:
+            over_there = elsewhere.prepare(config, experiment.id, folder, not is_new)
         prepare_environment(args.listen, args.host, over_there)
         port = launch(experiment, args.port, watchdog, logs)
         if not args.view:
@@ -261,8 +263,6 @@ def show_address(id: str, port: int, config: ExperimentConfig, listen: str | Non
     if listen:
         reach = f"everybody who reaches {listen}:{port} can run any command as you"
         print(f"Warning: {reach}, because of --listen")
-    elif not Path("/proc/net/tcp").exists():
-        print("Other users of this machine can use it, too, because it has no /proc")
     elif "microsoft" in platform.release().lower():
         print("Processes of root can use it, too: in WSL, Windows' browser comes through one")
 

@@ -80,8 +80,8 @@ def check_keys(content):
                 check_value(key, value, *limits[name])
         check_unique(fields.get(utils.case_insensitive(key), key) for key in part)
         if place in ALGORITHMS:
-            given = {utils.case_insensitive(key) for key in part if part[key] is not None}
-            if given - {"classargs"} not in ({"name"}, {"classname", "codedirectory"}):
+            names = {utils.case_insensitive(key) for key in part if part[key] is not None}
+            if names - {"classargs"} not in ({"name"}, {"classname", "codedirectory"}):
                 allowed = "either name, or className and codeDirectory"
                 raise ValueError(f"{place} is {one_line(part)}; allowed: {allowed}")
 
@@ -96,9 +96,10 @@ def objects(content):
         elif name == "trainingservice" and not isinstance(value, list):
             service = value if isinstance(value, dict) else {}
             yield "trainingService", SERVICES.get(service.get("platform")), value
-            machines = service.get("machineList")
-            for machine in machines if isinstance(machines, list) else []:
-                yield "machineList", RemoteMachineConfig, machine
+            for inner, machines in service.items():
+                is_machines = utils.case_insensitive(str(inner)) == "machinelist"
+                if is_machines and isinstance(machines, list):
+                    yield from (("machineList", RemoteMachineConfig, each) for each in machines)
 
 
 def keys_of(kind):

@@ -66,8 +66,8 @@ def test_a_script_that_starts_a_search_writes_its_configuration(tmp_path):
     code = examples("docs/launcher.md", "python")[1]
     (tmp_path / "trial.py").touch()
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    config, _ = configuration.load(tmp_path / "config.json")
-    assert checks.check(config) == []
+    config, lines = configuration.load(tmp_path / "config.json")
+    assert lines == checks.check(config) == []
     assert config.trial_command == "python3 trial.py"
     assert config.trial_code_directory == str(tmp_path)
     assert (config.trial_concurrency, config.max_trial_number) == (2, 4)

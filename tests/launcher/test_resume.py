@@ -417,7 +417,7 @@ GOOD = CONFIG | {"trialCodeDirectory": "/"}
         (json.dumps(GOOD | {"trialConcurrency": 0}), "trialConcurrency is 0; allowed: "),
         (json.dumps(GOOD | {"trialCodeDirectory": "/no/such"}), "/no/such"),
         (json.dumps(GOOD | {"tuner": {"name": 3}}), "name"),
-        (json.dumps(GOOD | {"another": 3}), "another is no key"),
+        (json.dumps(GOOD | {"another": 3}), "another is no key of the configuration"),
         (json.dumps(GOOD | {"searchSpace": {"__symbol__": 1}}), "no key that runs code"),
     ],
 )
