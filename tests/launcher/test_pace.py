@@ -304,7 +304,7 @@ def test_a_trial_that_ends_while_nni_stops_does_not_count_as_ended(tmp_path):
         const service = makeService("exit 0");
         const job = await startTrial(service);
         service.eventEmitter.removeAllListeners("metric"); // as NNI's stopExperiment
-        await until(() => job.exit);
+        await until(() => job.end);
         return (await service.getTrialJob(job.id)).status;
     """
     assert run(script, tmp_path) == "RUNNING"
