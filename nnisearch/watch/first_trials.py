@@ -193,18 +193,22 @@ def noticing_readers(trials):
         return
     readers, folders, is_over = {}, {}, threading.Event()
 
+    def watch_trial(name):
+        watch = libc.inotify_add_watch(notify, os.fsencode(trials / name), IN_ACCESS)
+        folders[watch] = name
+        # At inotify's limit, or when the trial has started before the watch, it is not accused.
+        if watch < 0 or (trials / name / "stdout").exists():
+            readers[name] = time.monotonic()
+
     def note():
         while not is_over.is_set():
-            if select.select([notify], [], [], 0.1)[0]:
-                for watch, happened, name in events(os.read(notify, 1 << 16)):
-                    if happened & IN_CREATE:
-                        folder = os.fsencode(trials / name)
-                        watch = libc.inotify_add_watch(notify, folder, IN_ACCESS)
-                        folders[watch] = name
-                        if (trials / name / "stdout").exists():  # it has started before the watch
-                            readers[name] = time.monotonic()  # so it is not accused
-                    if name == "parameter.cfg" or (name and watch < 0):  # none is accused at a limit
-                        readers.setdefault(folders[watch], time.monotonic())
+            if not select.select([notify], [], [], 0.1)[0]:
+                continue
+            for watch, happened, name in events(os.read(notify, 1 << 16)):
+                if happened & IN_CREATE:
+                    watch_trial(name)
+                elif name == "parameter.cfg":
+                    readers.setdefault(folders[watch], time.monotonic())
 
     # A thread, because a trial may read them a few milliseconds after its folder was made.
     thread = threading.Thread(target=note)
