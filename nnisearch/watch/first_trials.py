@@ -196,9 +196,9 @@ def noticing_readers(trials):
     def watch_trial(name):
         watch = libc.inotify_add_watch(notify, os.fsencode(trials / name), IN_ACCESS)
         folders[watch] = name
-        # At inotify's limit, or when the trial has started before the watch, it is not accused.
+        # At inotify's limit, or if the trial has started before the watch, it is not accused.
         if watch < 0 or (trials / name / "stdout").exists():
-            readers[name] = time.monotonic()
+            readers[name] = time.monotonic() + UNSEEN - AFTER_ASKING
 
     def note():
         while not is_over.is_set():

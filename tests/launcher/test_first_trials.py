@@ -159,12 +159,20 @@ def test_keep_going_starts_a_search_whose_trials_fail(run_search, home):
 
 def test_a_start_that_ends_in_its_first_moments_leaves_nothing(start_together, home):
     numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
-    commands = [f"echo $$ >> {home}/pid{n}; sleep 987 & wait" for n in numbers]
+    commands = [
+        f"echo $$ > {home}/pid{n}; sleep 987 & echo $! >> {home}/pid{n}; wait" for n in numbers
+    ]
     with start_together(*[{"trialCommand": each} for each in commands]) as processes:
-        for number, process in zip(numbers, processes, strict=True):
-            pids = home / f"pid{number}"
-            wait_for(lambda pids=pids: pids.exists() and len(pids.read_text().split()) == 2)
-            process.send_signal(number)
+        running = dict(zip(numbers, processes, strict=True))
+
+        def send_signals():
+            for number in [*running]:
+                pids = home / f"pid{number}"
+                if pids.exists() and len(pids.read_text().split()) == 2:
+                    running.pop(number).send_signal(number)
+            return not running
+
+        wait_for(send_signals)
         processes[-1].send_signal(signal.SIGINT)  # once more, while it tidies up
         printed = [process.communicate(timeout=240) for process in processes]
     assert printed[-1][1] == "nnisearch: interrupted; no search has started\n"
@@ -179,8 +187,7 @@ def test_a_start_that_ends_in_its_first_moments_leaves_nothing(start_together, h
 def first(tmp_path, monkeypatch):
     """Make the first trials of a search from (status, report), at a time in seconds."""
     (tmp_path / "config.yml").write_text(yaml.safe_dump(CONFIG | {"maxTrialNumber": 9}))
-    loaded = config.load(tmp_path / "config.yml")
-    loaded = loaded[0] if isinstance(loaded, tuple) else loaded
+    loaded, _ = config.load(tmp_path / "config.yml")
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(first_trials, "time", clock)
     monkeypatch.setattr(first_trials, "has_process", lambda id: id != "gone")
