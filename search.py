@@ -4,11 +4,14 @@
     python search.py configs/demo.yml      # on any machine, without a download
     python search.py --resume ID           # continue a stopped search, or watch a running one
 
-nnisearch/ does the work. This file chooses the default configuration, and refuses search spaces
-with values that train.py does not allow.
+nnisearch/ does the work. This file chooses the default configuration, refuses search spaces with
+values that train.py does not allow, and loads the data before the search.
 """
 
+import contextlib
+import io
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -30,14 +33,20 @@ def default_config():
     return ROOT / name, f"{name}, {why}"
 
 
+def flags_of_trial(config):
+    """Return the flags of train.py in trialCommand, or None if train.py is not the trial."""
+    if Path(config.trial_code_directory) != ROOT:
+        return None
+    command = re.search(r"(?:^|[\s/])train\.py(?:\s+([^;&|<>]*)|$)", config.trial_command or "")
+    return shlex.split(command[1] or "") if command else None
+
+
 def check(config):
     """Raise ValueError if train.py is the trial and refuses a value of the search space.
 
     A tuner that is not NNI's or nnisearch's may read the search space in another way: no check.
     """
-    is_ours = Path(config.trial_code_directory) == ROOT
-    is_train_py = is_ours and re.search(r"(^|[\s/])train\.py\b", config.trial_command or "")
-    if not is_train_py or not shipped_class(config.tuner):
+    if flags_of_trial(config) is None or not shipped_class(config.tuner):
         return
     import train  # not at the top: it imports torch, which takes two seconds
 
@@ -52,11 +61,32 @@ def check(config):
             train.set_hyperparameters(args, {key: value}, "searchSpace")
 
 
+def load_data(config):
+    """Load train.py's data, by the flags in trialCommand, so that no trial waits for a download.
+
+    Raises OSError or ValueError if train.py's load_data() does.
+    """
+    flags = flags_of_trial(config)
+    if flags is None:
+        return
+    import train
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            args = train.parse_args([*flags, "--device", "cpu"])
+    except SystemExit:  # the shell may read these flags in another way
+        return
+    args.data_dir = ROOT / args.data_dir  # a trial runs in trialCodeDirectory
+    train.load_data(args)
+
+
 PROJECT = cli.Project(
     command="python search.py",
     choose_command="python choose.py",
     default_config=default_config,
+    default="config.yml with GPUs, configs/cpu.yml without",
     check=check,
+    load_data=load_data,
     within=0.5,
 )
 

@@ -43,9 +43,7 @@ HYPERPARAMETERS = {
     "weight_decay": Number(0.0, "how strongly a step pulls the weights to 0", at_least=0),
     "label_smoothing": Number(0.0, "part of a label spread over all classes", at_least=0, below=1),
     "lr_schedule": Choice("constant", "how lr changes in the training", optimizers.LR_SCHEDULES),
-    "augment": Integer(
-        0, "mirror images, and shift them by so many pixels", at_least=0, at_most=16
-    ),
+    "augment": Integer(0, "mirror images and shift them by up to N pixels", at_least=0, at_most=16),
 }
 
 
@@ -110,8 +108,7 @@ def train(model, optimizer, images, labels, args):
     # learn(index) is train_step() with all other arguments filled in.
     learn = functools.partial(train_step, model, optimizer, images, labels, args)
     batch_size = min(args.batch_size, len(images))
-    # Python launches a step's kernels more slowly than a GPU runs them. A CUDA graph launches them
-    # all at once. It cannot record the exchange of gradients between processes.
+    # A GPU runs the step as a CUDA graph, which cannot record an exchange between processes.
     if fast and images.is_cuda and processes.count() == 1:
         learn = fast.as_cuda_graph(learn, batch_size, images.device)
     steps = args.epochs * math.ceil(len(images) / batch_size)
@@ -191,21 +188,14 @@ def parse_args(argv=None):
 
     If a flag or a value is not allowed, exits with status 2 and one line on stderr.
     """
-    parser = argparse.ArgumentParser(
-        description="Train the CNN of PyTorch's CIFAR-10 tutorial, by itself or as a trial of NNI.",
-        usage=argparse.SUPPRESS,  # an error is one line, without the usage
-        allow_abbrev=False,
-    )
+    # An error is one line, without the usage.
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description = "Train the CNN of PyTorch's CIFAR-10 tutorial, alone or as NNI's trial."
     add = parser.add_argument
     for key, entry in HYPERPARAMETERS.items():
         add("--" + key.replace("_", "-"), **entry.flag)
     add("--params", type=data.as_path, metavar="FILE", help="a JSON file with hyperparameters")
-    add(
-        "--dataset",
-        default="cifar10",
-        choices=["cifar10", "synthetic"],
-        help="synthetic: no download",
-    )
+    add("--dataset", **Choice("cifar10", "synthetic: no download", ["cifar10", "synthetic"]).flag)
     add("--data-dir", default=data.default_folder(), type=data.as_path, help="for the data set")
     add("--seed", **Integer(0, "for all random numbers", at_least=0, below=2**63).flag)
     add("--device", default=processes.default_device(), help="where to train, such as cpu or cuda")

@@ -3,14 +3,13 @@
     python bench/on_machines.py ssh      # three machines on loopback addresses; needs sshd
     python bench/on_machines.py slurm    # two nodes on this machine; as root, needs SLURM and munge
 
-A trial only sleeps, so the rest of its time, and the time to the next start, are NNI's. The last
-column is the CPU time of NNI's manager.
+A trial only sleeps: what is more than that is the launcher's. The last column is the CPU time of
+NNI's manager.
 """
 
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from compare import hardware
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from cluster import Cluster
 from experiment import MANAGER, ROOT, UNCHECKED, Experiment, processes_at
-from machines import PASSPHRASE, Machine, make_key
+from machines import Machine, make_key, make_ssh
 
 
 def measure(name, at_a_time, trials, environment, config="demo.yml", **changes):
@@ -38,7 +37,6 @@ def measure(name, at_a_time, trials, environment, config="demo.yml", **changes):
             spent = manager.cpu_times()
         finally:
             search.stop()
-            shutil.rmtree(f"/tmp/nni-{search.id}", ignore_errors=True)
     if failed := [trial["status"] for trial in ended if trial["status"] != "SUCCEEDED"]:
         raise RuntimeError(f"{len(failed)} trials of {trials} ended {', '.join(failed)}")
     starts, ends = (sorted(t[key] / 1000 for t in ended) for key in ("startTime", "endTime"))
@@ -55,16 +53,16 @@ def over_ssh(folder):
     Yields what starts a command there, the numbers of trials at a time, and a search's environment
     and changes.
     """
-    key = folder / "key"
-    make_key(key, PASSPHRASE)
+    ssh = make_ssh(folder / "ssh")
+    make_key(folder / "key")
     with contextlib.ExitStack() as stack:
         machines = []
         for address in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
-            machines.append(Machine(address, folder / address, key, {"HOME": folder}))
+            machines.append(Machine(address, folder / address, folder / "key", ssh))
             stack.callback(machines[-1].die)
-        service = {"platform": "remote", "reuseMode": True}
-        service["machineList"] = [machine.settings for machine in machines]
-        yield "", [3], {}, {"trainingService": service, "nniManagerIp": "127.0.0.1"}
+        service = {"platform": "remote", "machineList": [each.settings for each in machines]}
+        environment = {"PATH": f"{ssh}:{os.environ['PATH']}"}
+        yield "", [3], environment, {"trainingService": service, "nniManagerIp": "127.0.0.1"}
 
 
 @contextlib.contextmanager

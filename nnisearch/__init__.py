@@ -9,5 +9,5 @@ cli.py is the command. The packages follow the stages of a search; each imports 
     watch/     shows a search while it runs
     after/     chooses a trial, prints the table, draws the plot
 
-tuners.py has tuners that a configuration can name: Optuna's samplers and a fixed Hyperband.
+tuners.py has tuners that a configuration can name: Optuna's samplers.
 """

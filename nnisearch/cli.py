@@ -27,6 +27,7 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
     import nni
     from nni.experiment.config import ExperimentConfig
 
+    from nnisearch import elsewhere
     from nnisearch.before import checks
     from nnisearch.before import config as configuration
     from nnisearch.results import choose
@@ -40,7 +41,7 @@ with signals.silently_interrupted(), without_pandas():  # NNI takes half a secon
 
 EXPERIMENT_SIZE = 50  # MB on the disk: logs and database of a long search
 LIST_SIZE = 1  # MB: NNI loses its list of experiments if the disk is full
-elsewhere_prepare = lambda *_: None  # noqa: E731
+LONGEST = 480  # bytes of a folder's name; SQLite cannot open a longer path below it
 
 
 def ignore(config: ExperimentConfig) -> None:
@@ -69,6 +70,9 @@ class Project:
 def check_folder(config: ExperimentConfig, project: Project) -> list[str]:
     """Check the folder of the search's files."""
     folder = Path(config.experiment_working_directory)
+    if len(os.fsencode(folder)) > LONGEST:
+        allowed = f"a path of at most {LONGEST} bytes, which SQLite can open"
+        raise ValueError(f"experimentWorkingDirectory is '{folder}'; allowed: {allowed}")
     checks.check_disk(folder, EXPERIMENT_SIZE)
     checks.check_private(folder)
     return []
@@ -153,17 +157,22 @@ def start(experiment: Experiment, args: Namespace) -> int:
         first_trials.noticing_readers(folder / "trials") as readers,
     ):
         is_new, logs = experiment.action == "create", Logs(config, folder)
-        over_there = None if args.view else elsewhere_prepare(config, experiment, not is_new)
+        over_there = None
+        if not args.view:
+            over_there = elsewhere.prepare(config, experiment.id, folder, not is_new)
         prepare_environment(args.listen, args.host, over_there)
         port = launch(experiment, args.port, watchdog, logs)
         if not args.view:
             only_tuner = args.keep_going or not is_new  # a resumed search has run before
             seen = None if over_there else readers
             try:
-                first_trials.watch(config, folder, port, logs, seen, only_tuner)
+                waiting = first_trials.watch(config, folder, port, logs, seen, only_tuner)
             except ValueError:
                 checks.check_disk(folder, EXPERIMENT_SIZE)  # a full disk may be the cause
                 raise
+            if args.detach:  # otherwise progress.watch() prints these
+                for line in progress.Notices(config, folder).new(waiting):
+                    print(line)
         return port
 
 
@@ -179,10 +188,8 @@ def parse_args(argv: list[str] | None, prog: str, project: Project) -> Namespace
     add("--detach", action="store_true", help="return once the first trials run")
     add("--keep-going", action="store_true", help="start the search even if its first trials fail")
     add("--listen", metavar="ADDRESS", help="open the Web UI to everybody who reaches this address")
-    host = (
-        "a host name by which they reach it, if not by an IP address (several: --host A --host B)"
-    )
-    add("--host", metavar="NAME", action="append", default=[], help=host)
+    hosts = "a host name by which they reach it, if it is no IP address; may be repeated"
+    add("--host", metavar="NAME", action="append", default=[], help=hosts)
     add("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
     add("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
     args = parser.parse_args(argv[1:] if argv[:1] == ["create"] else argv)  # as nnictl's users type
@@ -256,8 +263,6 @@ def show_address(id: str, port: int, config: ExperimentConfig, listen: str | Non
     if listen:
         reach = f"everybody who reaches {listen}:{port} can run any command as you"
         print(f"Warning: {reach}, because of --listen")
-    elif not Path("/proc/net/tcp").exists():
-        print("Other users of this machine can use it, too, because it has no /proc")
     elif "microsoft" in platform.release().lower():
         print("Processes of root can use it, too: in WSL, Windows' browser comes through one")
 

@@ -46,7 +46,9 @@ def load_cifar10(data_dir):
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a read-only folder, or a disk without locks
             data_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(f"{cache}.lock", "a"))
+            path = Path(f"{cache}.lock")
+            is_others = path.exists() and not os.access(path, os.W_OK)  # another user's
+            lock = stack.enter_context(open(path, "r" if is_others else "a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         if tensors := read_cache(cache):  # another trial has made it meanwhile
             return tensors
@@ -142,8 +144,9 @@ def save(content, path):
     """
     buffer = io.BytesIO()  # torch.save to a file hides why the disk refuses it
     torch.save(content, buffer)
+    place = {"prefix": f"{path.name}.", "suffix": ".tmp", "dir": path.absolute().parent}
     try:
-        with folder_beside(path) as folder:
+        with tempfile.TemporaryDirectory(**place) as folder:
             unfinished = Path(folder, path.name)
             unfinished.write_bytes(buffer.getbuffer())
             os.replace(unfinished, path)
@@ -152,15 +155,5 @@ def save(content, path):
 
 
 def can_save(path):
-    """Return whether save() can write this path now."""
-    try:
-        folder_beside(path).cleanup()
-    except OSError:
-        return False
-    return path.is_file() or not path.exists()
-
-
-def folder_beside(path):
-    """Return a new temporary folder beside this path, on the same disk."""
-    place = path.absolute().parent
-    return tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".tmp", dir=place)
+    """Return whether save() may write this path."""
+    return os.access(path.absolute().parent, os.W_OK) and (path.is_file() or not path.exists())

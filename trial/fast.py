@@ -1,7 +1,6 @@
 """Makes train.py start and train faster, with the same results. You may delete this file.
 
-train.py imports it before torch and NNI, because quick_imports() has to be in place while they
-load. Elsewhere the import does no harm, and has no use.
+train.py imports it before torch and NNI: it loads them itself, within quick_imports().
 """
 
 import contextlib

@@ -14,13 +14,10 @@ def check_data(data_set):
     is_right = kinds == [(torch.uint8, 4), (torch.int64, 1)] * 2
     lengths = [len(part) for part in parts] if is_right else []
     if not is_right or 0 in lengths or lengths[::2] != lengths[1::2]:
-        words = [
-            f"{part.dtype} {tuple(part.shape)}" if hasattr(part, "shape") else type(part).__name__
-            for part in parts
-        ]
         images, labels = "torch.uint8 (N, channels, height, width)", "torch.int64 (N,)"
         allowed = f"for training and for test, images {images} and as many labels {labels}"
-        raise NotAllowed(f"load_data() returns {', '.join(words)}; allowed: {allowed}")
+        shown = ", ".join(in_words(part) for part in parts)
+        raise NotAllowed(f"load_data() returns {shown}; allowed: {allowed}")
 
 
 @torch.no_grad()
@@ -32,14 +29,17 @@ def check_network(model, images, labels, tta=False):
     model.eval()
     inputs = normalize(images[:1])
     logits = model(views(inputs)[0] if tta else inputs)
-    if not isinstance(logits, torch.Tensor):
-        raise NotAllowed(f"Net returns a {type(logits).__name__}; allowed: a tensor of logits")
-    shape, least, largest = tuple(logits.shape), labels.min().item(), labels.max().item()
-    if least < 0:
-        raise NotAllowed(f"a label is {least}; allowed: 0 to the number of classes - 1")
-    if len(shape) != 2 or shape[0] != 1 or shape[1] <= largest:
-        allowed = f"(1, classes), with more than {largest} classes, as {largest} is a label"
-        raise NotAllowed(f"Net returns logits {shape} for one image; allowed: {allowed}")
+    least, largest = labels.min().item(), labels.max().item()
+    is_right = isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == 1
+    if least < 0 or not is_right or logits.shape[1] <= largest:
+        result = f"Net returns {in_words(logits)} for an image, with labels {least} to {largest}"
+        raise NotAllowed(f"{result}; allowed: logits (1, classes), and labels 0 to classes - 1")
+
+
+def in_words(value):
+    """Return a tensor's or an array's type and shape, or another value's type."""
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    return f"{value.dtype} {tuple(value.shape)}" if is_array else type(value).__name__
 
 
 def make_batch(images, labels, index, pixels):

@@ -1,7 +1,7 @@
 """Checks a configuration, before a search starts, for mistakes that NNI ignores.
 
-The rehearsal finds what fails; these checks find what NNI would silently do wrong. Each check
-raises ValueError with one line that names the key, the value and what is allowed.
+What fails is seen at the start; these checks find what NNI would do wrong without a word, or late.
+Each raises ValueError with one line that names the key, the value and what is allowed.
 """
 
 import grp
@@ -16,7 +16,6 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nni.experiment.config.utils import camel_case
 from packaging.requirements import Requirement
 
 from nnisearch.before.config import in_version_1, is_local, known_algorithms, shipped_class
@@ -46,11 +45,6 @@ OTHER_SPACES = ("BatchTuner", "PPOTuner", "NetworkMorphismTuner", "RegularizedEv
 # Tuners that raise KeyError for a choice nested in an option that they have not drawn.
 SHALLOW_SPACES = ("TpeTuner", "RandomTuner", "GridSearchTuner")
 
-# Keys for which NNI accepts true and false as numbers.
-COUNTS = ("trial_concurrency", "trial_gpu_number", "max_trial_number")
-
-MANY_TRIALS = 1000  # trials at a time
-
 
 def check(config):
     """Check a finished configuration; return a list of warnings, one line each.
@@ -58,20 +52,12 @@ def check(config):
     Raises ValueError for what cannot work on this machine.
     """
     try:
-        for key in ("experiment_working_directory", "trial_code_directory"):
-            folder = str(getattr(config, key))
-            if os.fsencode(folder) != folder.encode(errors="replace"):  # NNI's manager uses UTF-8
-                allowed = "a name in UTF-8, under a locale such as LC_ALL=C.UTF-8"
-                raise ValueError(f"{camel_case(key)} is {folder!a}; allowed: {allowed}")
         check_code(config.json(), "the configuration")
         check_algorithms(config)
         check_localhost()
-        if is_local(config) and shutil.which("ps") is None:
-            raise ValueError("PATH has no ps, which NNI needs; Debian: apt install procps")
         if is_local(config) and config.trial_gpu_number:
             check_gpus(config.training_service)
-        lines = likely_mistakes(config)
-        tuner = shipped_class(config.tuner)
+        lines, tuner = [], shipped_class(config.tuner)
         if tuner and not tuner.endswith(OTHER_SPACES):  # a user's own tuner may take any space
             check_space(config.search_space)
             lines += ignored(config.search_space, "searchSpace")
@@ -80,20 +66,6 @@ def check(config):
     except ValueError as error:
         is_old = getattr(config, "_is_version_1", False)
         raise ValueError(in_version_1(str(error)) if is_old else error) from None
-    return lines
-
-
-def likely_mistakes(config):
-    """Return a line for each value that is probably a mistake, although NNI runs with it."""
-    lines = []
-    for key in COUNTS:
-        if isinstance(value := getattr(config, key), bool):
-            lines.append(f"{camel_case(key)} is {str(value).lower()}, which NNI reads as {value:d}")
-    if config.trial_concurrency > MANY_TRIALS:
-        what = f"so NNI asks the tuner for {config.trial_concurrency} sets before a trial starts"
-        lines.append(f"trialConcurrency is {config.trial_concurrency}, {what}")
-    if config.trial_command is not None and not config.trial_command.strip():
-        lines.append(f"trialCommand is {config.trial_command!r}, so no trial will have a result")
     return lines
 
 
@@ -150,12 +122,12 @@ def check_private(folder, key="experimentWorkingDirectory"):
     there, home = folder.resolve(), Path.home().resolve()
     above = [parent for parent in there.parents if not home.is_relative_to(parent)]
     for place in filter(Path.exists, [there, *above]):
-        found = place.stat()
-        is_open_to_group = found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid)
-        is_open = found.st_mode & stat.S_IWOTH or is_open_to_group
-        if found.st_uid not in (0, os.getuid()):
-            why = f"'{place}' belongs to user {found.st_uid}"
-        elif is_open and not found.st_mode & stat.S_ISVTX:
+        info = place.stat()
+        is_open_to_group = info.st_mode & stat.S_IWGRP and not is_private_group(info.st_gid)
+        is_open = info.st_mode & stat.S_IWOTH or is_open_to_group
+        if info.st_uid not in (0, os.getuid()):
+            why = f"'{place}' belongs to user {info.st_uid}"
+        elif is_open and not info.st_mode & stat.S_ISVTX:
             why = f"others can write to '{place}': chmod go-w '{place}'"
         else:
             continue

@@ -35,6 +35,7 @@ VERSION_1 = {
     "maxTrialNumberPerGpu": "maxTrialNumPerGpu",
     "searchSpaceFile": "searchSpacePath",
     "experimentWorkingDirectory": "logDir",
+    "trainingService": "localConfig",
     "trialCommand": "command",
     "trialCodeDirectory": "codeDir",
     "trialGpuNumber": "gpuNum",
@@ -161,11 +162,10 @@ def convert_version_1(content):
         logger.removeFilter(note)
     for place, keys in left_out:
         key, value = next(iter(keys.items()))
-        allowed = "classArgs for its arguments" if place else "the keys of version 1"
-        allowed = VERSION_1.get(key, allowed)
         where = f" in {place}" if place else ""
-        why = "NNI would leave it out"
-        raise ValueError(f"{key}{where} is {one_line(value)}; allowed: {allowed}; {why}")
+        allowed = VERSION_1.get(key, "to leave it out")
+        allowed += ", or classArgs for an argument" if place else ""
+        raise ValueError(f"{key}{where} is {one_line(value)}; allowed: {allowed}; NNI ignores it")
     return converted
 
 
@@ -212,14 +212,9 @@ def from_stored(params, where):
         raise ValueError(f"{where}: {explanation(error)}") from None
 
 
-def services(config):
-    """Return a configuration's training services as a list."""
-    return [config.training_service]
-
-
 def is_local(config):
     """Return whether all trials run on this machine."""
-    return getattr(config.training_service, "platform", "several") == "local"
+    return getattr(config.training_service, "platform", "several") == "local"  # or a list
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def holder(pid):
     try:
         process = psutil.Process(int(pid))
         return one_line(f"{process.name()} ({pid}, {process.username()})")
-    except (psutil.Error, TypeError, ValueError):
+    except (psutil.Error, OSError, TypeError, ValueError):
         return f"process {one_line(pid)}"
 
 
@@ -62,29 +62,19 @@ def allow_visible(service):
     ]
 
 
-def gpus_for(service):
-    """Return {index: [process, ...]} of the GPUs that a local training service may use."""
-    allowed = service.gpu_indices
-    return {n: held for n, held in enumerate(gpus()) if allowed is None or n in allowed}
-
-
-def free_gpus(service):
-    """Return the indices of the GPUs that a local training service may use now."""
-    return [n for n, held in gpus_for(service).items() if service.use_active_gpu or not held]
-
-
 def waiting_for(service):
     """Return a line with the processes on a local training service's GPUs; None if a GPU is free.
 
     If nvidia-smi fails, the line is nvidia-smi's error.
     """
     try:
-        found = gpus_for(service)
+        held = dict(enumerate(gpus()))
     except ValueError as error:
         return str(error)
-    if service.use_active_gpu or not found or not all(found.values()):
+    indices = [n for n in held if service.gpu_indices is None or n in service.gpu_indices]
+    if service.use_active_gpu or not indices or not all(held[n] for n in indices):
         return None
-    return "; ".join(f"GPU {n}: {', '.join(held)}" for n, held in found.items())
+    return "; ".join(f"GPU {n}: {', '.join(held[n])}" for n in indices)
 
 
 def check_gpus(service):

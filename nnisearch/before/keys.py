@@ -80,8 +80,8 @@ def check_keys(content):
                 check_value(key, value, *limits[name])
         check_unique(fields.get(utils.case_insensitive(key), key) for key in part)
         if place in ALGORITHMS:
-            given = {utils.case_insensitive(key) for key in part if part[key] is not None}
-            if given - {"classargs"} not in ({"name"}, {"classname", "codedirectory"}):
+            names = {utils.case_insensitive(key) for key in part if part[key] is not None}
+            if names - {"classargs"} not in ({"name"}, {"classname", "codedirectory"}):
                 allowed = "either name, or className and codeDirectory"
                 raise ValueError(f"{place} is {one_line(part)}; allowed: {allowed}")
 
@@ -96,9 +96,10 @@ def objects(content):
         elif name == "trainingservice" and not isinstance(value, list):
             service = value if isinstance(value, dict) else {}
             yield "trainingService", SERVICES.get(service.get("platform")), value
-            machines = service.get("machineList")
-            for machine in machines if isinstance(machines, list) else []:
-                yield "machineList", RemoteMachineConfig, machine
+            for inner, machines in service.items():
+                is_machines = utils.case_insensitive(str(inner)) == "machinelist"
+                if is_machines and isinstance(machines, list):
+                    yield from (("machineList", RemoteMachineConfig, each) for each in machines)
 
 
 def keys_of(kind):
@@ -165,11 +166,14 @@ def explanation(error):
     if isinstance(error, AssertionError) and not error.args:  # the failed line is the reason
         line = traceback.extract_tb(error.__traceback__)[-1].line
         text = f"allowed: {line.removeprefix('assert ')}"
-    text = re.sub(r"^_?\w+Config: ", "", text)  # the name of NNI's class
+    if by_class := re.fullmatch(r"(\w+Config): (.*)", text):
+        text = by_class[2]
     if wrong := re.fullmatch(r"type of (\w+) \((.*)\) is not (.*)", text):
         kind = re.search(r"int|str|bool|Path|List|(?<=Literal\[')\w+", wrong[3])
         allowed = TYPES.get(kind[0], kind[0]) if kind else "an object"
         text = f"{wrong[1]} is {one_line(wrong[2], 100)}; allowed: {allowed}"
+    elif by_class and by_class[1] == "LocalConfig":
+        text = f"trainingService: {text}"
     # NNI's classes spell the keys in snake_case.
     fields = {name for kind in PLACES.values() for name in kind.__dataclass_fields__}
     return re.sub(

@@ -48,7 +48,7 @@ def check_numbers(kind, values, at):
     if not isinstance(values, list) or len(values) < NUMBERS[kind]:
         raise ValueError(f"{wrong}: a list of {NUMBERS[kind]} numbers")
     try:
-        numbers = [float(value) for value in values]  # NNI converts text, too
+        numbers = list(map(float, values[: NUMBERS[kind]]))  # NNI converts text, too
     except (TypeError, ValueError):
         raise ValueError(f"{wrong}: numbers") from None
     except OverflowError:  # an integer of more than 308 digits

@@ -10,7 +10,9 @@ const { spawn } = require("child_process");
 const fs = require("fs");
 const net = require("net");
 const { listen: bind } = net.Server.prototype;
-const SYN_SENT = "02"; // a state in /proc/net/tcp: not connected yet
+// In /proc/net/tcp: a state, not connected yet; and what stands before an IPv4 address.
+const SYN_SENT = "02";
+const IPV4_IN_IPV6 = /0{16}FFFF0{4}/g;
 const MOST = 500; // connections at a time: each is an open file of the manager
 const DISPATCHER = `${__dirname}/dispatcher.py`;
 // The kernel kills it (PR_SET_PDEATHSIG is 1, SIGKILL is 9) when the manager ends.
@@ -20,34 +22,36 @@ const CODE = /"__(symbol|nni_type|nni_obj|enum)__":/; // keys that NNI's seriali
 const USER = process.getuid();
 // In WSL a process of root relays the connections of Windows' browser.
 const isWsl = /microsoft/i.test(require("os").release());
-const isStranger = (user) => user !== USER && !(isWsl && user === 0);
+const REFUSAL = `This Web UI only answers processes of user ${USER}. --listen 127.0.0.1 admits all `
+    + "users of this machine, and so a proxy or a relay, such as kubectl port-forward's.\n";
+const isOwn = (user) => user === USER || (isWsl && user === 0);
 
-// The UIDs of this machine's processes that are connected to the port, by their own ports.
-function readOwners(port) {
-    const owners = {};
+// The UID of the process at the other end of each connection; undefined if none is on this machine.
+function ownersOf(sockets) {
+    const ends = {}; // inode: both addresses of a connection, as its other end has them
+    const owners = {}; // both addresses: UID
     const tables = ["/proc/net/tcp", "/proc/net/tcp6"].filter(fs.existsSync);
     for (const line of tables.flatMap((file) => fs.readFileSync(file, "latin1").split("\n"))) {
-        const [, local, remote = "", state, , , , uid, , inode] = line.trim().split(/\s+/);
-        const [from, to] = [local, remote].map((end) => parseInt(end?.split(":")[1], 16));
-        if (to !== port || state === SYN_SENT || inode === "0") continue; // 0: closed
-        (owners[from] ??= []).push(Number(uid));
+        const [, local, remote, state, , , , uid, , inode] =
+            line.replace(IPV4_IN_IPV6, "").trim().split(/\s+/);
+        if (state === SYN_SENT || inode === "0") continue; // 0: closed, and the UID is lost
+        ends[inode] = `${remote} ${local}`;
+        owners[`${local} ${remote}`] = Number(uid);
     }
-    return owners;
+    return sockets.map((socket) => {
+        if (!socket._handle) return undefined; // it has hung up
+        const link = fs.readlinkSync(`/proc/self/fd/${socket._handle.fd}`); // socket:[inode]
+        return owners[ends[link.slice("socket:[".length, -1)]];
+    });
 }
 
-// Close a connection. A process of another user is told why: it may be this user's own relay.
-function turnAway(socket, user) {
-    if (user === undefined) return socket.destroy();
-    forbid(socket, `A process of user ${user} has asked, and this Web UI belongs to user ${USER}. `
-        + "--listen 127.0.0.1 admits all users of this machine, and so a proxy or a relay, "
-        + "such as kubectl port-forward's.\n");
-    socket.resume();
+// Answer a connection in one line, and close it. It may be of this user's own proxy or relay.
+function forbid(socket, text) {
+    socket.on("error", () => {}).end(
+        `HTTP/1.1 403 Forbidden\r\nContent-Length: ${text.length}\r\n\r\n${text}`);
+    socket.resume(); // otherwise its unread request resets the connection before the answer
     setTimeout(() => socket.destroy(), 1000).unref();
 }
-
-const forbid = (socket, text) => socket.on("error", () => {}).end(
-    "HTTP/1.1 403 Forbidden\r\nConnection: close\r\n"
-    + `Content-Length: ${Buffer.byteLength(text)}\r\n\r\n${text}`);
 
 // Why a request is refused, or undefined. Browsers name the requesting page in Origin or
 // Sec-Fetch-Site, sometimes in only one. Host is checked, too, because DNS can give any name this
@@ -65,7 +69,7 @@ function refusal(headers, { listen, host: names = [] }) {
         return "A page of another site has asked. Type this address into the browser instead.";
 }
 
-// Guard NNI's server. Returns two functions that pass a connection by the guard: any, or the tuner's.
+// Guard NNI's server. Returns two functions that pass a connection by the guard: any, the tuner's.
 function guard(server, settings, isOpen) {
     const { close, emit } = server;
     const pass = (socket) => emit.call(server, "connection", socket);
@@ -76,23 +80,18 @@ function guard(server, settings, isOpen) {
     // another user could stall the manager by a few dozen connections per second.
     const decide = () => {
         const start = performance.now();
-        const owners = readOwners(settings.port);
+        const sockets = waiting.splice(0);
+        ownersOf(sockets).forEach((user, index) =>
+            isOwn(user) ? pass(sockets[index]) : forbid(sockets[index], REFUSAL));
         nextReading = performance.now() + 4 * (performance.now() - start);
-        for (const socket of waiting.splice(0)) {
-            // Another process may just have got the port of one that has hung up.
-            const isConnected = socket._handle?.getpeername({}) === 0;
-            const users = (isConnected && owners[socket.remotePort]) || [undefined];
-            users.some(isStranger) ? turnAway(socket, users.find(isStranger)) : pass(socket);
-        }
+    };
+    const knock = (socket) => {
+        socket.on("error", () => {}); // it may hang up while it waits
+        if (waiting.push(socket) === 1) setTimeout(decide, nextReading - performance.now());
     };
     server.maxConnections = MOST;
     server.emit = function (event, subject, answer, ...rest) {
-        if (event === "connection" && isOpen) return pass(subject);
-        if (event === "connection") {
-            subject.on("error", () => {}); // it may hang up while it waits
-            if (waiting.push(subject) > 1) return;
-            return setTimeout(decide, nextReading - performance.now());
-        }
+        if (event === "connection") return isOpen ? pass(subject) : knock(subject);
         if (event === "upgrade" && subject.socket !== tuner) // answer is a socket
             return forbid(answer, "Only the search's own tuner may open a web socket.\n");
         if (event === "request") {

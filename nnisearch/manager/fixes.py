@@ -4,6 +4,7 @@ dispatcher.py loads this file outside of its package, so it must not import nnis
 """
 
 import collections
+import contextlib
 import functools
 import json
 import logging
@@ -26,6 +27,7 @@ log = logging.getLogger("nni.fixes")  # the logger nni writes to dispatcher.log
 create = package_utils.create_builtin_class_instance
 run = msg_dispatcher_base.MsgDispatcherBase.run
 CODE = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # keys that NNI's load() runs
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)  # what NNI raises for odd data
 SPACE_REFUSED = SimpleNamespace(value=b"RS")  # a message to manager.js, with the space that stays
 
 
@@ -121,7 +123,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
             self.assessor.trial_end(trial, data["event"] == "SUCCEEDED")
 
     def handle_trial_end(self, data):
-        trial, id = data["trial_job_id"], load(data["hyper_params"])["parameter_id"]
+        trial, id = data["trial_job_id"], json.loads(data["hyper_params"])["parameter_id"]
         self.ended.add(trial)
         if id is None or self.is_created_in_previous_exp(id):
             return  # this tuner has not proposed it
@@ -147,15 +149,15 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
             self.tell_result(trial, id, value)
 
     def tell_result(self, trial, id, value):
-        if self.is_nnis and (value := scalar(given := value)) is None:
-            log.warning("trial %s: its result is no finite number: %r", trial, given)
+        value = scalar(value) if self.is_nnis else value
+        if value is None and self.is_nnis:
+            log.warning("trial %s: its result is no finite number", trial)
             return
         self.told.add((trial, id))
         if self.is_created_in_previous_exp(id):
             self.learn([{"parameter": self.get_previous_param(id), "value": value}])
             return
-        if id in msg_dispatcher._trial_params:  # otherwise the user has added the trial
-            parameters = msg_dispatcher._trial_params[id]
+        if parameters := msg_dispatcher._trial_params.get(id):  # otherwise the user has added it
             self.results.append({"parameter": parameters, "value": value})
         metric = {"parameter_id": id, "trial_job_id": trial, "value": value}
         self._handle_final_metric_data(metric)
@@ -214,17 +216,15 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         super().handle_add_customized_trial(data)
         if not self.starts_anew:
             return
-        proposed = [trial for trial in data if trial["parameter_id"] is not None]
-        self.given_out.update(as_text(trial["parameters"]) for trial in proposed)
+        own = [trial for trial in data if trial["parameter_id"] is not None]  # not the user's
+        self.given_out.update(as_text(trial["parameters"]) for trial in own)
         self.to_skip |= self.given_out
 
     def handle_import_data(self, data):
         for record in data:
             if isinstance(record, dict) and isinstance(record.get("value"), str):
-                try:
+                with contextlib.suppress(ValueError):  # then it stays text
                     record["value"] = read(record["value"])
-                except ValueError:
-                    continue  # it stays text
         # BatchTuner's import_data() ignores a 0, and forgets the sets that it has proposed.
         if isinstance(self.tuner, BatchTuner):
             self.to_skip.update(as_text(record["parameter"]) for record in filter(self.fits, data))
@@ -252,7 +252,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
             if self.space is not None and not isinstance(self.tuner, BatchTuner):
                 format_parameters(record["parameter"], self.space)
             return scalar(record["value"]) is not None
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except UNREADABLE:
             return False
 
 
@@ -299,7 +299,7 @@ def formatted(space):
     """Return a search space in the format of NNI's own tuners, None if they cannot read it."""
     try:
         return format_search_space(space)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except UNREADABLE:
         return None
 
 

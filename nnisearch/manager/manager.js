@@ -10,6 +10,7 @@ const timers = require("timers/promises");
 const NNIS_PAUSE = 5000; // ms, of the loops that notice a trial's end and start the next one
 const PAUSE = 50; // ms, in its place while there are trials
 const [INITIALIZED, NEW_TRIAL_JOB, REPORT_METRIC_DATA] = ["ID", "TR", "ME"]; // of the channel
+const SPACE_REFUSED = "RS"; // from fixes.py, with the search space that stays
 const ENDED = ["SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"];
 const isUnended = ({ status }) => !ENDED.includes(status);
 
@@ -36,114 +37,118 @@ function setLimit(params, { key, nnictls, pattern, allowed }) {
     params[key] = isNaN(value) ? value : Number(value);
 }
 
-module.exports = function (settings) {
-    const { unstored } = settings;
-    let manager; // once it runs
-
-    const hasWork = () => manager && (manager.trialJobs.size + manager.waitingTrials.length > 0
-        || !["DONE", "TUNER_NO_MORE_TRIAL"].includes(manager.status.status));
+function shortenPauses(isBusy) {
     const { setTimeout: pause } = timers;
-    timers.setTimeout = (ms, ...rest) =>
-        pause(ms === NNIS_PAUSE && hasWork() ? PAUSE : ms, ...rest);
+    timers.setTimeout = (ms, ...rest) => pause(ms === NNIS_PAUSE && isBusy() ? PAUSE : ms, ...rest);
+}
 
-    return { "core/tuner_command_channel/websocket_channel.js": ({ getWebSocketChannel }) => {
-        const channel = getWebSocketChannel();
-        // NNI ends a search if its tuner does not answer within 5 s, as on a busy machine or in a
-        // long computation. A dead tuner is noticed by its closed connection.
-        channel.heartbeat = () => {};
-        // NNI allows the tuner 10 s to start, even if its process has ended.
-        channel.init = async () => {
-            while (!channel.ws) {
-                if (!fs.existsSync(`/proc/${manager.dispatcherPid}`))
-                    throw new Error("the tuner's process has ended at its start");
-                await pause(PAUSE);
-            }
-        };
-    },
+const extendManager = (NNIs, settings) => class Manager extends NNIs {
+    run() {
+        settings.manager = this;
+        shortenPauses(() => this.trialJobs.size + this.waitingTrials.length > 0
+            || !["DONE", "TUNER_NO_MORE_TRIAL"].includes(this.status.status));
+        return super.run();
+    }
 
-    "core/nnimanager.js": (exports) => {
-        exports.NNIManager = class Manager extends exports.NNIManager {
-            run() {
-                manager = this;
-                return super.run();
-            }
+    async pingDispatcher() {} // the tuner ignores NNI's pings
 
-            async pingDispatcher() {} // the tuner ignores NNI's pings
+    // NNI tells the tuner after the database, when the trial may have ended: TPE fails on that. It
+    // also leaves out the first reports if the database is busy.
+    async onTrialJobMetrics({ id, data }) {
+        const { unstored } = settings;
+        this.dispatcher.sendCommand(REPORT_METRIC_DATA, data);
+        unstored[id] = (unstored[id] ?? 0) + 1;
+        await this.dataStore.storeMetricData(id, data).finally(() => unstored[id]--);
+    }
 
-            // NNI tells the tuner after the database, when the trial may have ended: TPE fails on
-            // that. And it leaves out the first reports, while its database is busy.
-            async onTrialJobMetrics({ id, data }) {
-                this.dispatcher.sendCommand(REPORT_METRIC_DATA, data);
-                unstored[id] = (unstored[id] ?? 0) + 1;
-                await this.dataStore.storeMetricData(id, data).finally(() => unstored[id]--);
-            }
+    // NNI writes a line into its log at each look, until the trial has ended.
+    async stopTrialIfOverMaxDurationLimit() {
+        const earliest = Date.now() - 1000 * this.maxTrialDuration;
+        for (const { id, status, startTime } of this.trialJobs.values())
+            if (status === "RUNNING" && startTime < earliest)
+                await this.trainingService.cancelTrialJob(id, true);
+    }
 
-            // NNI writes a line into its log at each look, until the trial has ended.
-            async stopTrialIfOverMaxDurationLimit() {
-                const earliest = Date.now() - 1000 * this.maxTrialDuration;
-                for (const { id, status, startTime } of this.trialJobs.values())
-                    if (status === "RUNNING" && startTime < earliest)
-                        await this.trainingService.cancelTrialJob(id, true);
-            }
+    // Unended trials run again from their start.
+    async resumeExperiment(isView) {
+        if (isView) return super.resumeExperiment(isView);
+        for (const { trialJobId } of (await this.dataStore.listTrialJobs()).filter(isUnended))
+            await settings.query("delete from MetricData where trialJobId = ?", trialJobId);
+        await super.resumeExperiment(isView);
+        for (const { data } of await settings.query(NOT_STARTED)) { // NNI forgets them
+            const value = `{"parameter_id":null,${ADDED},"parameters":${data}}`;
+            const sequenceId = this.experimentProfile.nextSequenceId++;
+            this.waitingTrials.push({ sequenceId, hyperParameters: { value, index: 0 } });
+        }
+    }
 
-            // Unended trials run again from their start.
-            async resumeExperiment(isView) {
-                if (isView) return super.resumeExperiment(isView);
-                const jobs = await this.dataStore.listTrialJobs();
-                for (const { trialJobId } of jobs.filter(isUnended)) // they report again
-                    await settings.query("delete from MetricData where trialJobId = ?", trialJobId);
-                await super.resumeExperiment(isView);
-                for (const { data } of await settings.query(NOT_STARTED)) { // NNI forgets them
-                    const value = `{"parameter_id":null,${ADDED},"parameters":${data}}`;
-                    const sequenceId = this.experimentProfile.nextSequenceId++;
-                    this.waitingTrials.push({ sequenceId, hyperParameters: { value, index: 0 } });
-                }
-            }
+    addRecoveredTrialJob(jobs) {
+        // After a second kill NNI forgets those that were to run again, as ADD_RESUMED.
+        const unended = jobs.filter(isUnended).map((job) => ({ ...job, status: "WAITING" }));
+        super.addRecoveredTrialJob(unended);
+        this.currSubmittedTrialNum -= this.waitingTrials.length; // NNI counts them at their start
+        const numbers = jobs.map(({ sequenceId }) => sequenceId ?? -1);
+        this.experimentProfile.nextSequenceId = Math.max(-1, ...numbers) + 1;
+        // NNI only tells the tuner of unended trials: it would propose sets of failed ones again.
+        const sets = jobs.flatMap(({ hyperParameters }) => hyperParameters ?? []);
+        this.trialDataForResume = `[${sets.join()}]`;
+    }
 
-            addRecoveredTrialJob(jobs) {
-                // After a second kill NNI forgets those that were to run again, as ADD_RESUMED.
-                const unended = jobs.filter(isUnended);
-                super.addRecoveredTrialJob(unended.map((job) => ({ ...job, status: "WAITING" })));
-                this.currSubmittedTrialNum -= this.waitingTrials.length; // counted at their start
-                const numbers = jobs.map(({ sequenceId }) => sequenceId ?? -1);
-                this.experimentProfile.nextSequenceId = Math.max(-1, ...numbers) + 1;
-                // NNI only tells the tuner of unended trials: sets of failed ones come again.
-                const sets = jobs.flatMap(({ hyperParameters }) => hyperParameters ?? []);
-                this.trialDataForResume = `[${sets.join()}]`;
-            }
+    // NNI asks for a set of parameters when a trial ends, but not if maxTrialNumber is reached
+    // then: nothing starts after the limit is raised.
+    requestTrialJobs() {
+        const present = this.trialJobs.size + this.waitingTrials.length + this.asked;
+        const missing = this.experimentProfile.params.trialConcurrency - present;
+        if (!(missing > 0)) return; // NaN until the tuner is ready
+        this.asked += missing;
+        super.requestTrialJobs(missing);
+    }
 
-            // NNI asks for a set of parameters when a trial ends, but not if maxTrialNumber is
-            // reached then: nothing starts after the limit is raised.
-            requestTrialJobs() {
-                const { trialConcurrency } = this.experimentProfile.params;
-                const present = this.trialJobs.size + this.waitingTrials.length + this.asked;
-                const missing = trialConcurrency - present;
-                if (!(missing > 0)) return; // NaN until the tuner is ready
-                this.asked += missing;
-                super.requestTrialJobs(missing);
-            }
+    onTunerCommand(command, content) {
+        if (command === SPACE_REFUSED) { // otherwise a resume would begin with the new one
+            this.experimentProfile.params.searchSpace = JSON.parse(content);
+            return this.dataStore.storeExperimentProfile(this.experimentProfile);
+        }
+        if (command === INITIALIZED) this.asked = 0;
+        // A tuner without more sets leaves asked as it is: it is asked at a trial's end.
+        if (command === NEW_TRIAL_JOB) this.asked = Math.max(0, this.asked - 1);
+        return super.onTunerCommand(command, content);
+    }
 
-            onTunerCommand(command, content) {
-                if (command === INITIALIZED) this.asked = 0;
-                // A tuner without more sets leaves asked as it is: it is asked at a trial's end.
-                if (command === NEW_TRIAL_JOB) this.asked = Math.max(0, this.asked - 1);
-                return super.onTunerCommand(command, content);
-            }
+    async updateExperimentProfile(profile, type) {
+        if (type in LIMITS) setLimit(profile.params, LIMITS[type]);
+        const isUsedUp = this.status.status === "TUNER_NO_MORE_TRIAL";
+        if (type === "SEARCH_SPACE" && isUsedUp) this.asked = 0; // a new space has more sets
+        return super.updateExperimentProfile(profile, type);
+    }
 
-            async updateExperimentProfile(profile, type) {
-                if (type in LIMITS) setLimit(profile.params, LIMITS[type]);
-                const { status } = this.status;
-                if (type === "SEARCH_SPACE" && status === "TUNER_NO_MORE_TRIAL") this.asked = 0;
-                return super.updateExperimentProfile(profile, type);
-            }
-
-            // NNI would delete the result of a trial that has ended.
-            async cancelTrialJobByUser(id) {
-                const job = this.readonly || await this.trainingService.getTrialJob(id);
-                if (job.status && !isUnended(job))
-                    throw new Error(`trial ${id} has ended: ${job.status}`);
-                return super.cancelTrialJobByUser(id);
-            }
-        };
-    } };
+    // NNI would delete the result of a trial that has ended.
+    async cancelTrialJobByUser(id) {
+        const { status } = this.readonly ? {} : await this.trainingService.getTrialJob(id);
+        if (ENDED.includes(status)) throw new Error(`trial ${id} has ended: ${status}`);
+        return super.cancelTrialJobByUser(id);
+    }
 };
+
+function changeChannel(channel, settings) {
+    // NNI ends a search if its tuner does not answer within 5 s, as on a busy machine or in a long
+    // computation. A dead tuner is noticed by its closed connection.
+    channel.heartbeat = () => {};
+    // NNI gives the tuner 10 s to start, even if its process has ended.
+    channel.init = async () => {
+        while (!channel.ws) {
+            if (!fs.existsSync(`/proc/${settings.manager.dispatcherPid}`))
+                throw new Error("the tuner's process has ended at its start");
+            await timers.setTimeout(PAUSE);
+        }
+    };
+}
+
+module.exports = (settings) => ({
+    "core/nnimanager.js": (exports) => {
+        exports.NNIManager = extendManager(exports.NNIManager, settings);
+    },
+    "core/tuner_command_channel/websocket_channel.js": ({ getWebSocketChannel }) => {
+        changeChannel(getWebSocketChannel(), settings);
+    },
+});

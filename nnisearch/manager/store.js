@@ -24,7 +24,7 @@ function writeListWhole() {
 }
 
 // Ends the process if another manager has the experiment.
-function claim(folder, { Database }) {
+function claim(folder, Database) {
     const lock = new Database(`${folder}/manager.lock`); // Node has no file locks, but SQLite has
     const note = `${folder}/manager.json`;
     return new Promise((resolve) => lock.exec("BEGIN IMMEDIATE", (error) => {
@@ -45,19 +45,22 @@ function claim(folder, { Database }) {
     }));
 }
 
-module.exports = function (settings, root) {
+const extendDatabase = (NNIs, { Database }, settings) => class Store extends NNIs {
+    async init(...args) { // the first thing that a manager does
+        // Several may show the same experiment.
+        if (settings.action !== "view") await claim(settings.folder, Database);
+        const opened = super.init(...args);
+        this.db.configure("busyTimeout", PATIENCE); // NNI ends after a second
+        this.db.serialize(); // otherwise waiting statements occupy all of Node's threads
+        settings.query = promisify(this.db.all.bind(this.db));
+        return opened;
+    }
+};
+
+module.exports = (settings, root) => {
     writeListWhole();
     return { "core/sqlDatabase.js": (exports) => {
-        exports.SqlDB = class Database extends exports.SqlDB {
-            async init(...args) { // the first thing that a manager does
-                if (settings.action !== "view") // several may show the same experiment
-                    await claim(settings.folder, require(`${root}/node_modules/sqlite3`));
-                const opened = super.init(...args);
-                this.db.configure("busyTimeout", PATIENCE); // NNI ends after a second
-                this.db.serialize(); // otherwise waiting statements occupy all of Node's threads
-                settings.query = promisify(this.db.all.bind(this.db));
-                return opened;
-            }
-        };
+        const sqlite = require(`${root}/node_modules/sqlite3`);
+        exports.SqlDB = extendDatabase(exports.SqlDB, sqlite, settings);
     } };
 };

@@ -28,7 +28,7 @@ from nnisearch.results.trials import ENDED, NO_RESULT, Trial
 from nnisearch.shared.direction import DIRECTIONS
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
 from nnisearch.shared.place import runs_on_other_host
-from nnisearch.shared.processes import manager_of
+from nnisearch.shared.processes import argument_of, manager_of
 from nnisearch.shared.text import one_line
 
 MOST = 5  # values that are no results, and trials to name with each
@@ -126,14 +126,16 @@ def no_results(trials: list[Trial]) -> list[str]:
 
 
 def left_behind(search: dict, folder: Path) -> list[str]:
-    """Return a line if trials have not ended, but the search's manager does not run here.
+    """Return a line if trials have not ended, but the search does not go on here.
 
     folder is the experiment's.
     """
     unended = {one_line(trial.status) for trial in search["trials"]} - ENDED
-    if not unended or not search["experiment"] or manager_of(search["experiment"]):
+    manager = manager_of(search["experiment"])
+    goes_on = manager and argument_of(manager, "--action") != "view"
+    if not unended or not search["experiment"] or goes_on:
         return []
-    left = "no manager of this search runs on this machine, so this is the state it was left in"
+    left = "no manager continues this search on this machine, so this is the state it was left in"
     return [f"{' and '.join(sorted(unended))}: {runs_on_other_host(folder) or left}"]
 
 

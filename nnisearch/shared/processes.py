@@ -93,18 +93,14 @@ def is_tuner(process: Process) -> bool | None:
 def processes_of(id: str, folder: Path) -> set[Process]:
     """Return the processes that an experiment's manager has started, with their descendants.
 
-    NNI's variables and paths in the experiment's folder identify them. This process and its
-    parents are left out: a trial of the search may have started the shell that resumes it.
+    NNI's variables identify them: a trial's has the experiment's ID, its tuner's the log's folder.
+    This process and its parents are left out: a trial may have started the shell that resumes it.
     """
     started = set()
     for process in own_processes():
-        environment, arguments = call(process, "environ") or {}, call(process, "cmdline") or []
-        script = arguments[1] if arguments[:1] == ["bash"] and arguments[1:] else ""
-        is_shell = script.startswith(f"{folder}/") and script.endswith("/run.sh")
-        # The first is the tuner's, the other that of the process that reads the GPUs' state.
-        logs = [environment.get(name, "") for name in ("NNI_LOG_DIRECTORY", "METRIC_OUTPUT_DIR")]
-        is_inside = any(path.startswith(f"{folder}/") for path in logs)
-        if environment.get("NNI_EXP_ID") == id or is_shell or is_inside:
+        environment = call(process, "environ") or {}
+        has_log = environment.get("NNI_LOG_DIRECTORY", "").startswith(f"{folder}/")
+        if environment.get("NNI_EXP_ID") == id or has_log:
             started.add(process)
     family, ancestor = with_descendants(started), Process()
     while ancestor:
@@ -124,14 +120,6 @@ def end(processes: Iterable[Process]) -> None:
 
 
 def stop(pid: int, folder: Path) -> None:
-    """End a process and all its descendants, even if the process itself has ended before.
-
-    Descendants are found by the process's session or, if they have left it, by the experiment's
-    folder in their environment.
-    """
-    family = set()
-    for process in own_processes():
-        with contextlib.suppress(OSError):  # it has ended
-            if pid in (process.pid, os.getsid(process.pid)):
-                family.add(process)
-    end(processes_of(folder.name, folder) | with_descendants(family))
+    """End a process with its descendants, and all processes of the experiment in a folder."""
+    family = with_descendants(process for process in own_processes() if process.pid == pid)
+    end(family | processes_of(folder.name, folder))

@@ -76,6 +76,7 @@ def reason(text: str) -> str:
         elif re.search(r"(\b|[a-z])([Ee]rror|Exception): \S", line) and not SRUNS_END.match(line):
             cause = number
     printed = [line for line in lines if line.strip()]
+    printed = [line for line in printed if not SRUNS_END.match(line)] or printed
     if not printed:
         return "it has printed nothing"
     line = one_line(lines[cause] if cause >= 0 else printed[-1])

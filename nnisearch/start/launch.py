@@ -90,7 +90,6 @@ def prepare_environment(listen, hosts, elsewhere):
     """
     options = os.environ.get("NODE_OPTIONS", "")
     settings = {
-        "machines": [],
         "listen": listen,
         "host": hosts,
         "elsewhere": elsewhere,

@@ -44,6 +44,8 @@ class Logs:
             if begin:
                 why = reason(begin + text.partition("\nError: ")[0])  # then Node's lines follow
                 return "; ".join([f"{self.algorithms()}: {why}", *self.hints(why)])
+        if re.search("Tuner closed connection|tuner's process has ended", self.read(STDERR)):
+            return f"{self.algorithms()}: the process has ended without an error message"
         return ""
 
     def algorithms(self):

@@ -116,7 +116,7 @@ def undo(folder, action, before, lock):
             Experiments().update_experiment(id, "status", "STOPPED")
     if latest(folder) == id:
         folder.with_name("_latest").unlink()
-        if before:
+        if before and folder.with_name(before).exists():  # it may have failed at the same time
             folder.with_name("_latest").symlink_to(before)
 
 

@@ -13,13 +13,13 @@ class Endings:
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
-        self.given = set()
+        self.told = set()
 
     def news(self, trial):
         """Return the reason for what is odd about an ended trial, "" if it was given before."""
         words = self.reason(trial)
-        is_new = words not in self.given
-        self.given.add(words)
+        is_new = words not in self.told
+        self.told.add(words)
         return words if is_new else ""
 
     def reason(self, trial):

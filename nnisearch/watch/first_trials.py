@@ -34,9 +34,9 @@ EVENT = struct.Struct("iIII")  # inotify(7): watch, what has happened, cookie, l
 def watch(config, folder, port, logs, readers, only_tuner):
     """Wait until the first trials of a started search show that it works, or wait themselves.
 
-    logs is a logs.Logs, readers what noticing_readers() has yielded. With only_tuner, wait only
-    until the tuner has proposed a trial. Raises ValueError, in one line, if the tuner or the trials
-    cannot work.
+    Returns the trials if they wait, for example for a GPU. logs is a logs.Logs, readers what
+    noticing_readers() has yielded. With only_tuner, wait only until the tuner has proposed a trial.
+    Raises ValueError, in one line, if the tuner or the trials cannot work.
     """
     liveness, begun, is_said = Liveness(folder.name, folder), time.monotonic(), False
     first = FirstTrials(config, folder, readers)
@@ -44,13 +44,16 @@ def watch(config, folder, port, logs, readers, only_tuner):
         status = check_tuner(port, liveness, logs)
         first.update()
         if only_tuner and status != "INITIALIZED" and first.trials.by_id:
-            return
-        if first.waits or (not only_tuner and first.are_good(status)):
-            return
+            return []
+        if not only_tuner and first.are_good(status):
+            return []
+        if first.waits:
+            return first.first()
         if not is_said and time.monotonic() - begun > NOTICE:
             is_said = True
             print(f"Waiting for {first.awaited()}; --keep-going does not wait")
         time.sleep(0.05)
+    return []
 
 
 def check_tuner(port, liveness, logs):

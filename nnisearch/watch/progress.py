@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from nnisearch.before.config import is_local
 from nnisearch.before.gpus import waiting_for
+from nnisearch.elsewhere import slurm
 from nnisearch.results.database import Trials
 from nnisearch.results.trials import ENDED
-from nnisearch.shared import slurm
 from nnisearch.shared.direction import direction, explanation
 from nnisearch.shared.text import one_line
 from nnisearch.watch.endings import Endings

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, as_process
@@ -19,7 +20,7 @@ from nnis_files import database, trial
 import train
 from nnisearch.results import choose, files, importance
 from nnisearch.results import trials as results
-from nnisearch.shared import output
+from nnisearch.shared import output, processes
 from nnisearch.shared.direction import direction, explanation
 
 
@@ -48,18 +49,14 @@ def refusal(result):
     ("trials", "rule", "expected"),
     [
         ([trial(0, 64.0), trial(1, 65.0), trial(2, 60.0, 1)], (0.5,), 1),
-        ([trial(0, 64.6, 9), trial(1, 65.0, 30), trial(2, 64.4, 1)], (0.5,), 0),
         ([trial(0, 64.6, 9), trial(1, 65.0, 30), trial(2, 64.4, 1)], (0,), 1),
         ([trial(0, 64.6, 9), trial(1, 65.0, 30), trial(2, 64.4, 1)], (1,), 2),
         ([trial(0, 65, 9, [2, 1]), trial(1, 65, 8.9, [1.5, 1]), trial(2, 65, 30, [0])], (0.5,), 1),
         ([trial(0, 65, 9.2, [2, 1]), trial(1, 65, 8.9, [2, 1.4])], (0.5,), 0),
-        ([trial(0, 65, 9, []), trial(1, 65, 9, [2])], (0.5,), 1),
         ([trial(0, 65, None), trial(1, 65, 100)], (0.5,), 1),
         ([trial(0, 64.9), trial(1, 65)], (0.5,), 1),
         ([trial(0, 62.54, 1), trial(1, 63.04)], (0.5,), 0),
         ([trial(0, 62.53, 1), trial(1, 63.04)], (0.5,), 1),
-        ([trial(0, 0.9), trial(1, 0.1), trial(2, 0.5)], (0, "minimize"), 1),
-        ([trial(0, 0.44, 1), trial(1, 0.92, 9)], (0,), 1),
         ([trial(0, 0.13, 1), trial(1, 0.1, 9)], (0.05, "minimize"), 0),
         ([trial(0, 2e-12, 1), trial(1, 1e-12, 9)], (0, "minimize"), 1),
         # Accuracies, which rise: the greater area has learned faster.
@@ -109,9 +106,17 @@ def test_the_table_has_trials_with_a_result_and_the_rest_is_counted(run, mixed):
         " (by maxTrialDuration or an assessor), 1 RUNNING, 1 WAITING, 2 without a result"
     )
     assert strange == f"trial 9 (id9) reported NaN, {results.NO_RESULT}"
-    assert left.startswith("RUNNING and WAITING: no manager of this search runs on this machine")
+    assert left.startswith("RUNNING and WAITING: no manager continues this search on this mach")
     assert rule.startswith("* the choice, trial 4 (id4): the shortest one within 0.5 of the great")
     assert json.loads(values) == {"lr": 0.05}
+
+
+@pytest.mark.parametrize(("action", "is_told"), [("resume", False), ("view", True)])
+def test_a_viewed_search_does_not_go_on(run, mixed, monkeypatch, action, is_told):
+    arguments = ["node", "nni_node/main.js", "--experiment-id", "abc123", "--action", action]
+    manager = SimpleNamespace(cmdline=lambda: arguments)
+    monkeypatch.setattr(processes, "own_processes", lambda: [manager])
+    assert ("this is the state it was left in" in run().stdout) == is_told
 
 
 def test_the_latest_experiment_is_the_default(run, tmp_path):
@@ -255,8 +260,7 @@ def test_a_database_in_use_is_read_and_a_locked_damaged_or_missing_one_is_an_err
 def test_a_trial_is_chosen_from_the_search_in_docs(run):
     search = files.read_file(ROOT / "docs" / "searches" / "wide.json")
     trials = [trial for trial in search["trials"] if trial.has_result]
-    found = {within: choose.choose(trials, within).number for within in (0, 0.5, 1)}
-    assert found == {0: 4, 0.5: 21, 1: 21}
+    assert [choose.choose(trials, within).number for within in (0, 0.5, 1)] == [4, 21, 21]
     printed = run("--file", ROOT / "docs" / "searches" / "wide.json").stdout
     assert "* the choice, trial 21 (" in printed  # by this project's half a point
 
@@ -287,31 +291,17 @@ def test_the_direction_is_the_tuners_or_the_users(run, tmp_path):
     assert "greatest" in run("--file", "results.json").stdout
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (1, 1.0),
-        (0.5, 0.5),
-        (True, 1.0),
-        ({"default": 2, "other": "x"}, 2.0),
-        ({"default": {"__ndarray__": 0.75, "dtype": "float64", "shape": []}}, 0.75),
-        ({"__ndarray__": [0.75], "dtype": "float64", "shape": [1]}, None),
-        (10**400, None),
-        (-(10**400), None),
-        ("0.5", None),
-        (None, None),
-        (float("nan"), None),
-        (float("-inf"), None),
-        ([0.5], None),
-        ({"loss": 0.5}, None),
-        ({"__nni_obj__": "gAWV"}, None),
-        ({"default": {"default": 1}}, None),
-    ],
-)
+ARRAY = {"__ndarray__": 0.75, "dtype": "float64", "shape": []}  # a NumPy number
+RESULTS = [(1, 1.0), (True, 1.0), ({"default": 2, "other": "x"}, 2.0), ({"default": ARRAY}, 0.75)]
+NO_RESULTS = ["0.5", None, float("nan"), float("-inf"), 10**400, -(10**400), [0.5], {"loss": 0.5}]
+NO_RESULTS += [ARRAY | {"shape": [1]}, {"__nni_obj__": "gAWV"}, {"default": {"default": 1}}]
+
+
+@pytest.mark.parametrize(("value", "expected"), [*RESULTS, *((v, None) for v in NO_RESULTS)])
 def test_results_are_finite_numbers_or_objects_with_a_default(value, expected):
     assert results.number(value) == expected
-    found, instead = results.read_result(json.dumps(value))
-    assert (found is None) == (instead is not None)
+    result, instead = results.read_result(json.dumps(value))
+    assert (result is None) == (instead is not None)
     assert (instead == "a Python object, such as a tensor") == ("gAWV" in str(value))
 
 
@@ -331,13 +321,8 @@ def test_nnictls_export_is_read_like_the_database(run, tmp_path, id):
 
 def test_unusual_names_and_values_are_shown_in_one_line(run, tmp_path):
     escape = "\x1b[2J\u202e\x9b"
-    odd = {
-        f"key{escape}": f"value{escape}\n2",
-        "list": [1, {"a": None}],
-        "none": None,
-        "long": "é" * 9999,
-        "augment": "token=cutout,  secret: x",
-    }
+    odd = {f"key{escape}": f"value{escape}\n2", "list": [1, {"a": None}], "none": None}
+    odd |= {"long": "é" * 9999, "augment": "token=cutout,  secret: x"}
     entries = [trial(0, 1.0, **odd), trial(1, f"no{escape}"), trial(2, 1.0, seconds=-3570)]
     database(tmp_path, entries, experimentName=None)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}
@@ -386,21 +371,13 @@ OPTUNA = "nnisearch.tuners.OptunaTuner"
 @pytest.mark.parametrize(
     ("tuner", "mode", "line"),
     [
-        (
-            {"name": "tpe"},
-            "minimize",
-            "The least result .*; for the greatest: classArgs: {optimize",
-        ),
+        ({"name": "tpe"}, "minimize", "^The least .*; for the greatest: classArgs: {optimize"),
         ({"name": "Anneal", "classArgs": None}, "minimize", "mode: maximize} under tuner$"),
         ({"name": "Evolution"}, "maximize", "^The greatest .*; for the least: .*: minimize} under"),
         ({"name": "MetisTuner"}, "maximize", "the best; "),
         ({"className": "nni.algorithms.hpo.tpe_tuner.TpeTuner"}, "minimize", "^The least "),
         ({"className": OPTUNA}, "maximize", "^The greatest "),
-        (
-            {"className": "mine.TpeTuner"},
-            None,
-            "^The greatest .*, since no optimize_mode is known; ",
-        ),
+        ({"className": "mine.TpeTuner"}, None, "^The greatest .*, since no optimize_mode is known"),
         ({"name": "Random"}, None, "no optimize_mode .*classArgs: {optimize_mode: minimize} under"),
         ({"name": "BatchTuner"}, None, "for the least: nnichoose abc --minimize$"),
         ({"name": "Random", "classArgs": {"optimize_mode": "minimize"}}, "minimize", "^The least "),
@@ -457,16 +434,15 @@ def test_the_importance_is_shown_from_ten_trials(fonts, run, tmp_path):
 
 
 def test_a_written_file_is_complete_or_unchanged(tmp_path, monkeypatch):
-    path = tmp_path / "best.json"
-    victim = tmp_path / "victim"
+    path, victim = tmp_path / "best.json", tmp_path / "victim"
     victim.write_text("mine")
-    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
-    (tmp_path / ".known.tmp").symlink_to(victim)  # as planted by another user
-    with pytest.raises(OSError, match=r"cannot write .*best.json: File exists"):
-        output.write(path, b"new")
+    with monkeypatch.context() as patched:
+        patched.setattr("secrets.token_hex", lambda _: "guessed")
+        (tmp_path / ".guessed.tmp").symlink_to(victim)  # as planted by another user
+        with pytest.raises(OSError, match=r"cannot write .*best.json: File exists"):
+            output.write(path, b"new")
     assert victim.read_text() == "mine"
     assert not path.exists()
-    monkeypatch.undo()
 
     path.symlink_to(victim)
     mask = os.umask(0o027)
@@ -480,8 +456,7 @@ def test_a_written_file_is_complete_or_unchanged(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         output.write(path, b"newer")
     assert path.read_bytes() == b"new"
-    left = {entry.name for entry in tmp_path.iterdir()}
-    assert left == {".known.tmp", "best.json", "victim"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {".guessed.tmp", path.name, victim.name}
 
 
 def test_a_pipe_is_not_replaced_by_a_file(run, mixed, tmp_path):

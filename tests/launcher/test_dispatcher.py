@@ -18,7 +18,15 @@ SPACE = {
 }
 SETS = [{"x": x, "y": float(y)} for x in (0, 1, 2) for y in (0, 1)]
 SEQUENCE = {"x": {"_type": "uniform", "_value": [0, 1]}}
+NORMAL = {"_type": "normal", "_value": [0, 1]}
 BATCH = {"combine_params": {"_type": "choice", "_value": [*SETS[:3], SETS[0]]}}  # one set twice
+
+
+@pytest.fixture(autouse=True)
+def notices(tmp_path, monkeypatch):
+    """The file of the lines for the user."""
+    monkeypatch.setenv("NNI_LOG_DIRECTORY", str(tmp_path))
+    return tmp_path / "notices.log"
 
 
 class Search:
@@ -117,15 +125,11 @@ class Own(Tuner):
         self.threads.add(threading.current_thread())
 
 
-def brute_force(**_):
-    return OptunaTuner("BruteForceSampler", seed=0)
-
-
 DISCRETE = {
     "GridSearch": lambda: builtin("GridSearch"),
     "Random": lambda: builtin("Random", seed=0),
     "TPE": lambda: builtin("TPE", seed=0),
-    "BruteForce": brute_force,
+    "BruteForce": lambda: OptunaTuner("BruteForceSampler", seed=0),
 }
 
 
@@ -166,6 +170,25 @@ def test_a_resumed_batch_tuner_continues():
     assert first.ask(2) == batch[:2]
     second = first.resumed(builtin("Batch"), [0], BATCH)
     assert second.ask(9) == batch[2:]  # the first of it has a second turn
+
+
+class Repeating(Own):
+    """A tuner with a checkpoint of its own, which proposes each set three times on purpose."""
+
+    def load_checkpoint(self):
+        self.place = 4
+
+    def generate_parameters(self, parameter_id, **_):
+        self.place = getattr(self, "place", -1) + 1
+        return {"x": self.place // 3}
+
+
+def test_a_tuner_with_a_checkpoint_of_its_own_is_resumed_without_gaps():
+    first = Search(Repeating())
+    before = first.ask(5)
+    second = first.resumed(Repeating(), [0])
+    second.dispatcher.load_checkpoint()
+    assert [set["x"] for set in before + second.ask(4)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["Random", "TPE"])
@@ -223,7 +246,7 @@ def test_the_tuner_hears_of_a_trial_in_its_own_thread_and_in_order():
     assert dispatcher.tuner.threads == {dispatcher.default_worker}
 
 
-NNIS = ["TPE", "Random", "GridSearch", "Evolution", "Metis"]
+NNIS = ["TPE", "Random", "GridSearch", "Evolution"]
 HOW_TRIALS_END = [
     ("SUCCEEDED", [0.5]),
     ("FAILED", [0.5]),
@@ -259,16 +282,68 @@ def test_nnis_tuners_survive_each_end_of_a_trial_and_a_trial_of_the_users(name):
     assert len(search.ask(2)) == 2
 
 
-def test_a_numpy_number_is_a_result():
+@pytest.mark.filterwarnings("ignore:json-tricks")
+@pytest.mark.parametrize("number", [np.float32(0.125), np.array(0.125)])
+def test_a_numpy_number_is_a_result(number):
     search = Search(builtin("TPE", optimize_mode="maximize"))
     search.ask()
-    metric = search.metric(search.given[0], 0) | {"value": fixes.dump(np.float32(0.125))}
+    metric = search.metric(search.given[0], 0) | {"value": fixes.dump(number)}
     search.tell(CommandType.ReportMetricData, metric)
     ((record,), _) = search.dispatcher.tuner._history.values()
     assert record.loss == -0.125
 
 
-@pytest.mark.parametrize("name", ["TPE", "Evolution", "Metis", "GridSearch", "Random"])
+CODE = [{key: "path:os._exit", "__args__": [1]} for key in sorted(fixes.CODE)]
+NO_DATA = ["[" * 100_000 + "]" * 100_000, "no JSON", '{"__ndarray__": 1}', *map(json.dumps, CODE)]
+
+
+@pytest.mark.parametrize("kind", ["PERIODICAL", "FINAL"])
+@pytest.mark.parametrize("text", NO_DATA, ids=lambda text: text[:30])
+def test_what_is_no_report_is_left_out_in_one_line(notices, text, kind):
+    search = Search(Own())
+    search.ask()
+    metric = search.metric(search.given[0], 0, kind) | {"value": text}
+    search.tell(CommandType.ReportMetricData, metric)
+    (line,) = notices.read_text().splitlines()
+    assert line.startswith("trial trial 0: a report is left out: ")
+    assert len(line) < 250
+    search.report(search.given[0], 1)  # a later one counts
+    assert search.dispatcher.tuner.heard[1:] == [("result", 0, 1)]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"_type": "choise", "_value": [1, 2]},
+        {"_type": "choice", "_value": []},
+        {"_type": "choice"},
+        {"_type": "uniform", "_value": [1, 0]},
+        {"_type": "uniform", "_value": [0, float("nan")]},
+        {"_type": "loguniform", "_value": [0, 1]},
+        {"_type": "quniform", "_value": [0, 1, 0]},
+        3,
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_and_the_old_one_stays(notices, spec):
+    search = Search(builtin("TPE"))
+    search.tell(CommandType.UpdateSearchSpace, SPACE | {"x": spec})
+    (line,) = notices.read_text().splitlines()
+    assert line.startswith("the new search space is refused, and the old one stays: ")
+    assert search.other[-1] == (fixes.SPACE_REFUSED, fixes.dump(SPACE))
+    assert set(map(str, search.ask(6))) <= set(map(str, SETS))
+
+
+@pytest.mark.parametrize("name", ["TPE", "Random", "GridSearch"])  # not Evolution
+def test_a_new_space_may_hold_what_nnis_tuners_can_search(notices, name):
+    space = {"x": {"_type": "choice", "_value": [None, [1], {"a": 1}, "text"]}}
+    space |= {} if name == "GridSearch" else {"y": NORMAL}
+    search = Search(builtin(name))
+    search.tell(CommandType.UpdateSearchSpace, space)
+    assert not notices.exists()
+    assert search.ask()[0].keys() == space.keys()
+
+
+@pytest.mark.parametrize("name", NNIS)
 def test_a_space_that_changes_keeps_the_results_that_fit(name):
     search = Search(builtin(name), SPACE)
     search.ask(6)
@@ -276,7 +351,6 @@ def test_a_space_that_changes_keeps_the_results_that_fit(name):
     for job in ended:
         search.report(job, job["parameters"]["x"])
         search.end(job)
-    search.tell(CommandType.UpdateSearchSpace, {"x": {"_type": "choise", "_value": 3}})
     new = {"x": {"_type": "choice", "_value": [2, 1, 7]}, "y": SPACE["y"]}
     search.tell(CommandType.UpdateSearchSpace, new)
     search.report(running, 0.5)

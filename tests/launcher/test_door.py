@@ -90,6 +90,7 @@ OWN = {
     "the page itself": lambda port: {"headers": ["Sec-Fetch-Site: same-origin"]},
     "the address bar": lambda port: {"headers": ["Sec-Fetch-Site: none"]},
     "a process that has set its user": lambda port: {"user": os.getuid()},
+    "IPv4 in an IPv6 socket": lambda port: {"address": loopback6().replace("1", "ffff:127.0.0.1")},
     "IPv6": lambda port: {"headers": [f"Host: [::1]:{port}"], "address": loopback6()},
 }
 
@@ -182,7 +183,7 @@ def test_no_signal_opens_a_debugger(guarded):
 def test_the_users_node_options_open_no_debugger(monkeypatch, capsys, options):
     monkeypatch.setenv("NODE_OPTIONS", options)
     monkeypatch.setenv("NNI_GUARD", "")
-    prepare_environment(SimpleNamespace(training_service=None), None)
+    prepare_environment(None, [], None)
     assert "--inspect" not in os.environ["NODE_OPTIONS"]
     assert ("--no-warnings" in os.environ["NODE_OPTIONS"]) == ("--no-warnings" in options)
     assert json.loads(os.environ["NNI_GUARD"])["nodeOptions"] == options  # which trials get
@@ -289,6 +290,23 @@ def test_strangers_who_connect_again_and_again_do_not_stall_the_manager(node):
         looks = int(answers(port, get(port, "Connection: close")).splitlines()[-1])
         strangers.kill()
     assert looks < 10
+
+
+def test_a_stranger_who_has_hung_up_does_not_pass_for_another_process(node):
+    """Its connection has the same port as one of this user's, and another address."""
+    echo = SERVER.replace("(_, answer) =>", "({ url }, answer) => console.log(url) ??")
+    server = node(echo)
+    port = int(server.stdout.readline())
+    with socket.create_connection(("127.0.0.1", port)) as own:
+        server.send_signal(signal.SIGSTOP)
+        code = f"import os, socket; os.setuid({nobody()}); stranger = socket.socket();"
+        code += f"stranger.bind(('127.0.0.2', {own.getsockname()[1]}));"
+        code += f"stranger.connect(('127.0.0.1', {port}));"
+        code += f"stranger.sendall({get(port, path='/stranger').encode()!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+        server.send_signal(signal.SIGCONT)
+        assert ask(port, path="/own") == 200
+    assert server.stdout.readline() == "/own\n"
 
 
 @pytest.mark.parametrize("kernel", ["6.1.0-18-amd64", "5.15.90.1-microsoft-standard-WSL2"])

@@ -68,9 +68,8 @@ def test_nnictl_searches_with_the_trial_alone_from_create_to_export(
         assert search.trial_file(trial, "stdout") == "2\n"  # the free GPU
         assert search.trial_file(trial, "stderr") == ""
         log = search.trial_file(trial, "trial.log")
-        given = parameters(trial)
-        assert printed_parameters(log) == BASELINE | given
-
+        proposed = parameters(trial)
+        assert printed_parameters(log) == BASELINE | proposed
         metrics = search.get(f"metric-data/{trial['trialJobId']}")
         intermediate = [m for m in metrics if m["type"] == "PERIODICAL"]
         (final,) = (m for m in metrics if m["type"] == "FINAL")
@@ -79,8 +78,8 @@ def test_nnictl_searches_with_the_trial_alone_from_create_to_export(
         assert [line.split("loss: ")[1] for line in log.splitlines() if "loss: " in line] == [
             f"{loss:.3f}" for loss in losses
         ]
-        batches = -(-10_000 // given["batch_size"])
-        assert len(losses) == given["epochs"] * (batches // 50)
+        batches = -(-10_000 // proposed["batch_size"])
+        assert len(losses) == proposed["epochs"] * (batches // 50)
 
     out = search.home / "out.json"
     search.nnictl("experiment", "export", search.id, "-t", "json", "-i", "-f", out)
@@ -105,11 +104,10 @@ def test_trials_of_multi_gpu_yml_get_two_gpus_each_and_end_without_a_trace(exper
     config = ROOT / "configs" / "multi_gpu.yml"
     command = yaml.safe_load(config.read_text())["trialCommand"]
     command = command.replace("gpu train.py", "2 train.py --dataset synthetic --device cpu")
-    one = {"batch_size": 1000, "epochs": 1}
     search = experiment(
         config,
         trialCommand=f"printenv CUDA_VISIBLE_DEVICES && {command} --report-every 50",
-        **in_turn(one, {"batch_size": 8, "epochs": 1000}),
+        **in_turn({"batch_size": 1000, "epochs": 1}, {"batch_size": 8, "epochs": 1000}),
     )
     _, endless = search.wait_for(lambda trials: len(trials) == 2, 240)
     search.wait_until(lambda: search.get(f"metric-data/{endless['trialJobId']}"), 240)

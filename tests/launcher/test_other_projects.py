@@ -118,7 +118,7 @@ VALUES = [{"a": [1, 2]}, {"a": {"b": 1}}, {"a": None}, {"a": "text"}]
                 "trainingService": LOCAL | {"trialCommand": "python3 trial.py"},
             },
             [{"x": 0, "space": [1, "two"]}, {"x": 1, "space": [1, "two"]}],
-            "The greatest result counts as the best: ",
+            "The greatest result counts as the best",
         ),
         (  # a tuner by its alias, and fewer combinations than trials
             {

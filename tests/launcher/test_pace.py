@@ -165,9 +165,10 @@ path = pathlib.Path(os.environ["NNI_SYS_DIR"], ".nni", "metrics")
 def write(data, mode="ab"):
     with path.open(mode) as file:
         file.write(data)
-def report(value, type="PERIODICAL"):
+def report(value, type="PERIODICAL", **more):
     id = os.environ["NNI_TRIAL_JOB_ID"]
-    text = json.dumps({"trial_job_id": id, "type": type, "value": json.dumps(value)})
+    text = {"trial_job_id": id, "parameter_id": 0, "type": type, "sequence": 0}
+    text = json.dumps(text | {"value": json.dumps(value)} | more)
     write(b"ME%06d%b" % (len(text), text.encode()))
 """
 STOPPED = """
@@ -231,6 +232,8 @@ END = """
         ('write(os.urandom(3_000_000) + b"ME000009{}")', [1, 2], "what is no report is left out: "),
         ('write(b"ME999999{\\"a\\"")', [1, 2], "what is no report is left out: "),
         ('write(b"ME000005{\\"a\\"}")', [1, 2], "what is no report is left out: "),
+        ("report(3, parameter_id={'__symbol__': 'os'})", [1, 2], "what is no report is left out: "),
+        ("report(3, trial_job_id='another')", [1, 2], "what is no report is left out: "),
         ("os.truncate(path, 1); time.sleep(1.5)", [1, 2], "what is no report is left out: "),
         ("path.unlink(); sys.exit(0)", [1], ""),
         ('report("\\0é ME000002{\\"")', [1, '\0é ME000002{"', 2], ""),

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, read_until, to_its_end
 from experiment import MANAGER, UNCHECKED, free_port, processes_at
 from nni.experiment import rest
-from nnis_files import database, trial
+from nnis_files import EVENT, METRIC, database, trial
 from waiting import wait_for
 
 from nnisearch.results import database as databases
@@ -307,8 +307,8 @@ def start_child():
     """Start a child of this process, which is killed at the end."""
     children = []
 
-    def start_child(*command):
-        children.append(subprocess.Popen(command))
+    def start_child(*command, **variables):
+        children.append(subprocess.Popen(command, env=os.environ | variables))
         return children[-1]
 
     yield start_child
@@ -321,8 +321,10 @@ def start_child():
 def test_a_zombie_or_a_closed_process_never_makes_a_search_dead(
     watched, start_child, monkeypatch, error
 ):
-    tuner = start_child("sleep", "600")
+    folder = watched.trials.path.parents[1]
     closed, zombie = start_child("sleep", "600"), start_child("true")
+    tuner = start_child("sleep", "600", NNI_LOG_DIRECTORY=f"{folder}/log")
+    trial = start_child("sleep", "600", NNI_EXP_ID="abc123")
     wait_for(lambda: psutil.Process(zombie.pid).status() == psutil.STATUS_ZOMBIE)
     closed_pids = {closed.pid, tuner.pid}
 
@@ -342,11 +344,13 @@ def test_a_zombie_or_a_closed_process_never_makes_a_search_dead(
     assert not any(watched.liveness.tuner_is_dead() for _ in range(9))
     assert watched.liveness.tuner.pid == tuner.pid
     assert processes.lives(psutil.Process(closed.pid)) is None
-    assert processes.managers() == {}
-    assert processes.processes_of("abc123", watched.trials.path) == set()
-    processes.stop(zombie.pid, watched.trials.path)
-    tuner.kill()
-    wait_for(watched.liveness.tuner_is_dead)
+    assert "abc123" not in processes.managers()
+    family = processes.processes_of("abc123", folder)
+    assert {process.pid for process in family} == {tuner.pid, trial.pid}
+    processes.stop(zombie.pid, folder)
+    assert tuner.wait(60) == trial.wait(60) == -signal.SIGTERM
+    assert watched.liveness.tuner_is_dead()
+    assert closed.poll() is None
 
 
 def test_a_pass_reads_only_what_is_new(tmp_path):
@@ -354,24 +358,18 @@ def test_a_pass_reads_only_what_is_new(tmp_path):
     trials = databases.Trials(path)
     assert [t.id for t in trials.update()] == ["id0", "id1"]
     assert trials.update() == []
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        for kind, sequence, value in (("PERIODICAL", 1, 1.5), ("FINAL", 0, 61.0)):
-            row = (9_000, "id1", "1", kind, sequence, json.dumps(json.dumps(value)))
-            connection.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row)
-        row = (9_500, "id1", "SUCCEEDED", None, None, 1, None)
-        connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
-        connection.commit()
+    with contextlib.closing(sqlite3.connect(path)) as nni, nni:
+        nni.execute(METRIC, ("id1", "1", "PERIODICAL", 1, '"1.5"'))
+        nni.execute(METRIC, ("id1", "1", "FINAL", 0, '"61.0"'))
+        nni.execute(EVENT, (9_500, "id1", "SUCCEEDED", None, 1))
     (changed,) = trials.update()
     assert (changed.status, changed.result) == ("SUCCEEDED", 61.0)
     assert changed.intermediate == [2.0, 1.5]
     assert changed.seconds == 7.5
-    with contextlib.closing(sqlite3.connect(path)) as connection:  # as a trial that is run again
-        connection.execute("DELETE FROM MetricData WHERE trialJobId = 'id1' AND type <> 'FINAL'")
-        row = (9_600, "id1", "WAITING", None, None, 1, None)
-        connection.execute("INSERT INTO TrialJobEvent VALUES (?,?,?,?,?,?,?)", row)
-        row = (9_700, "id1", "1", "PERIODICAL", 0, json.dumps("4.0"))
-        connection.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row)
-        connection.commit()
+    with contextlib.closing(sqlite3.connect(path)) as nni, nni:  # as a trial that is run again
+        nni.execute("DELETE FROM MetricData WHERE trialJobId = 'id1' AND type <> 'FINAL'")
+        nni.execute(EVENT, (9_600, "id1", "WAITING", None, 1))
+        nni.execute(METRIC, ("id1", "1", "PERIODICAL", 0, '"4.0"'))
     changed = {trial.id: trial for trial in trials.update()}
     assert (changed["id1"].status, changed["id1"].intermediate) == ("WAITING", [4.0])
     assert changed["id0"].result == 60.0
@@ -386,22 +384,22 @@ def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_p
             blocked.append(signal.SIGTSTP in signal.pthread_sigmask(signal.SIG_BLOCK, []))
             return super().execute(*args)
 
-    monkeypatch.setattr(
-        databases.sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Connection)
-    )
+    def connect_and_note(address, **how):
+        return connect(address, factory=Connection, **how)
+
+    monkeypatch.setattr(databases.sqlite3, "connect", connect_and_note)
     trials = databases.Trials(path)
     with contextlib.closing(connect(path, timeout=0, isolation_level=None)) as nni:
         nni.execute("PRAGMA synchronous = OFF")
         note_metric, written = trials.note_metric, []
 
         def write_and_note(*metric):
-            row = (9_000, "new", "1", "PERIODICAL", 0, json.dumps("1.5"))
-            written.append(nni.execute("INSERT INTO MetricData VALUES (?,?,?,?,?,?)", row))
+            written.append(nni.execute(METRIC, ("new", "1", "PERIODICAL", 0, '"1.5"')))
             return note_metric(*metric)
 
         monkeypatch.setattr(trials, "note_metric", write_and_note)
-        (found,) = trials.update()
-    assert len(found.intermediate) == 2500 < len(written)
+        (changed,) = trials.update()
+    assert len(changed.intermediate) == 2500 < len(written)
     assert all(blocked)
     assert len(blocked) == 1 + 2 + 4  # a thousand rows at a time
     assert signal.SIGTSTP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

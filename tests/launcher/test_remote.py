@@ -1,102 +1,290 @@
-"""Searches over SSH: machines on loopback addresses are tried, lost and used again."""
+"""Trials over SSH: machines on loopback addresses are tried, lost and used again."""
 
-import hmac
-import json
 import os
 import re
-import shutil
+import secrets
 import signal
 import subprocess
-import sys
-import tarfile
-from pathlib import Path
-from types import SimpleNamespace
+import time
 
-import psutil
 import pytest
-from conftest import LIGHT_TRIAL, ROOT, SPACE, UPGRADE, ask, nobody, outside_address, writable
-from experiment import MANAGER, SEARCH, free_port, metric_value, parameters, processes_at
-from machines import PASSPHRASE, SSHD, Machine, make_key
-from nni.experiment.config.training_services.remote import RemoteConfig, RemoteMachineConfig
+from conftest import LIGHT_TRIAL, SPACE
+from experiment import MANAGER, SEARCH, metric_value, parameters, processes_at
+from machines import PASSPHRASE, SSHD, Machine, make_key, make_ssh
+from nni.experiment.config import ExperimentConfig
 from waiting import wait_for
 
-from nnisearch.before.machines import check_machines
-from nnisearch.results.database import Trials
+from nnisearch import elsewhere
 
-GPU = (  # as nvidia-smi shows one that is free
-    "<gpu><processes></processes><product_name>A</product_name>"
-    "<utilization><gpu_util>0 %</gpu_util><memory_util>0 %</memory_util></utilization>"
-    "<fb_memory_usage><total>1 MiB</total><used>0 MiB</used><free>1 MiB</free>"
-    "</fb_memory_usage></gpu>"
-)
-RUNNER = ROOT / "nnisearch" / "manager" / "runner.py"
-# From Debian 13. NNI's Node has OpenSSL 1.1.1, which has no providers.
-OPENSSL_CNF = """
-openssl_conf = openssl_init
-[openssl_init]
-providers = provider_sect
-[provider_sect]
-default = default_sect
-[default_sect]
-"""
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs sshd, Debian's openssh-server")
 
 
 @pytest.fixture
-def machines(tmp_path, environment):
-    """Three machines with what newer systems bring. The third is off; the first has EPOCHS 1000."""
-    (tmp_path / "openssl.cnf").write_text(OPENSSL_CNF)
-    environment["OPENSSL_CONF"] = str(tmp_path / "openssl.cnf")
-    key = tmp_path / "key"
-    make_key(key, PASSPHRASE)
-    # As Python has it since 3.14: no event loop unless one is set.
-    (tmp_path / "sitecustomize.py").write_text("import asyncio; asyncio.set_event_loop(None)")
-    given = {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"}
-    machines = [
-        Machine(address, tmp_path / address, key, given | {"HOME": tmp_path / address, "EPOCHS": n})
-        for address, n in (("127.0.0.2", 1000), ("127.0.0.3", 1), ("127.0.0.4", 1))
-    ]
-    machines[2].die()
-    yield machines
-    for machine in machines:
-        machine.die()
+def ssh(tmp_path, environment, monkeypatch):
+    """An ssh on the PATH that knows the machines of this test, and nothing of this user's."""
+    folder = make_ssh(tmp_path / "ssh")
+    environment["PATH"] = f"{folder}:{environment['PATH']}"
+    monkeypatch.setenv("PATH", environment["PATH"])
+    return folder
 
 
 @pytest.fixture
-def search(experiment, machines):
-    """Start a search of configs/remote.yml on the machines; afterwards remove its files."""
-    searches = []
-
-    def search(**changes):
-        # NNI takes one training service with two machines, or two training services.
-        changes["trainingService"] = [
-            {"platform": "remote", "reuseMode": True, "machineList": [m.settings for m in some]}
-            for some in (machines[:1], machines[1:])
-        ]
-        changes |= {"nniManagerIp": "127.0.0.1", "tuner": {"name": "Random"}}
-        how = [*SEARCH, "--no-rehearsal"]
-        searches.append(experiment("configs/remote.yml", how, **changes))
-        return searches[-1]
-
-    yield search
-    for one in searches:
-        shutil.rmtree(remote_files(one).parents[1], ignore_errors=True)
+def key(tmp_path):
+    make_key(tmp_path / "key", PASSPHRASE)
+    return tmp_path / "key"
 
 
-def remote_files(search):
-    """Return NNI's folder on a machine: it is always below /tmp, and NNI leaves it there."""
-    return Path(f"/tmp/nni-{search.id}", "nni-experiments", search.id)
+@pytest.fixture
+def machine(tmp_path, key, ssh):
+    """Start machines, and end them after the test."""
+    machines = []
+
+    def machine(address="127.0.0.2", environment=(), key=key, **how):
+        folder = tmp_path / f"machine{len(machines)}"
+        machines.append(Machine(address, folder, key, ssh, environment, **how))
+        machines[-1].settings["sshPassphrase"] = PASSPHRASE
+        return machines[-1]
+
+    yield machine
+    for each in machines:
+        each.die()
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Prepare a search whose trials run a command on machines; return what starts a trial of it."""
+    code, folder = tmp_path / "code", tmp_path / "experiment"
+    code.mkdir()
+    (folder / "log").mkdir(parents=True)
+    started = []
+
+    def prepared(settings, command="true", **changes):
+        service = {"platform": "remote", "machineList": settings}
+        values = {"searchSpace": {}, "tuner": {"name": "Random"}, "trialConcurrency": 1}
+        values |= {"trialCommand": command, "trialCodeDirectory": str(code)} | changes
+        config = ExperimentConfig(training_service=service, nni_manager_ip="x", **values)
+        config = config.canonical_copy()
+        id = secrets.token_hex(4)  # two tests at a time do not end each other's trials
+        elsewhere.prepare(config, id, folder, False)
+        assert config.canonical_copy().training_service.platform == "local"
+
+        def start():
+            own = folder / "trials" / f"t{len(started)}"
+            (own / ".nni").mkdir(parents=True)
+            (own / ".nni" / "elsewhere").touch()
+            (own / "parameter.cfg").write_text('{"lr": 1}')
+            names = {"NNI_SYS_DIR": str(own), "NNI_EXP_ID": id, "NNI_TRIAL_SEQ_ID": "0"}
+            names |= {"NNI_PLATFORM": "local", "NNI_TRIAL_JOB_ID": own.name}
+            with (own / "stdout").open("w") as out, (own / "stderr").open("w") as err:
+                how = {"env": os.environ | names, "stdout": out, "stderr": err}
+                process = subprocess.Popen(["bash", "-c", config.trial_command], **how)
+            process.own, process.note = own, own / ".nni" / "elsewhere"
+            started.append(process)
+            return process
+
+        return start
+
+    yield prepared
+    for process in started:
+        process.kill()
+
+
+def test_the_machines_are_tried_before_the_start(machine, prepared, key, ssh, tmp_path, capsys):
+    on, off = machine(environment={"LANG": "C"}).settings, machine("127.0.0.3")
+    off.die()
+    prepared([on, off.settings])
+    assert re.search(
+        r"machine \S+@127.0.0.3:\d+: .*refused; left out until", capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=r"machineList; allowed: machines that answer; machine .*"):
+        prepared([off.settings])
+    make_key(tmp_path / "other")
+    (tmp_path / "python3").write_text("#!/bin/sh\n")
+    (tmp_path / "python3").chmod(0o755)
+    wrong = {
+        r"sshKeyFile is .*/other; allowed: a key with which .*Permission denied": {
+            "sshKeyFile": str(tmp_path / "other")
+        },
+        r"sshKeyFile is .*/key; allowed: a key": {"sshPassphrase": None},
+        r"sshKeyFile is .*; allowed: a key with which nobody_here": {"user": "nobody_here"},
+        r"pythonPath is /bin/nowhere; .*(nni|python3)": {"pythonPath": "/bin/nowhere"},
+        r"pythonPath is .*; allowed: the folder of a python3": {"pythonPath": str(tmp_path)},
+        r"gpuIndices is 3; allowed: below 0": {"gpuIndices": [3]},
+    }
+    with pytest.raises(ValueError) as refusal:
+        prepared([on | change for change in wrong.values()], trialGpuNumber=1)
+    lines = str(refusal.value).split("; machine ")
+    assert [*map(bool, map(re.search, wrong, lines))] == [True] * len(wrong), lines
+    assert PASSPHRASE not in str(refusal.value)
+    make_key(tmp_path / "new")
+    changed = f"[127.0.0.2]:{on['port']} {(tmp_path / 'new.pub').read_text()}"
+    forget = r"host key has changed; .*ssh-keygen -R '\[127.0.0.2\]:\d+'; ssh -p"
+    for known, expected in (
+        ("", r"host key is unknown; .* by: ssh -p \d+ \S+@"),
+        (changed, forget),
+    ):
+        (ssh / "known_hosts").write_text(known)
+        with pytest.raises(ValueError, match=expected):
+            prepared([on])
+
+
+# A stand-in for ssh that asks as a machine with a password does, and for its key.
+ASKS = r"""#!/bin/bash
+ask() { "$SSH_ASKPASS" "$1"; }
+[ "$(ask 'continue connecting (yes/no/[fingerprint])? ')" = no ] || exit 255
+[ "$(ask "you@there's password: ")" = "it's opal" ] || exit 255
+{ tr '\0' '\n' < /proc/$$/environ; tr '\0' '\n' < /proc/$$/cmdline; } | grep opal && exit 255
+echo "a greeting of the login shell"
+exec sh -c "${@: -1}"
+"""
+
+
+def test_a_password_is_only_told_to_who_asks_for_it(prepared, tmp_path, monkeypatch, capfd):
+    (tmp_path / "ssh").write_text(ASKS)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = {"host": "there", "user": "you", "password": "it's opal"}
+    start = prepared([there], "! env | grep op''al")
+    trial = start()
+    assert trial.wait(60) == 0
+    assert trial.note.read_text().endswith("there\n")
+    files = [path for path in trial.own.parents[1].rglob("*") if path.is_file()]
+    told = [path for path in files if "opal" in path.read_text(errors="ignore")]
+    assert [(path.name, path.stat().st_mode & 0o777) for path in told] == [("askpass0", 0o700)]
+    assert "opal" not in "".join(capfd.readouterr())
+
+
+def test_what_ssh_knows_is_used(machine, prepared, ssh, tmp_path):
+    make_key(tmp_path / "rsa", kind="rsa")
+    first = machine(key=tmp_path / "rsa", MaxSessions=1)
+    inner = machine("::1", key=tmp_path / "rsa", environment={"ENV": "x"})
+    port = first.settings["port"]
+    config = f"""
+Host jump
+HostName 127.0.0.2
+Port {port}
+Host inner
+HostName ::1
+ProxyCommand {ssh}/ssh -W [%h]:%p {first.settings["user"]}@jump
+Host *
+IdentityFile {tmp_path / "rsa"}
+"""
+    make_ssh(ssh, *config.splitlines())
+    (first.folder / ".bashrc").write_text("echo a greeting\necho another >&2\n")
+    names = ("jump", "inner")
+    ports = (22, inner.settings["port"])
+    settings = [
+        {"host": name, "port": port, "user": first.settings["user"]}
+        | {"pythonPath": first.settings["pythonPath"]}
+        for name, port in zip(names, ports, strict=True)
+    ]
+    start = prepared(settings, "sleep 2")
+    trials = [start(), start()]
+    assert [trial.wait(60) for trial in trials] == [0, 0]
+    assert {trial.note.read_text().split()[1] for trial in trials} == {"jump", "inner"}
+
+
+def test_a_trial_runs_over_there_and_its_files_come_home(machine, prepared, tmp_path):
+    there = machine()
+    code = tmp_path / "code"
+    (code / "data").mkdir()
+    for name in ("data/big", "kept.txt", "left.out", ".git"):
+        (code / name).write_text("x")
+    (code / ".nniignore").write_text("data\n*.out\n")
+    command = """API_KEY=xyz98765; ls -A; cat "$NNI_SYS_DIR/parameter.cfg"
+    cd "$NNI_OUTPUT_DIR" && mkdir -p 'a b' && echo model > 'a b/model.pt'
+    echo error >&2; printf 'ME000003{}\n' > .nni/metrics; ps axww -o args; sleep 1; exit 3"""
+    start = prepared([there.settings], command)
+    trial = start()
+    wait_for(trial.note.read_text)
+    began, host = trial.note.read_text().split()
+    assert abs(float(began) / 1000 - time.time()) < 60 and host == "127.0.0.2"
+    shown = wait_for((trial.own / "stdout").read_text)
+    assert trial.wait(60) == 3
+    output = (trial.own / "stdout").read_text()
+    assert output.split("\n")[:3] == [".nniignore", "kept.txt", '{"lr": 1}COMMAND'], shown
+    assert "xyz98765" not in output and PASSPHRASE not in output
+    assert (trial.own / "stderr").read_text() == "error\n"
+    assert (trial.own / ".nni" / "metrics").read_text() == "ME000003{}\n"
+    assert (trial.own / "a b" / "model.pt").read_text() == "model\n"
+    assert [path.name for path in trial.own.glob("*.sh")] == []
+    assert there.left()[0].stat().st_mode & 0o777 == 0o700
+    assert [*there.left()[0].glob("*/trials/*")] == []
+
+
+# As nvidia-smi shows a GPU; the first one is busy.
+GPU = "<gpu><gpu_util>0 %</gpu_util>{}</gpu>"
+GPUS = GPU.format("<process_info></process_info>") + GPU.format("") * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "number", "seen"),
+    [
+        ({}, 1, ["1", "2"]),
+        ({"useActiveGpu": True}, 1, ["0", "1", "2"]),
+        ({"maxTrialNumberPerGpu": 2, "gpuIndices": [2]}, 1, ["2", "2"]),
+        ({}, 2, ["1,2"]),
+        ({}, 0, ["-1"]),
+        ({}, None, ["all"]),
+    ],
+)
+def test_trials_share_a_machines_gpus(machine, prepared, tmp_path, changes, number, seen):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '<log>{GPUS}</log>'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    there = machine().settings | changes
+    there["pythonPath"] += f":{tmp_path}"
+    gate = tmp_path / "gate"
+    command = f"echo ${{CUDA_VISIBLE_DEVICES-all}}; until [ -e {gate} ]; do sleep 0.1; done"
+    start = prepared([there], command, trialGpuNumber=number)
+    trials = [start() for _ in range(4)]
+
+    def begun():
+        return sorted((t.own / "stdout").read_text().strip() for t in trials if t.note.read_text())
+
+    wait_for(lambda: begun() == seen)
+    time.sleep(1)
+    assert begun() == seen
+    gate.touch()
+    assert [trial.wait(60) for trial in trials] == [0] * 4
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed", "hangs", "dies"])
+def test_nothing_goes_on_over_there(machine, prepared, how, tmp_path):
+    there = machine()
+    command = "cd $NNI_OUTPUT_DIR; touch begun; (setsid sleep 1000 &); trap 'touch late' TERM; "
+    start = prepared([there.settings], f"{command}sleep 1000 & wait; sleep 1000")
+    trial = start()
+    wait_for(lambda: len(there.processes("sleep")) == 2)
+    ended = time.monotonic()
+    if how == "stopped":
+        trial.terminate()
+    elif how == "killed":
+        trial.kill()
+    elif how == "hangs":
+        there.signal(signal.SIGSTOP)
+    else:
+        there.die()
+    trial.wait(60)
+    if how == "hangs":
+        assert time.monotonic() - ended < 60  # 16 s on a machine that is not busy
+        there.signal(signal.SIGCONT)
+    if how == "stopped":
+        assert (trial.own / "begun").exists() and (trial.own / "late").exists()
+    elif how != "killed":
+        words = "it does not answer" if how == "hangs" else "closed|reset|Broken"
+        assert re.match(
+            rf"lost machine \S+@127.0.0.2:\d+ is lost: .*({words})", trial.note.read_text()
+        )
+    wait_for(lambda: not there.processes("sleep"))
+    if how != "dies":
+        wait_for(lambda: not [*there.folder.glob(".cache/*/*/trials/*")])
 
 
 def notices(search):
     """Return what NNI's manager has to say to whoever watches the search."""
     path = search.home / "nni-experiments" / search.id / "log" / "notices.log"
     return path.read_text() if path.exists() else ""
-
-
-def machine_of(trial):
-    """Return the address of the machine that a trial ran on, or None before it runs."""
-    return trial["logPath"].split("/")[2].split(":")[0] if "logPath" in trial else None
 
 
 def values(search, trial):
@@ -107,188 +295,57 @@ def values(search, trial):
     return found
 
 
-def test_the_machines_are_tried_before_the_start(machines, tmp_path):
-    make_key(tmp_path / "other")
-    on, off = machines[1].settings, machines[2].settings
-
-    def check(*machines, address="127.0.0.1"):
-        listed = [RemoteMachineConfig(**machine) for machine in machines]
-        service = RemoteConfig(machine_list=listed, reuse_mode=True)
-        config = SimpleNamespace(nni_manager_ip=address, training_service=service)
-        return check_machines(config, free_port)
-
-    (line,) = check(on, off)
-    assert "127.0.0.4" in line and line.endswith("left out until it answers")
-    with pytest.raises(ValueError, match=r"allowed: machines that answer; machine .*ECONNREFUSED"):
-        check(off)
-    wrong = [{"sshKeyFile": str(tmp_path / "other")}, {"sshPassphrase": None}]
-    wrong += [{"pythonPath": "/nowhere"}, {"pythonPath": str(tmp_path)}]
-    (tmp_path / "python3").write_text("#!/bin/sh\n")
-    (tmp_path / "python3").chmod(0o755)
-    with pytest.raises(ValueError) as refusal:
-        check(on, *(on | change for change in wrong))
-    expected = ["other; allowed: an Ed", "no passphrase given", "python.*nowhere", "not answer"]
-    lines = str(refusal.value).split("; machine ")
-    assert [bool(re.search(*pair)) for pair in zip(expected, lines, strict=True)] == [True] * 4
-    with pytest.raises(ValueError, match=r"nniManagerIp is 255\S+; allowed: an address that"):
-        check(on, address="255.255.255.255")
-
-
-def last_states(search):
-    """Return {ID: state} of the trials, as a manager that has been killed has noted them."""
-    path = search.home / "nni-experiments" / search.id / "db" / "nni.sqlite"
-    trials = Trials(path)
-    trials.update()
-    return {id: trial.status for id, trial in trials.by_id.items()}
-
-
-def test_a_search_goes_on_while_machines_come_and_go(search, machines, tmp_path):
-    first, second, third = machines
-    before = set(Path("/tmp").iterdir())
-    gate = tmp_path / "gate"  # until it is there no trial ends; one on the first machine never does
-    command = f"API_KEY=xyz98765; echo on GPU $CUDA_VISIBLE_DEVICES; {LIGHT_TRIAL} $EPOCHS"
-    command += f" && until [ -e {gate} ]; do sleep 0.2; done"
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '<log>{GPU * 2}</log>'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    for machine in machines:
-        machine.settings["gpuIndices"] = [1]
-        machine.settings["pythonPath"] += f":{tmp_path}"
-    changes = {"trialCommand": command, "trialConcurrency": 3, "trialGpuNumber": 1}
-    changes["searchSpace"] = {key: SPACE[key] for key in SPACE if key != "epochs"}
-    demo = search(maxTrialNumber=5, **changes)
+def test_a_search_goes_on_while_machines_come_and_go(experiment, machine, tmp_path):
+    first, second, third = machines = [machine(f"127.0.0.{number}") for number in (2, 3, 4)]
+    third.die()
+    gate = tmp_path / "gate"  # until it is there no trial ends
+    command = f"{LIGHT_TRIAL} 1; echo kept > $NNI_OUTPUT_DIR/kept; "
+    command += f"until [ -e {gate} ]; do sleep 0.2; done"
+    space = {key: SPACE[key] for key in SPACE if key != "epochs"}
+    service = {"platform": "remote", "machineList": [each.settings for each in machines]}
+    changes = {"trainingService": service, "searchSpace": space, "trialCommand": command}
+    changes |= {"trialConcurrency": 3, "maxTrialNumber": 5, "trialGpuNumber": None}
+    changes |= {"tuner": {"name": "Random"}, "nniManagerIp": "192.0.2.9"}
+    demo = experiment("configs/remote.yml", SEARCH, **changes)
     assert "127.0.0.4" in demo.said and "left out until it answers" in demo.said
-    # The port that the machines report to is open to them and to nobody else.
-    assert ask(demo.port + 1, path="/") == 426  # to this machine's user, who is one of them here
-    assert ask(demo.port + 1, "Origin: http://example.com", path="/") == 403
-    assert ask(demo.port + 1, path="/", address=outside_address(), user=nobody()) is None
-    assert ask(demo.port + 1, path="/", user=nobody()) is None
-    # The folder of all that NNI writes on a machine.
-    folder = remote_files(demo).parents[1]
-    settings = wait_for(lambda: list(folder.rglob("settings.json")))
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert writable(folder) == []
-    # Who has read the runner's ID in ps, on a machine that may report, may not report for it.
-    assert ask(demo.port + 1, *UPGRADE, path="/") == 400
-    port, _, secret = json.loads(settings[0].read_text())["nniManagerPort"].partition("/")
-    assert int(port) == demo.port + 1
-    proof = hmac.new(secret.encode(), b"runner 7", "sha256").hexdigest()
-    assert ask(demo.port + 1, *UPGRADE, path=f"/8/{proof}") == 400
-    assert ask(demo.port + 1, *UPGRADE, path=f"/7/{proof}") == 101
 
-    def have_reported(kind):
-        return {machine_of(t) for t in demo.get("trial-jobs") if values(demo, t)[kind]}
+    def on(machine):
+        """Return the trials that run on a machine and have a result."""
+        return [
+            trial
+            for trial in demo.get("trial-jobs")
+            if trial["status"] == "RUNNING"
+            and f"//{machine.settings['host']}" in trial.get("logPath", "")
+            and values(demo, trial)["FINAL"]
+        ]
 
-    wait_for(lambda: have_reported("PERIODICAL") == {"127.0.0.2", "127.0.0.3"})
-    ps = ["ps", "axww", "-o", "args"]
-    shown = subprocess.run(ps, capture_output=True, text=True).stdout
-    assert secret not in shown
-    assert PASSPHRASE not in shown
-    assert "xyz98765" not in shown
-    assert remote_files(demo).name in shown  # the shell of a trial
-
-    # The first machine hangs, and the third one comes.
-    (hung,) = [trial for trial in demo.get("trial-jobs") if machine_of(trial) == "127.0.0.2"]
-    first.signal(signal.SIGSTOP)
-    third.start()
-    wait_for(lambda: re.search("127.0.0.4:.* is back, and used again", notices(demo)))
-    name = f"trial {hung['sequenceId']} ({hung['trialJobId']}) is run again"
-    wait_for(lambda: name in notices(demo))
+    (lost,) = wait_for(lambda: on(first) and on(second) and on(first))
+    assert [trial["status"] for trial in demo.get("trial-jobs")].count("WAITING") == 1
     first.die()
-    assert values(demo, hung) == {"PERIODICAL": [], "FINAL": []}
-    wait_for(lambda: have_reported("FINAL") == {"127.0.0.3", "127.0.0.4"})
-    assert {t["status"] for t in demo.get("trial-jobs")} == {"RUNNING", "WAITING"}
+    third.start()
+    name = f"trial {lost['sequenceId']} ({lost['trialJobId']}) is run again (1): machine "
+    wait_for(lambda: name in notices(demo))
+    wait_for(lambda: re.search("127.0.0.4:.* is back, and used again", notices(demo)))
+    wait_for(lambda: on(third) and on(second))
+    first.start()
+    wait_for(lambda: len(on(first)) == 1)
     (manager,) = processes_at(demo.home, MANAGER)
     manager.kill()
-    # The runners and their trials end, and so nothing runs twice.
-    wait_for(lambda: not any(machine.processes("trial") for machine in (second, third)))
-    # As a runner leaves a trial's folder that ends while it unpacks the code there.
-    folders = {path.parent.name: path.parent for path in remote_files(demo).glob("trials/*/code")}
-    (under_way, *_) = (id for id, state in last_states(demo).items() if state == "RUNNING")
-    shutil.rmtree(folders[under_way] / "code")
-    (folders[under_way] / "trial_prepared").unlink()
-    gate.touch()
+    wait_for(lambda: not processes_at(demo.home, MANAGER))
     demo.resume()
+    gate.touch()
     trials = demo.wait(240)
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
     assert sorted(trial["sequenceId"] for trial in trials) == [0, 1, 2, 3, 4]
-    assert {machine_of(trial) for trial in trials} <= {"127.0.0.3", "127.0.0.4"}
-    again = [trial for trial in trials if trial["trialJobId"] == hung["trialJobId"]]
-    assert [parameters(trial) for trial in again] == [parameters(hung)]
-    outputs = remote_files(demo).glob("envs/*/trialrunner_stdout")  # one for each runner
-    printed = "".join(output.read_text() for output in outputs)
-    assert {line for line in printed.splitlines() if line.startswith("on GPU")} == {"on GPU 1"}
+    again = [trial for trial in trials if trial["trialJobId"] == lost["trialJobId"]]
+    assert [parameters(trial) for trial in again] == [parameters(lost)]
     for trial in trials:
-        found = values(demo, trial)
-        assert len(found["PERIODICAL"]) == 2  # each once
-        (result,) = found["FINAL"]
-        assert f"Acc: {result:.3f}%" in printed
-        assert repr(parameters(trial)["lr"]) in printed
-
-    second.die()
-    third.die()
-    wait_for(lambda: "no machine is left" in notices(demo))
-    first.start()
-    wait_for(lambda: re.search("127.0.0.2:.* is back, and used again", notices(demo)))
+        assert {kind: len(each) for kind, each in values(demo, trial).items()} == {
+            "PERIODICAL": 2,
+            "FINAL": 1,
+        }
+        assert repr(parameters(trial)["lr"]) in demo.trial_file(trial, "stdout")
+        assert demo.trial_file(trial, "kept") == "kept\n"
     assert demo.stop() == []
-    left = {path.name for path in set(Path("/tmp").iterdir()) - before if "nni" in path.name}
-    # Other tests' searches, which run beside this one, have such a folder each, too.
-    assert {name for name in left if not re.fullmatch(r"nni-\w{8}", name)} == set()
-    # The folder's name is known once a search has started; a resumed one must not fall for that.
-    shutil.rmtree(folder)
-    folder.mkdir(0o700)
-    os.chown(folder, nobody(), nobody())
-    demo.resume()
-    wait_for(lambda: f"{folder} is not a private folder of this user" in notices(demo))
-    assert list(folder.iterdir()) == []
-
-
-# A manager that lets a runner start a trial, and is silent afterwards.
-MANAGERS_END = """
-import hmac, json, os, threading
-from websockets.sync.server import serve
-
-def prove(channel, request, response):
-    nonce = request.path.split("/")[1]
-    proof = hmac.new(b"secret", f"manager {nonce}".encode(), "sha256").hexdigest()
-    response.headers["X-Proof"] = proof
-
-def receive(channel):
-    channel.recv()
-    given = json.dumps({"trialId": "abc", "sequenceId": 0, "parameter": {"value": "{}"}})
-    channel.send(f"TR{len(given):014}{given}")
-    for message in channel:
-        print(message, flush=True)
-
-threading.Timer(240, os._exit, [1]).start()  # if no runner comes
-server = serve(receive, "127.0.0.1", 0, process_response=prove)
-print(server.socket.getsockname()[1], flush=True)
-server.serve_forever()
-"""
-
-
-def test_a_runner_whose_manager_is_silent_ends_its_trial_and_itself(tmp_path, environment):
-    folder = tmp_path / "envs" / "runner"
-    folder.mkdir(parents=True)
-    tarfile.open(tmp_path / "envs" / "nni-code.tar.gz", "w:gz").close()
-    command = """printf "one \\377\\nNNISDK_MEb'{}'\\n"; sleep 1000"""
-    with subprocess.Popen(
-        [sys.executable, "-c", MANAGERS_END], stdout=subprocess.PIPE, text=True
-    ) as manager:
-        settings = {"command": command, "nniManagerIP": "127.0.0.1", "logCollection": "none"}
-        port = int(manager.stdout.readline())
-        settings |= {"nniManagerPort": f"{port}/secret", "commandChannel": "web"}
-        settings |= {"nniManagerVersion": "", "experimentId": "id", "platform": "remote"}
-        settings |= {"enableGpuCollector": False}
-        (folder / "settings.json").write_text(json.dumps(settings))
-        runner = subprocess.Popen(
-            [sys.executable, "-c", RUNNER.read_text()], cwd=folder, env=environment
-        )
-        try:
-            assert any("NNISDK_MEb" in line for line in manager.stdout)
-            trial = psutil.Process(runner.pid).children(recursive=True)
-            manager.send_signal(signal.SIGSTOP)
-            assert runner.wait(240) == 1
-            assert psutil.wait_procs(trial, timeout=60)[1] == []
-        finally:
-            manager.kill()
-            runner.kill()
+    assert [machine.left() for machine in machines] == [[]] * 3
+    assert not any(machine.processes("python") for machine in machines)

@@ -17,7 +17,6 @@ import pytest
 import yaml
 from conftest import ROOT, ask, nobody, outside_address
 from experiment import MANAGER, UNCHECKED, free_port, metric_value, parameters, processes_at
-from filelock import FileLock
 from held_trial import REPORTS, let_pass
 from nni.experiment import rest
 from nnis_manager import start_script
@@ -25,7 +24,7 @@ from waiting import wait_for
 
 from nnisearch.before import config
 from nnisearch.shared import place, processes
-from nnisearch.start import patches, resume
+from nnisearch.start import locks, resume
 
 TRIALS = 11
 CONFIG = projects.CONFIG | {
@@ -243,8 +242,7 @@ def test_what_has_been_resumed_meanwhile_is_not_touched(
     monkeypatch.setattr(resume, "STOPPING", 60)
     folder = tmp_path / "abc"
     listed = write_list(tmp_path, {"abc": ENTRY | {"id": "abc"}})
-    search = types.SimpleNamespace(experiment_working_directory=str(tmp_path))
-    stored = types.SimpleNamespace(id="abc", _action=action, config=search)
+    stored = types.SimpleNamespace(id="abc", action=action, folder=folder)
     trial = start_sleeper(NNI_EXP_ID="abc")
     tuner = start_sleeper(NNI_LOG_DIRECTORY=f"{folder}/log")
     others = [
@@ -365,26 +363,25 @@ def test_a_search_on_another_machine_is_not_touched(tmp_path, environment, monke
 
 
 def test_a_line_tells_which_lock_the_command_waits_for(tmp_path, monkeypatch):
-    start, path = tmp_path / "start.lock", tmp_path / "list.lock"
+    path = tmp_path / "list.lock"
     (dated := tmp_path / "list.lock.7").touch()
     os.utime(dated, (2**32, 2**32))  # in the future
-    (held := FileLock(start)).acquire()
     said = []
+    with (tmp_path / "start.lock").open("w") as other, (tmp_path / "start.lock").open() as own:
+        assert locks.is_taken(other)
+        releases = [other.close, dated.unlink]
 
-    def released(line):
-        said.append(line)
-        held.release()
-        dated.unlink(missing_ok=True)
+        def released(line):
+            said.append(line)
+            releases.pop(0)()
 
-    monkeypatch.setattr(patches, "NOTICE", 0.1)
-    monkeypatch.setattr(patches, "print", released, raising=False)
-    with patches.ListLock(str(path), stale=2), patches.StartLock(start):
-        assert len(said) == 1
-    (line,) = said
-    assert line.endswith(f"; if it has ended: rm {path}.*")
-    held.acquire()
-    with patches.StartLock(start):
-        assert said[1].endswith(f"; to see it: fuser -v {start}")
+        monkeypatch.setattr(locks, "NOTICE", 0.1)
+        monkeypatch.setattr(locks, "print", released, raising=False)
+        with locks.held(own), locks.ListLock(str(path), stale=2):
+            pass
+    start, listed = said
+    assert start.endswith(f"; to see it: fuser -v {locks.START_LOCK}")
+    assert listed.endswith(f"; if it has ended: rm {path}.*")
 
 
 def test_a_list_that_others_could_write_is_closed(tmp_path):
@@ -420,7 +417,7 @@ GOOD = CONFIG | {"trialCodeDirectory": "/"}
         (json.dumps(GOOD | {"trialConcurrency": 0}), "trialConcurrency is 0; allowed: "),
         (json.dumps(GOOD | {"trialCodeDirectory": "/no/such"}), "/no/such"),
         (json.dumps(GOOD | {"tuner": {"name": 3}}), "name"),
-        (json.dumps(GOOD | {"another": 3}), "another is no key of NNI's ExperimentConfig"),
+        (json.dumps(GOOD | {"another": 3}), "another is no key of the configuration"),
         (json.dumps(GOOD | {"searchSpace": {"__symbol__": 1}}), "no key that runs code"),
     ],
 )

@@ -1,6 +1,7 @@
 """search.py: starts, failed starts that leave nothing, and the default configuration."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -8,16 +9,29 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
+import types
+from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from conftest import LIGHT_TRIAL, ROOT, SPACE, ask, nobody, outside_address, read_until
+from conftest import (
+    LIGHT_TRIAL,
+    ROOT,
+    SPACE,
+    as_process,
+    ask,
+    nobody,
+    outside_address,
+    read_until,
+)
 from experiment import MANAGER, UNCHECKED, free_port, kill_at, processes_at
 from stand_ins import stand_in_nvidia_smi
+from waiting import wait_for
 
 import search
+from nnisearch import cli
+from nnisearch.start import launch, locks
 
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yml").read_text())
 
@@ -73,7 +87,7 @@ sys.exit(status)
 
 def test_a_search_in_the_foreground(run_search, home):
     port = free_port()
-    result = run_search("-p", port, "--no-rehearsal", config=demo(maxTrialNumber=3))
+    result = run_search("-p", port, "--keep-going", config=demo(maxTrialNumber=3))
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()
     (id,) = re.findall(r"^Search (\w+): demo on synthetic images$", result.stdout, re.MULTILINE)
@@ -153,21 +167,16 @@ def test_a_resume_that_fails_keeps_the_search(run_search, home):
     assert path.exists()
 
 
-# A started search with a name that would turn the terminal red.
-NAMED = """
-from types import SimpleNamespace
-from nnisearch import cli
-cli.begin = lambda *_: ("abc", 8090, SimpleNamespace(experiment_name="\x1b[31mred"))
-cli.main(["config.yml", "--detach"])
-"""
-
-
-def test_names_and_errors_are_printed_without_control_characters(run_search, home):
-    result = run_search(how=["-c", NAMED])
-    assert result.stdout.startswith("Search abc: red\n"), result.stderr
-    (home / "\x1b[31mred.yml").write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
-    result = run_search("\x1b[31mred.yml")
-    assert "trialComand is no key of NNI" in refusal(result)
+def test_names_and_errors_are_printed_without_control_characters(tmp_path, monkeypatch, capsys):
+    named = types.SimpleNamespace(experiment_name="\x1b[31mred")
+    monkeypatch.setattr(cli, "begin", lambda *_: ("abc", 8090, named))
+    result = as_process(capsys, cli.main, ["config.yml", "--detach"])
+    assert result.stdout.startswith("Search abc: red\n")
+    monkeypatch.undo()
+    path = tmp_path / "\x1b[31mred.yml"
+    path.write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
+    result = as_process(capsys, cli.main, [str(path)], search.PROJECT)
+    assert "trialComand is no key of" in refusal(result)
     assert "red.yml" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
 
@@ -177,9 +186,7 @@ def test_a_start_that_is_ended_leaves_nothing(start_search, home, number):
     link_an_older_search(home)
     slow = preload(home, "slow")
     with start_search(config=demo(), how=UNCHECKED, NODE_OPTIONS=slow) as process:
-        while not processes_at(home, MANAGER):
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for(lambda: process.poll() is not None or processes_at(home, MANAGER))
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     if number == signal.SIGINT:
@@ -187,6 +194,33 @@ def test_a_start_that_is_ended_leaves_nothing(start_search, home, number):
         assert stderr == "search.py: interrupted; no search has started\n"
     psutil.wait_procs(processes_at(home), timeout=60)
     assert_only_the_older_search_is_left(home)
+
+
+# Starts a search, and is killed while the lock of starts is held.
+RESUMING = """
+import sys, time
+from pathlib import Path
+from nnisearch.start.locks import held
+from nnisearch.start.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), "resume") as watchdog, held(watchdog.lock):
+    watchdog.note_start()
+    print("started", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_no_other_start_begins_before_a_killed_one_is_undone(start_search, home):
+    folder = home / "nni-experiments" / "abc"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    command = [sys.executable, "-c", deaf, MANAGER, "--experiment-id", "abc"]
+    manager = subprocess.Popen(command, env=os.environ | {"HOME": str(home)})
+    with start_search(folder, how=["-c", RESUMING]) as process:
+        read_until(process, "started")
+        process.kill()
+    with (home / "nni-experiments" / ".nnisearch.lock").open() as lock, locks.held(lock):
+        assert manager.wait(1) == -signal.SIGKILL
+    assert folder.exists()
 
 
 # Simulates Ctrl-C during the import of NNI, which a test could not time.
@@ -213,8 +247,6 @@ def test_a_refusal_leaves_no_folder_in_a_home(run_search, home):
     assert "--resume is 'x'; allowed: none" in refusal(run_search("--resume", "x", HOME=missing))
     config = demo(trialConcurrency=0)
     assert "trialConcurrency" in refusal(run_search(config=config, HOME=str(missing)))
-    config = demo(trialCommand="exit 3")
-    assert "it fails with status 3" in refusal(run_search(config=config, HOME=str(missing)))
     assert not missing.parent.exists()
 
 
@@ -239,7 +271,7 @@ def test_a_full_disk_refuses_a_search_and_leaves_nothing(run_search, home, tmpfs
     assert [path.name for path in folder.iterdir()] == ["fill"]
 
 
-def test_a_disk_that_fills_during_the_rehearsal_is_named(run_search, home, tmpfs):
+def test_a_disk_that_the_first_trial_fills_is_named(run_search, home, tmpfs):
     folder = tmpfs(60_000, "disk")
     fill = "head -c 100M /dev/zero > $NNI_OUTPUT_DIR/file"
     config = demo(experimentWorkingDirectory=str(folder), trialCommand=fill)
@@ -309,13 +341,96 @@ def test_only_listen_opens_the_web_ui_to_other_machines(run_search):
     assert ask(port, user=nobody()) == 403  # the loopback address is not opened
 
 
-# The default configuration, notices, and trials of other projects
+# The command line, the default configuration, and the data
+
+
+@pytest.mark.parametrize("args", [["x.yml"], ["-c", "x.yml"], ["create", "--config", "x.yml"]])
+def test_a_configuration_may_be_named_as_for_nnictl(args):
+    assert cli.parse_args(args, "nnisearch", cli.Project()).config == Path("x.yml")
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        ([], "CONFIG is missing; allowed: a configuration of NNI, --resume, --view"),
+        (["x.yml", "-c", "y.yml"], "--config is y.yml; allowed: none, after x.yml"),
+        (["x.yml", "--resume", "a"], "CONFIG is x.yml; allowed: none, with --resume or --view"),
+        (["--view", "a", "--resume", "a"], "--view is a; allowed: none, with --resume"),
+        (["x.yml", "-p", "65536"], "--port is 65536; allowed: 1 to 65535"),
+        (["x.yml", "--host", "a"], "--host is a; allowed: none, without --listen"),
+        (["x.yml", "--listen", "1.2.3.4"], "--listen is 1.2.3.4; allowed: an IPv4 address of this"),
+        (["x.yml", "--no-rehearsal"], "unrecognized arguments: --no-rehearsal"),
+    ],
+)
+def test_flags_that_are_not_allowed_are_refused_in_one_line(capsys, args, part):
+    result = as_process(capsys, cli.parse_args, args, "nnisearch", cli.Project())
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"nnisearch: error: {part}")
+
+
+def test_help_names_the_default_configuration(capsys):
+    result = as_process(capsys, cli.parse_args, ["--help"], "search.py", search.PROJECT)
+    words = " ".join(result.stdout.split())
+    assert "NNI (default: config.yml with GPUs, configs/cpu.yml without)" in words
+
+
+def test_a_port_that_only_root_may_open_is_not_called_taken(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(launch.socket, "create_server", refuse)
+    with pytest.raises(ValueError, match="--port is 80; allowed: 1024 or more, since you may not"):
+        launch.find_port(80)
+
+
+def test_a_folder_with_a_name_too_long_for_sqlite_is_refused(tmp_path):
+    folder = tmp_path / "/".join(["x" * 200] * 3)
+    long = types.SimpleNamespace(experiment_working_directory=str(folder))
+    with pytest.raises(ValueError, match="allowed: a path of at most 480 bytes"):
+        cli.check_folder(long, search.PROJECT)
+
+
+def test_a_python_that_is_not_the_users_is_named(tmp_path, monkeypatch):
+    config = types.SimpleNamespace(trial_command="python3 trial.py")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert cli.name_python(config, search.PROJECT) == []
+    (tmp_path / "python3").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (line,) = cli.name_python(config, search.PROJECT)
+    assert line.startswith(f"In trialCommand python3 is {Path(sys.executable).parent}/python3")
+    assert f"write {tmp_path}/python3 in trialCommand" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "loaded"),
+    [
+        ("python3 train.py --dataset synthetic --data-dir /x", ("synthetic", "/x")),
+        ("torchrun --nproc 2 train.py --data-dir=x > log", ("cifar10", f"{ROOT}/x")),
+        ("python3 train.py --data-dir $WHERE --epochs $N", None),  # what the shell makes of it
+        ("python3 trial.py --data-dir x", None),
+    ],
+)
+def test_train_pys_data_is_loaded_with_the_flags_of_the_trial(monkeypatch, command, loaded):
+    import train
+
+    seen = []
+    monkeypatch.setattr(train, "load_data", lambda args: seen.append(args))
+    search.load_data(types.SimpleNamespace(trial_code_directory=ROOT, trial_command=command))
+    assert [(args.dataset, str(args.data_dir)) for args in seen] == [loaded] * bool(loaded)
+
+
+def test_data_that_cannot_be_loaded_is_refused_before_nni_starts(run_search, home):
+    command = "python3 train.py --data-dir /proc/nowhere"
+    config = demo(trialCommand=command, searchSpace=SPACE)
+    assert "/proc/nowhere" in refusal(run_search(config=config))
+    assert not list(home.glob("nni-experiments/*/log"))
 
 
 def test_the_default_is_config_yml_with_gpus_and_says_who_holds_them(start_search, home):
     stand_in_nvidia_smi(home, busy=[True, True])
     path = f"{home}:{os.environ['PATH']}"
-    with start_search("-p", free_port(), "--no-rehearsal", PATH=path) as process:
+    with start_search("-p", free_port(), how=UNCHECKED, PATH=path) as process:
         chosen = process.stdout.readline()
         waiting = read_until(process, "trials wait for a GPU")
     assert chosen == "Configuration: config.yml, since nvidia-smi lists 2 GPUs\n"

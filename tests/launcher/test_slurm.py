@@ -1,5 +1,6 @@
 """Searches whose trials are jobs of a SLURM cluster: two nodes, started by the test."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import nni_node
 import pytest
 import yaml
 from cluster import Cluster, missing
@@ -15,27 +17,26 @@ from experiment import MANAGER, SEARCH, processes_at
 from held_trial import REPORTS, let_pass
 from waiting import wait_for
 
+from nnisearch import elsewhere
 from nnisearch.before import config as configuration
-from nnisearch.before import rehearsal
+from nnisearch.elsewhere import slurm
 from nnisearch.results.database import Trials
-from nnisearch.shared import slurm
 from nnisearch.shared.text import reason
-from nnisearch.start.launch import Watchdog
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "slurm.yml").read_text())
 SRUN = CONFIG["trialCommand"].replace("python3 train.py", LIGHT_TRIAL)
 HELD = CONFIG["trialCommand"].replace("train.py", "tests/support/held_trial.py")
 LOSES_ITS_NODE = "echo 'srun: error: Node failure on n1' >&2 && exit 1"
-# As on NFS: inotify does not notice what another machine writes.
-DEAF = "require('fs').watch = () => ({ close() {} });"
 
 
 @pytest.fixture
-def cluster(tmp_path, environment):
+def cluster(tmp_path, environment, monkeypatch):
     if why := missing():
         pytest.skip(why)
     cluster = Cluster(tmp_path / "cluster")
     environment |= cluster.environment
+    for key, value in cluster.environment.items():
+        monkeypatch.setenv(key, value)
     try:
         cluster.boot()
         yield cluster
@@ -44,10 +45,8 @@ def cluster(tmp_path, environment):
 
 
 @pytest.fixture
-def search(experiment, environment, tmp_path):
-    """Start a search of configs/slurm.yml with light trials, on a home that is like NFS."""
-    (tmp_path / "deaf.js").write_text(DEAF)
-    environment["NODE_OPTIONS"] = f"--require {tmp_path / 'deaf.js'}"
+def search(experiment):
+    """Start a search of configs/slurm.yml with light trials."""
 
     def search(**changes):
         return experiment("configs/slurm.yml", **{"trialCommand": SRUN} | changes)
@@ -61,19 +60,14 @@ def trials_of(search):
     return list(trials.by_id.values())
 
 
-def running(search, message=""):
-    """Return the IDs of the running trials that have reported and have such a message."""
-    return [
-        trial.id
-        for trial in trials_of(search)
-        if trial.status == "RUNNING" and trial.intermediate and message in (trial.message or "")
-    ]
+def running(search):
+    """Return the IDs of the running trials that have reported."""
+    return [each.id for each in trials_of(search) if each.status == "RUNNING" and each.intermediate]
 
 
 def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, search, tmp_path):
     everything = ["srun", "--partition=urgent", "--nodes=2", "--exclusive"]
-    how = {"env": os.environ | cluster.environment}
-    with subprocess.Popen([*everything, "sleep", "1000"], **how) as others:
+    with subprocess.Popen([*everything, "sleep", "1000"]) as others:
         wait_for(lambda: any("RUNNING" in job for job in cluster.jobs()))
         one = search(maxTrialNumber=5, searchSpace=SPACE, trialCommand=HELD)
         command = [sys.executable, *SEARCH, "--resume", one.id]
@@ -87,16 +81,21 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
         others.terminate()
     in_queue_until = time.time() * 1000
     wait_for(lambda: len(running(one)) == 4)
+
+    def again(why):
+        return said.read_text().count(f"SLURM has ended its job: {why}")
+
     cluster.kill_node("n2")
-    wait_for(lambda: "run again (1 of at most 3): srun: error: Node failure" in said.read_text())
+    wait_for(lambda: again("NODE_FAIL") == 2)
+    assert "is run again (1 of at most 3): SLURM has ended its job: NODE_FAIL" in said.read_text()
     cluster.start_node("n2")
-    wait_for(lambda: len(running(one, "Node failure")) == 2)
-    subprocess.run([*everything, "true"], **how, check=True)
-    wait_for(lambda: len(running(one, "PREEMPTION")) == 4)
+    wait_for(lambda: len(running(one)) == 4)
+    subprocess.run([*everything, "true"], check=True)
+    wait_for(lambda: again("PREEMPTED") == 4)
+    wait_for(lambda: len(running(one)) == 4)
     let_pass(one.home, 5)
     trials = one.wait(240)
     assert watcher.wait(60) == 0, said.read_text()
-    assert "DUE TO PREEMPTION" in said.read_text()
     assert [trial["status"] for trial in trials] == ["SUCCEEDED"] * 5
     assert sorted(trial["sequenceId"] for trial in trials) == list(range(5))
     for trial in trials_of(one):
@@ -104,7 +103,7 @@ def test_a_search_waits_in_the_queue_and_loses_no_trial_with_its_node(cluster, s
         assert trial.start >= in_queue_until
         metrics = one.get(f"metric-data/{trial.id}")
         assert [metric["type"] for metric in metrics].count("FINAL") == 1
-    assert {urlsplit(trial.path).hostname for trial in trials_of(one)} == {"n1", "n2"}
+    assert {urlsplit(trial["logPath"]).hostname for trial in trials} == {"n1", "n2"}
     assert one.stop() == []
 
 
@@ -122,8 +121,9 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
     def has_no_job(*trials):
         return not any(job.split("|")[1][4:].endswith(trials) for job in cluster.jobs())
 
-    (lost,) = wait_for(lambda: [t for t in trials_of(one) if t.status == "FAILED"])
-    assert "run again (3 of at most 3): srun: error: Node failure on n1" in lost.message
+    notices = one.home / "nni-experiments" / one.id / "log" / "notices.log"
+    wait_for(lambda: of_status("FAILED"))
+    assert "(3 of at most 3): srun: error: Node failure on n1" in notices.read_text()
     wait_for(lambda: len(running(one)) == 4)
     for killed in (running(one)[0], wait_for(lambda: of_status("WAITING"))[0]):  # two GPUs a node
         one.request("DELETE", f"trial-jobs/{killed}")
@@ -142,36 +142,118 @@ def test_no_job_outlives_its_trial_or_its_search(cluster, search):
     wait_for(lambda: cluster.jobs() == [])
 
 
-def rehearse(command, folder, monkeypatch, cluster):
-    """Return what rehearse_trial() returns of a trial command on the cluster."""
-    for key, value in cluster.environment.items():
-        monkeypatch.setenv(key, value)
-    (folder / "search").mkdir(parents=True)
-    config = configuration.load(ROOT / "configs" / "slurm.yml")
-    config.trial_command = command
-    monkeypatch.setenv("SLURM_TASK_PROLOG", "")
-    slurm.prepare("search", folder / "search")
-    proposal = '{"parameter_id": 0, "parameters": {"epochs": 1, "lr": 0.1}}'
-    place = folder / "search" / "rehearsal"
-    with Watchdog(folder / "search", "create") as watchdog:
-        return rehearsal.rehearse_trial(config, place, proposal, 0, None, watchdog)
+def prepare(folder, command):
+    """Prepare a search that runs a command; return elsewhere.js's settings."""
+    config, _ = configuration.load(ROOT / "configs" / "slurm.yml")
+    config.trial_command, config.trial_code_directory = command, str(folder)
+    return elsewhere.prepare(config, "search", folder, False)
 
 
-def test_a_rehearsal_is_a_job_that_may_fail(cluster, tmp_path, monkeypatch):
-    why, _ = rehearse("srun --partition=none true", tmp_path, monkeypatch, cluster)
-    assert "srun: error: Unable to allocate resources: Invalid partition name specified" in why
-    assert rehearse(f"{LOSES_ITS_NODE}; srun x", tmp_path / "lost", monkeypatch, cluster)[0] is None
+def test_a_trial_runs_once(cluster, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "trial"
+    (own / ".nni").mkdir(parents=True)
+    monkeypatch.setenv("NNI_SYS_DIR", str(own))
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
+
+    def run(command):
+        environment = os.environ | prepare(tmp_path, command)["environment"]
+        how = {"env": environment, "stdout": subprocess.PIPE, "text": True, "timeout": 120}
+        return subprocess.run(["bash", "-c", command], **how).stdout
+
+    once = "srun --partition=whole sh -c 'echo $NNI_SYS_DIR'"
+    assert run(once) == f"{own}\n"
+    assert (own / ".nni" / "elsewhere").read_text().split()[1] in ("n1", "n2")
+    assert run("srun --ntasks=2 echo x") == "x\nx\n"  # who asks for it gets it
+    assert "several" in (own / ".nni" / "elsewhere").read_text().split()
+
+    # In an allocation, whose variables srun reads.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    both = f"{once} & {once}; wait".replace("--partition=whole ", "")
+    both = both.replace("echo", "sleep 3; date +%s; echo")
+    environment = prepare(tmp_path, both)["environment"]
+    assert "within SLURM's job 7" in capsys.readouterr().out
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assigned = " ".join(f"{key}={value}" for key, value in environment.items())
+    command = ["salloc", "--ntasks=2", "bash", "-c", f"export {assigned}; {both}"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    times = sorted(int(line) for line in said.split() if line.isdigit())
+    assert said.count(str(own)) == 2 and times[1] - times[0] < 3  # both at a time
 
 
-def test_a_search_does_not_wait_for_a_rehearsal_in_the_queue(
-    cluster, tmp_path, monkeypatch, capsys
+HOOKS = """
+const [elsewhere, ...given] = process.argv.slice(1);
+const [settings, job] = given.map((text) => JSON.parse(text));
+const said = [];
+const hooks = require(elsewhere)({ elsewhere: settings, say: (line) => said.push(line) });
+hooks.lost(job).then((lost) => console.log(JSON.stringify({ lost, said })));
+"""
+REFUSED = "srun: error: Unable to allocate resources: "
+
+
+@pytest.mark.parametrize(
+    ("printed", "state", "again", "words"),
+    [
+        (f"{REFUSED}Invalid partition name specified", "", None, ""),
+        (f"{REFUSED}Requested node configuration is not available", "", None, ""),
+        (f"{REFUSED}Job violates accounting/QOS policy (job submit limit, ...)", "", 4000, "limit"),
+        (f"{REFUSED}Unable to contact slurm controller (connect failure)", "", 4000, "contact"),
+        (f"{REFUSED}Socket timed out on send/recv operation", "", 4000, "timed out"),
+        ("slurmstepd: error: *** STEP 2.0 ON n1 CANCELLED AT ... ***", "PREEMPTED", 0, ""),
+        ("ValueError", "FAILED PreemptTime=2026-12-01T01:48:35", 0, ""),
+        ("ValueError", "FAILED PreemptTime=None", None, ""),
+        ("ValueError", "FAILED", None, ""),
+        ("ValueError", "BOOT_FAIL", 0, ""),
+        ("srun: error: Node failure on n1", "NODE_FAIL", 0, ""),
+        ("slurmstepd: error: *** JOB 2 CANCELLED DUE TO TIME LIMIT ***", "TIMEOUT", None, ""),
+        ("srun: error: Node failure on n1", "CANCELLED", None, ""),
+        ("srun: error: Application launch failed: no route", "", 0, ""),
+        ("slurmstepd: error: --task-prolog failed status=127", "FAILED", None, "share|not have"),
+    ],
+)
+def test_slurm_is_asked_how_a_job_has_ended(tmp_path, printed, state, again, words):
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\n[ $4 = 5 ] && echo 'JobId=5 JobState={state}'\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / ".nni").mkdir()
+    (tmp_path / ".nni" / "elsewhere").write_text("1796087806106 n1 5\n" if state else "")
+    (tmp_path / "stderr").write_text(printed)
+    job = {
+        "id": "t",
+        "form": {"sequenceId": 0},
+        "again": 2,
+        "end": {"status": int(state != "NODE_FAIL")},
+    }
+    job["workingDirectory"] = str(tmp_path)
+    settings = {"kind": "slurm", "name": "nni-search-", "environment": {}}
+    node = Path(nni_node.__path__[0], "node")
+    script = ROOT / "nnisearch" / "manager" / "elsewhere.js"
+    answer = subprocess.run(
+        [node, "-e", HOOKS, script, json.dumps(settings), json.dumps(job)],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        check=True,
+    )
+    found = json.loads(answer.stdout)
+    assert found.get("lost", {}).get("pause") == again
+    assert any(word in "".join(found["said"]) for word in words.split("|"))
+
+
+def test_jobs_of_a_killed_manager_are_cancelled_again_until_slurm_answers(
+    tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(rehearsal, "QUEUE_PATIENCE", 1)
-    cluster.run("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test")
-    why, _ = rehearse("srun true", tmp_path, monkeypatch, cluster)
-    assert why is None
-    assert "its trial is still in SLURM's queue: PENDING (" in capsys.readouterr().out
-    wait_for(lambda: cluster.jobs() == [])
+    (tmp_path / "squeue").write_text(
+        f"#!/bin/sh\ncd {tmp_path}; echo x >> asked; [ $(wc -l < asked) -gt 2 ] && exit\n"
+        "[ $(wc -l < asked) = 2 ] && echo 'nni-search-t|RUNNING (None)' && exit\n"
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
+    )
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
+    for name in ("squeue", "scancel"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm.cancel_jobs("search")
+    assert "it is tried again: squeue: slurm_load_jobs error: Unable" in capsys.readouterr().out
+    assert "--name nni-search-t" in (tmp_path / "cancelled").read_text()
 
 
 @pytest.mark.parametrize(
@@ -182,22 +264,26 @@ def test_a_search_does_not_wait_for_a_rehearsal_in_the_queue(
         ("bash run.sh", "cd x && srun python3 train.py", True),
         ("python3 run.py", "# not by srun here", False),
         ("python3 srun.py", "", False),
+        ("sbatch run.sh", "#SBATCH", False),
+        ("sbatch --wait run.sh", "#SBATCH", False),
     ],
 )
 def test_srun_is_found_in_the_command_or_its_script(
-    tmp_path, monkeypatch, command, script, is_used
+    tmp_path, monkeypatch, capsys, command, script, is_used
 ):
-    (tmp_path / "srun").touch(mode=0o700)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("srun", "sbatch", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name in ("run.sh", "run.py"):
         (tmp_path / name).write_text(script)
-    config = configuration.load(Path(ROOT, "configs", "slurm.yml"))
-    config.trial_command, config.trial_code_directory = command, str(tmp_path)
-    assert slurm.is_used(config) == is_used
+    assert (prepare(tmp_path, command) is not None) == is_used
+    assert ("ends each trial" in capsys.readouterr().out) == (command == "sbatch run.sh")
 
 
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nValueError: lr is nan\n"
 LIMIT = "slurmstepd: error: *** STEP 2.0 ON n1 CANCELLED AT 2026-11-27 DUE TO TIME LIMIT ***"
+EXIT = "srun: error: n1: task 0: Exited with exit code 3"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +291,12 @@ LIMIT = "slurmstepd: error: *** STEP 2.0 ON n1 CANCELLED AT 2026-11-27 DUE TO TI
     [
         (f"{LIMIT}\nsrun: error: n1: task 0: Terminated", LIMIT),
         ("srun: error: n1: task 0: Out Of Memory", "srun: error: n1: task 0: Out Of Memory"),
-        (f"{TRACEBACK}srun: error: n1: task 0: Exited with exit code 1", "ValueError: lr is nan"),
+        (f"{TRACEBACK}{EXIT}", "ValueError: lr is nan"),
+        (
+            f"run.sh: line 1: conda: command not found\n{EXIT}",
+            "run.sh: line 1: conda: command not found",
+        ),
+        (EXIT, EXIT),
     ],
 )
 def test_slurms_error_is_the_reason_if_slurm_ended_the_job(printed, why):

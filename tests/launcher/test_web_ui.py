@@ -41,8 +41,8 @@ class Page:
         return self.browser.find_element(By.TAG_NAME, "body").text
 
     def all(self, selector, text=""):
-        found = self.browser.find_elements(By.CSS_SELECTOR, selector)
-        return [element for element in found if text in element.text]
+        elements = self.browser.find_elements(By.CSS_SELECTOR, selector)
+        return [element for element in elements if text in element.text]
 
     def click(self, selector, text=""):
         self.wait(lambda: self.all(selector, text))[0].click()
@@ -104,9 +104,9 @@ def test_the_web_ui_shows_the_results_of_a_search(experiment, page):
         assert losses == [metric_value(metric) for metric in metrics]
 
     page.click("[data-automationid=DetailsRow] i[data-icon-name=ChevronRight]")
-    given = parameters(trials[0])
+    proposed = parameters(trials[0])
     page.wait(lambda: page.all("[role=tab]", "Log"))
-    assert all(f"{key}:{json.dumps(value)}" in page.text() for key, value in given.items())
+    assert all(f"{key}:{json.dumps(value)}" in page.text() for key, value in proposed.items())
     page.click("[role=tab]", "Log")
     page.click("button", "View trial log")
     page.wait(lambda: len(page.browser.window_handles) == 2)
@@ -114,7 +114,7 @@ def test_the_web_ui_shows_the_results_of_a_search(experiment, page):
     page.wait(lambda: "Acc: " in page.text())
     logged = page.text()
     used = printed_parameters(logged)
-    assert used == used | given
+    assert used == used | proposed
     assert logged.split() == demo.trial_file(trials[0], "trial.log").split()
     page.browser.quit()  # NNI waits up to a minute for its connections
     assert demo.stop() == []

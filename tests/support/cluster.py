@@ -43,7 +43,8 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PreemptType=preempt/partition_prio
 PreemptMode=CANCEL
-PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1
+PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=2
+PartitionName=whole Nodes=n1,n2 PriorityTier=1 OverSubscribe=EXCLUSIVE
 PartitionName=urgent Nodes=n1,n2 PriorityTier=2
 """
 

@@ -9,7 +9,7 @@ import few_images
 import pytest
 import torch
 from conftest import ROOT
-from experiment import UNCHECKED, Experiment, accuracy, processes_at
+from experiment import Experiment, accuracy, processes_at
 from PIL import Image
 
 import train
@@ -49,16 +49,25 @@ RIGHT = "(1000, 3, 32, 32), torch.int64 (1000,), torch.uint8 (200, 3, 32, 32), t
 @pytest.mark.parametrize(
     ("data_set", "line"),
     [
-        (None, "load_data() returns NoneType; allowed: for training and for test, images"),
+        (
+            None,
+            "load_data() returns NoneType; allowed: for training and for test, images",
+        ),
         ((1, 2, 3), "load_data() returns int, int, int; allowed"),
         (changed(0, torch.Tensor.float), f"load_data() returns torch.float32 {RIGHT}"),
         (changed(1, torch.Tensor.numpy), "torch.uint8 (1000, 3, 32, 32), int64 (1000,), "),
         (changed(2, lambda images: images[:, 0]), "torch.uint8 (200, 32, 32), "),
         (changed(3, lambda labels: labels[:, None]), f"{RIGHT}(200, 1); allowed"),
         (changed(3, lambda labels: labels[:5]), f"{RIGHT}(5,); allowed"),
-        (changed(1, lambda labels: labels + 1), "Net returns logits (1, 10) for one image"),
-        (changed(3, lambda labels: labels + 1), "Net returns logits (1, 10) for one image"),
-        (changed(1, lambda labels: labels - 1), "a label is -1"),
+        (
+            changed(1, lambda labels: labels + 1),
+            "(1, 10) for an image, with labels 1 to 10; allowed",
+        ),
+        (
+            changed(3, lambda labels: labels + 1),
+            "(1, 10) for an image, with labels 1 to 10; allowed",
+        ),
+        (changed(1, lambda labels: labels - 1), "with labels -1 to 8; allowed"),
     ],
 )
 def test_wrong_data_ends_in_one_line(main, monkeypatch, data_set, line):
@@ -74,8 +83,11 @@ def test_wrong_data_ends_in_one_line(main, monkeypatch, data_set, line):
 @pytest.mark.parametrize(
     ("forward", "line"),
     [
-        (lambda self, x: (x, x), "Net returns a tuple; allowed: a tensor of logits"),
-        (lambda self, x: x.flatten(1)[:, :9], "Net returns logits (1, 9) for one image; allowed: "),
+        (lambda self, x: (x, x), "Net returns tuple for an image"),
+        (
+            lambda self, x: x.flatten(1)[:, :9],
+            "Net returns torch.float32 (1, 9) for an image, with ",
+        ),
     ],
 )
 def test_a_wrong_network_ends_in_one_line(main, monkeypatch, forward, line):
@@ -135,7 +147,7 @@ def test_the_readmes_own_network_and_data_are_searched(tmp_path, home, environme
         ROOT / "configs" / "demo.yml",
         home,
         environment | {"PYTHONPATH": ""},
-        UNCHECKED,
+        [project / "search.py"],
         trialCommand="OMP_NUM_THREADS=1 python3 train.py",
         trialCodeDirectory=str(project),
         tuner={"name": "Random"},
