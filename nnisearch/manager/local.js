@@ -3,7 +3,8 @@
 // Here a trial counts as ended when its processes have ended and its reports are stored.
 //
 // With elsewhere.js a trial runs on another machine, and its process here waits for it. The hooks
-// get NNI's job: id, workingDirectory, form, status; and again, how often it was run again.
+// get NNI's job: id, workingDirectory, form, status; again, how often it was run again; and, once
+// its process here has ended, end: {status: number, null after a signal or a text, time: ms}.
 //   prepare(job), environment(job)  before each start; returns {name: value} for the process here
 //   begun(job)  undefined while the trial waits over there, then {time: ms, place}, both optional
 //   async lost(job)  its process here has ended: undefined if the trial itself has ended, otherwise
@@ -138,14 +139,14 @@ const extendService = (NNIs, settings, elsewhere) => class Service extends NNIs 
         const shell = spawn("bash", [`${folder}/run.sh`], how);
         output.forEach((file) => fs.closeSync(file));
         const end = (status) => {
-            job.exit = { status, time: Date.now() };
+            job.end = { status, time: Date.now() };
             // As NNI; watch/endings.py reads it. The trial may have removed the folder.
-            fs.writeFile(`${folder}/.nni/state`, `${status} ${job.exit.time}`, () => {});
+            fs.writeFile(`${folder}/.nni/state`, `${status} ${job.end.time}`, () => {});
         };
         shell.on("exit", end).on("error", ({ message }) => end(message));
         const tell = (report) => this.eventEmitter.emit("metric", report);
         const reports = new Reports(job, tell, settings.say);
-        Object.assign(job, { reports, startTime: Date.now(), exit: undefined });
+        Object.assign(job, { reports, startTime: Date.now(), end: undefined });
         this.setExtraProperties(job, resource);
         if (!elsewhere) this.setTrialJobStatus(job, "RUNNING");
     }
@@ -160,7 +161,7 @@ const extendService = (NNIs, settings, elsewhere) => class Service extends NNIs 
     }
 
     look(job) {
-        const isAlive = !job.exit || job.stopping;
+        const isAlive = !job.end || job.stopping;
         if (isAlive && Date.now() - (job.looked ?? 0) < LOOK) return;
         job.looked = Date.now();
         const isAllRead = job.reports.read();
@@ -186,8 +187,8 @@ const extendService = (NNIs, settings, elsewhere) => class Service extends NNIs 
         }
         if (job.reports.rest) job.reports.warn(); // it was killed while it wrote
         if (job.status === "WAITING") this.begin(job, {});
-        job.endTime = job.exit.time;
-        const isGood = job.exit.status === 0;
+        job.endTime = job.end.time;
+        const isGood = job.end.status === 0;
         this.setTrialJobStatus(job, isGood ? "SUCCEEDED" : job.stopped ?? "FAILED");
     }
 

@@ -37,17 +37,24 @@ function setLimit(params, { key, nnictls, pattern, allowed }) {
     params[key] = isNaN(value) ? value : Number(value);
 }
 
-function shortenPauses(isBusy) {
+// Must be called before NNI's modules are loaded, since they keep the function.
+function shortenPauses(settings) {
     const { setTimeout: pause } = timers;
-    timers.setTimeout = (ms, ...rest) => pause(ms === NNIS_PAUSE && isBusy() ? PAUSE : ms, ...rest);
+    timers.setTimeout = (ms, ...rest) => {
+        const isShort = ms === NNIS_PAUSE && settings.manager?.hasWork();
+        return pause(isShort ? PAUSE : ms, ...rest);
+    };
 }
 
 const extendManager = (NNIs, settings) => class Manager extends NNIs {
     run() {
         settings.manager = this;
-        shortenPauses(() => this.trialJobs.size + this.waitingTrials.length > 0
-            || !["DONE", "TUNER_NO_MORE_TRIAL"].includes(this.status.status));
         return super.run();
+    }
+
+    hasWork() {
+        return this.trialJobs.size + this.waitingTrials.length > 0
+            || !["DONE", "TUNER_NO_MORE_TRIAL"].includes(this.status.status);
     }
 
     async pingDispatcher() {} // the tuner ignores NNI's pings
@@ -144,11 +151,14 @@ function changeChannel(channel, settings) {
     };
 }
 
-module.exports = (settings) => ({
-    "core/nnimanager.js": (exports) => {
-        exports.NNIManager = extendManager(exports.NNIManager, settings);
-    },
-    "core/tuner_command_channel/websocket_channel.js": ({ getWebSocketChannel }) => {
-        changeChannel(getWebSocketChannel(), settings);
-    },
-});
+module.exports = (settings) => {
+    shortenPauses(settings);
+    return {
+        "core/nnimanager.js": (exports) => {
+            exports.NNIManager = extendManager(exports.NNIManager, settings);
+        },
+        "core/tuner_command_channel/websocket_channel.js": ({ getWebSocketChannel }) => {
+            changeChannel(getWebSocketChannel(), settings);
+        },
+    };
+};

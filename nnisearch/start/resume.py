@@ -43,8 +43,8 @@ def find(id, listed, flag):
     if not folder or folder.is_symlink():  # NNI's link _latest
         raise ValueError(f"{flag} is {id!r}; allowed: {known_ids(listed)}")
     manager = manager_of(id)
-    entry = {"id": id, "status": "RUNNING" if manager else "STOPPED"} | listed.get(id, {})
-    entry["logDir"] = str(folder.parent)
+    entry = {"status": "RUNNING" if manager else "STOPPED"} | listed.get(id, {})
+    entry |= {"id": id, "logDir": str(folder.parent)}
     if manager:
         entry["port"] = int(argument_of(manager, "--port"))
     return entry
