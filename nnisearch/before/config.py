@@ -16,17 +16,11 @@ from nni.experiment.config.utils import load_experiment_config
 from nni.tools.package_utils import get_all_algo_meta
 
 from nnisearch.before.gpus import allow_visible
-from nnisearch.before.keys import (
-    ALGORITHMS,
-    SERVICES,
-    check_code,
-    check_keys,
-    check_unique,
-    explanation,
-)
+from nnisearch.before.keys import ALGORITHMS, check_code, check_unique, check_values, explanation
 from nnisearch.results.database import DATABASE, PROFILE, open_database
 from nnisearch.shared.text import one_line
 
+PLATFORMS = ("local", "remote")
 UNPROTECTED = "`nnictl create` starts it, without nnisearch's protection"
 # {key of version 2: the same of version 1}
 VERSION_1 = {
@@ -67,10 +61,10 @@ def load(path):
             raise ValueError("it has no keys; allowed: a configuration of NNI")
         if "trainingServicePlatform" in content:
             content, is_version_1 = convert_version_1(content), True
-        check_keys(content)
         utils.set_base_path(path.parent)
         config = ExperimentConfig(**content)
         check_support(config)
+        check_values(config)
         lines = check_space_file(config)
         if config.training_service.platform == "remote" and not config.nni_manager_ip:
             config.nni_manager_ip = "127.0.0.1"  # unused; without it NNI asks for a network
@@ -86,16 +80,13 @@ def load(path):
 
 def check_support(config):
     """Raise ValueError for a kind of search that nnisearch leaves to nnictl."""
-    if isinstance(config.training_service, list):
-        raise ValueError(f"trainingService is a list; allowed: an object; {UNPROTECTED}")
-    if utils.is_missing(config.training_service) or config.training_service is None:
-        raise ValueError("trainingService is not set; allowed: an object with a platform")
-    if isinstance(config.training_service, dict):  # NNI does not know the platform
-        platform = config.training_service.get("platform")
-    else:
-        platform = config.training_service.platform
-    if platform not in SERVICES:
-        raise ValueError(f"platform is {platform}; allowed: {', '.join(SERVICES)}; {UNPROTECTED}")
+    service = config.training_service
+    platform = getattr(service, "platform", None)
+    if isinstance(service, dict):  # NNI does not know the platform
+        platform = service.get("platform")
+    if platform not in PLATFORMS:
+        allowed = f"local or remote, in one object; {UNPROTECTED}"
+        raise ValueError(f"platform in trainingService is {platform}; allowed: {allowed}")
     if config.use_annotation:
         allowed = "false, with nni.get_next_parameter() in the trial, and a searchSpace"
         raise ValueError(f"useAnnotation is true; allowed: {allowed}; {UNPROTECTED}")
@@ -139,8 +130,8 @@ def convert_version_1(content):
     Raises ValueError for what NNI cannot convert, and for keys that it would leave out.
     """
     platform = content["trainingServicePlatform"]
-    if platform not in SERVICES:
-        allowed = f"{', '.join(SERVICES)}; {UNPROTECTED}"
+    if platform not in PLATFORMS:
+        allowed = f"{' or '.join(PLATFORMS)}; {UNPROTECTED}"
         raise ValueError(f"trainingServicePlatform is {platform}; allowed: {allowed}")
     for key in ("trial", *ALGORITHMS, f"{platform}Config"):
         if key in content and not isinstance(content[key], dict):
@@ -190,6 +181,7 @@ def load_stored(experiment, folder):
     config = from_stored(params, where)
     try:
         check_support(config)
+        check_values(config)
         config = config.canonical_copy()
     except Exception as error:  # NNI's classes raise many
         raise ValueError(f"{where}: {explanation(error)}") from None
@@ -206,7 +198,6 @@ def from_stored(params, where):
         raise ValueError(f"{where}: its configuration is {params!r}; allowed: an object")
     check_code(params, where)
     try:
-        check_keys(params)
         return load_experiment_config(params)
     except Exception as error:  # NNI's classes raise many
         raise ValueError(f"{where}: {explanation(error)}") from None

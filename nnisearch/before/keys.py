@@ -1,8 +1,8 @@
-"""Checks the keys and values of NNI's configurations, and says in words why NNI refuses one."""
+"""Checks the values of NNI's configurations, and says in words why NNI refuses one."""
 
+import dataclasses
 import difflib
 import re
-import traceback
 from collections import Counter
 
 from nni.experiment.config import ExperimentConfig, LocalConfig, RemoteConfig, utils
@@ -13,15 +13,15 @@ from nnisearch.shared.text import one_line
 
 CODE_KEYS = {"__symbol__", "__nni_type__", "__nni_obj__", "__enum__"}  # nni/common/serializer.py
 ALGORITHMS = ("tuner", "assessor", "advisor")
-SERVICES = {"local": LocalConfig, "remote": RemoteConfig}
-# {place in a configuration: NNI's class, whose fields are the keys there}
+# {NNI's class of a part of a configuration: where the part is}
 PLACES = {
-    "the configuration": ExperimentConfig,
-    "tuner": _AlgorithmConfig,
-    "trainingService": LocalConfig,
-    "trainingService of platform remote": RemoteConfig,
-    "machineList": RemoteMachineConfig,
+    ExperimentConfig: "the configuration",
+    _AlgorithmConfig: "tuner or assessor",
+    LocalConfig: "trainingService",
+    RemoteConfig: "trainingService of platform remote",
+    RemoteMachineConfig: "machineList",
 }
+CLASSES = {kind.__name__: kind for kind in PLACES}
 # {a word in NNI's name for a type: the type in our messages}
 TYPES = {"int": "an integer", "str": "a text", "bool": "true or false"}
 TYPES |= {"Path": "a path", "List": "a list of objects"}
@@ -44,81 +44,72 @@ def are_gpus(value):
 
 DURATION = (lambda value: seconds(value) > 0, "more than 0 seconds, such as 90, 90s, 30m, 2h or 1d")
 GPUS = (are_gpus, "a GPU's number, or several such as 0,1 or [0, 1]")
+ABOVE_0 = (lambda value: value > 0, "an integer > 0")
 # NNI's own check also lets fatal and trace pass, with which its manager ends at its start.
 LEVELS = ["error", "warning", "info", "debug"]
 # {key: (a test of its value, the allowed values in words)}, for keys that NNI's own messages do not
 # name, or whose bad values NNI accepts. A test may raise ValueError with a reason.
 LIMITS = {
-    "trialConcurrency": (lambda value: value > 0, "trialConcurrency > 0"),
-    "trialGpuNumber": (lambda value: value >= 0, "trialGpuNumber >= 0"),
-    "maxTrialNumber": (lambda value: value > 0, "maxTrialNumber > 0"),
-    "maxTrialNumberPerGpu": (lambda value: value > 0, "maxTrialNumberPerGpu > 0"),
-    "maxTrialDuration": DURATION,
-    "maxExperimentDuration": DURATION,
-    "logLevel": (LEVELS.__contains__, ", ".join(LEVELS)),
-    "gpuIndices": GPUS,
-    "tunerGpuIndices": GPUS,
+    "trial_concurrency": ABOVE_0,
+    "trial_gpu_number": (lambda value: value >= 0, "an integer >= 0"),
+    "max_trial_number": ABOVE_0,
+    "max_trial_number_per_gpu": ABOVE_0,
+    "max_trial_duration": DURATION,
+    "max_experiment_duration": DURATION,
+    "log_level": (LEVELS.__contains__, ", ".join(LEVELS)),
+    "gpu_indices": GPUS,
+    "tuner_gpu_indices": GPUS,
     "port": (lambda value: 0 < value < 65536, "1 to 65535"),
 }
 
 
-def check_keys(content):
-    """Check the keys and values of a configuration's content, a dict. Raises ValueError."""
-    limits = {utils.case_insensitive(key): limit for key, limit in LIMITS.items()}
-    for place, kind, part in objects(content):
-        if not isinstance(part, dict):
-            allowed = "an object with a name" if place in ALGORITHMS else "an object with keys"
-            raise ValueError(f"{place} is {one_line(part)}; allowed: {allowed}")
-        fields = keys_of(kind)
-        for key, value in part.items():
-            if not isinstance(key, str):  # YAML reads 1 as a number, and yes as true
-                raise ValueError(f"the key {key!r} is no text; allowed: NNI's keys")
-            name = utils.case_insensitive(key)
-            if fields and name not in fields:
-                raise ValueError(f"{key} is no key of {place}; allowed: {likely(name, kind)}")
-            if value is not None and name in limits:
-                check_value(key, value, *limits[name])
-        check_unique(fields.get(utils.case_insensitive(key), key) for key in part)
-        if place in ALGORITHMS:
-            names = {utils.case_insensitive(key) for key in part if part[key] is not None}
-            if names - {"classargs"} not in ({"name"}, {"classname", "codedirectory"}):
-                allowed = "either name, or className and codeDirectory"
-                raise ValueError(f"{place} is {one_line(part)}; allowed: {allowed}")
+def check_values(config):
+    """Check a configuration as it is written, before NNI brings it into its canonical form.
+
+    Raises ValueError, or AttributeError as NNI does for a key that it does not know.
+    """
+    for kind in ALGORITHMS:
+        check_algorithm(kind, getattr(config, kind))
+    service = config.training_service
+    machines = getattr(service, "machine_list", None)
+    machines = machines if isinstance(machines, list) else []
+    for machine in machines:
+        if isinstance(machine, dict):  # a key is wrong: NNI's class says which
+            RemoteMachineConfig(**machine)
+    for part in (config, service, *machines):
+        for key, (is_good, allowed) in LIMITS.items():
+            if (value := getattr(part, key, None)) is not None:
+                check_value(utils.camel_case(key), value, is_good, allowed)
 
 
-def objects(content):
-    """Yield (place, NNI's class, part) of a configuration; class None: its keys are not checked."""
-    yield "the configuration", ExperimentConfig, content
-    for key, value in content.items():
-        name = utils.case_insensitive(str(key))
-        if name in ALGORITHMS and value is not None:
-            yield name, _AlgorithmConfig, value
-        elif name == "trainingservice" and not isinstance(value, list):
-            service = value if isinstance(value, dict) else {}
-            yield "trainingService", SERVICES.get(service.get("platform")), value
-            for inner, machines in service.items():
-                is_machines = utils.case_insensitive(str(inner)) == "machinelist"
-                if is_machines and isinstance(machines, list):
-                    yield from (("machineList", RemoteMachineConfig, each) for each in machines)
+def check_algorithm(kind, algorithm):
+    """Check that a tuner or an assessor is named in one of NNI's two ways."""
+    if algorithm is None or isinstance(algorithm, dict):  # NNI itself says which key is wrong
+        return
+    if isinstance(algorithm, _AlgorithmConfig):
+        own = (algorithm.class_name, algorithm.code_directory)
+        if all(own) if algorithm.name is None else own == (None, None):
+            return
+        algorithm = dataclasses.asdict(algorithm)
+    allowed = "an object with a name, or with className and codeDirectory"
+    raise ValueError(f"{kind} is {one_line(algorithm)}; allowed: {allowed}")
 
 
 def keys_of(kind):
-    """Return {form in which NNI compares keys: key} of a class of NNI's, {} of None."""
-    fields = getattr(kind, "__dataclass_fields__", {})
-    return {utils.case_insensitive(name): utils.camel_case(name) for name in fields}
+    """Return {form in which NNI compares keys: key} of a class of NNI's."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {utils.case_insensitive(name): utils.camel_case(name) for name in names}
 
 
 def likely(name, kind):
     """Return in words the key that an unknown one may stand for: here, or in another place."""
-    places = {}
-    for place, other in PLACES.items():
-        for field in keys_of(other):
-            places.setdefault(field, []).append(place)
-    for similar in difflib.get_close_matches(name, places, n=1, cutoff=0.7):
+    everywhere = [key for other in PLACES for key in keys_of(other)]
+    for similar in difflib.get_close_matches(name, everywhere, n=1, cutoff=0.7):
         if similar in keys_of(kind):
             return keys_of(kind)[similar]
-        place = places[similar]
-        return f"{keys_of(PLACES[place[0]])[similar]} in {' or '.join(place)}"
+        others = [other for other in PLACES if similar in keys_of(other)]
+        where = " or ".join(PLACES[other] for other in others)
+        return f"{keys_of(others[0])[similar]} in {where}"
     return ", ".join(keys_of(kind).values())
 
 
@@ -163,19 +154,18 @@ def explanation(error):
     text = one_line(error).replace(' in "<unicode string>",', " at")
     if isinstance(error, OSError):
         text = error.strerror or text
-    if isinstance(error, AssertionError) and not error.args:  # the failed line is the reason
-        line = traceback.extract_tb(error.__traceback__)[-1].line
-        text = f"allowed: {line.removeprefix('assert ')}"
-    if by_class := re.fullmatch(r"(\w+Config): (.*)", text):
-        text = by_class[2]
+    unknown = re.fullmatch(r"(\w+) does not have field\(s\) ([^,]+).*", text)
+    if unknown and unknown[1] in CLASSES:
+        kind = CLASSES[unknown[1]]
+        return f"{unknown[2]} is no key of {PLACES[kind]}; allowed: {likely(unknown[2], kind)}"
+    text = re.sub("^LocalConfig: (?!type)", "trainingService: ", text)
+    text = re.sub(r"^\w+Config: ", "", text)
     if wrong := re.fullmatch(r"type of (\w+) \((.*)\) is not (.*)", text):
         kind = re.search(r"int|str|bool|Path|List|(?<=Literal\[')\w+", wrong[3])
         allowed = TYPES.get(kind[0], kind[0]) if kind else "an object"
         text = f"{wrong[1]} is {one_line(wrong[2], 100)}; allowed: {allowed}"
-    elif by_class and by_class[1] == "LocalConfig":
-        text = f"trainingService: {text}"
     # NNI's classes spell the keys in snake_case.
-    fields = {name for kind in PLACES.values() for name in kind.__dataclass_fields__}
+    fields = {field.name for kind in PLACES for field in dataclasses.fields(kind)}
     return re.sub(
         r"(?<![\w/.-])\w+(?![\w/])",
         lambda word: utils.camel_case(word[0]) if word[0] in fields else word[0],

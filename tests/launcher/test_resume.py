@@ -413,7 +413,7 @@ GOOD = CONFIG | {"trialCodeDirectory": "/"}
         ("{", "Expecting property name"),
         ("[]", "its configuration is []; allowed: an object"),
         ("null", "its configuration is None; allowed: an object"),
-        ("{}", "trainingService is not set"),
+        ("{}", "platform in trainingService is None"),
         (json.dumps(GOOD | {"trialConcurrency": 0}), "trialConcurrency is 0; allowed: "),
         (json.dumps(GOOD | {"trialCodeDirectory": "/no/such"}), "/no/such"),
         (json.dumps(GOOD | {"tuner": {"name": 3}}), "name"),

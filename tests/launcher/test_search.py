@@ -176,7 +176,7 @@ def test_names_and_errors_are_printed_without_control_characters(tmp_path, monke
     path = tmp_path / "\x1b[31mred.yml"
     path.write_text(yaml.safe_dump(demo(trialComand="\x1b[31mred")))
     result = as_process(capsys, cli.main, [str(path)], search.PROJECT)
-    assert "trialComand is no key of" in refusal(result)
+    assert "trialcomand is no key of" in refusal(result)
     assert "red.yml" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
 
