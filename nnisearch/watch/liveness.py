@@ -6,7 +6,14 @@ from datetime import datetime
 
 from nnisearch.results.experiments import read_experiments
 from nnisearch.shared.processes import call, is_tuner, lives, manager_of, with_descendants
-from nnisearch.shared.text import THREAD_DIED, one_line, uncoloured
+from nnisearch.shared.text import one_line, reason, uncoloured
+
+# An exception in the tuner's thread. The process may stay afterwards, and do nothing.
+THREAD_DIED = re.compile(
+    r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] ERROR \(nni\.runtime\.msg_dispatcher_base/Thread"
+    r"((?:.*\n(?!\[\d{4}-))*.*)",  # the traceback, up to the next entry
+    re.MULTILINE,
+)
 
 
 class Liveness:
@@ -63,9 +70,7 @@ class Liveness:
         if not entries:
             return None
         who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", entries[0]) else "tuner"
-        last = entries[0].split("Traceback (most recent call last):")[-1]
-        lines = [line for line in last.splitlines() if re.match(r"[\w.]+(:|$)", line)]
-        return f"the {who} has died: {one_line(lines[0])}" if lines else None
+        return f"the {who} has died: {reason(entries[0])}"
 
     def last_words(self):
         """Return the last error that the manager or tuner has printed since the start, or None."""

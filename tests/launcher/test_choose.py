@@ -75,8 +75,8 @@ MIXED = [
     trial(1, None, 5.0, [2.3], "FAILED"),
     trial(2, 64.25, 90.0, [1.9, 1.1], optimizer="Adam"),
     trial(3, None, 9.0, [2.2], "USER_CANCELED"),
-    trial(4, 64.0, 40.0, [1.9, 1.2]),
-    trial(5, 70.0, 9.0, [1.0], "EARLY_STOPPED"),
+    trial(4, 64.0, 40.0, [1.9, 1.2], "EARLY_STOPPED"),  # it counts, as in NNI's Web UI
+    trial(5, None, 9.0, [1.0], "EARLY_STOPPED"),
     trial(6, None, 12.0, [1.8], "RUNNING"),
     trial(7, None, None, [], "WAITING"),
     trial(8, None, 12.0, [1.8]),
