@@ -87,7 +87,7 @@ class Watched:
         """Return the manager's status and the trials that have changed.
 
         Returns None and [] if one of the two cannot be read now. Raises RuntimeError if the manager
-        has ended or the database has been removed.
+        has ended.
         """
         status = problem = None
         try:
@@ -99,12 +99,6 @@ class Watched:
         is_gone = status is None and self.liveness.manager is None and silence > SILENCE
         if self.liveness.is_over() or is_gone:  # somebody else may have its port now
             raise RuntimeError(self.death())
-        if status and not self.trials.path.exists():
-            said = one_line(" ".join(status.get("errors", []))) or status["status"]
-            manager = self.liveness.manager
-            end = f"kill {manager.pid}" if manager else "end its manager"
-            what = f"{self.trials.path} has been removed; NNI's manager says: {said}"
-            raise RuntimeError(f"search {self.id}: {what}; to end it: {end}")
         if problem:
             self.tell_silence(silence, problem)
             return None, []
