@@ -26,7 +26,7 @@ def read_experiments() -> dict[str, dict]:
     listed = list_path()
     if not listed.exists():
         return {}
-    content = listed.read_bytes()
+    content = listed.read_bytes() if listed.is_file() else b"null"  # a pipe would block
     was_emptied = not content and any(listed.parent.glob(f"*/{DATABASE}"))
     try:
         experiments = json.loads(content or "{}")
