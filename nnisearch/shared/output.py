@@ -50,23 +50,16 @@ def write(path: Path, content: bytes, mode: int = 0o666) -> None:
     try:
         if path.exists() and (not path.is_file() or path.parent == Path("/dev")):
             raise OSError("it is no plain file; allowed: a file, or a new name")
-        # O_EXCL refuses a link that another user has made there.
-        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            with open(file, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(file)
-            os.replace(unfinished, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # some file systems cannot
-                os.fsync(folder)
-            os.close(folder)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+        with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def remove(folder: Path) -> None:

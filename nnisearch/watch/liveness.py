@@ -64,21 +64,22 @@ class Liveness:
         entries = THREAD_DIED.findall(self.dispatcher.text)
         return [text for t, text in entries if datetime.fromisoformat(t).timestamp() >= start]
 
-    def tuners_end(self):
-        """Return a text on what ended the tuner or the assessor; None if it is unknown."""
-        entries = self.fatal_entries()
-        if not entries:
-            return None
-        who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", entries[0]) else "tuner"
-        return f"the {who} has died: {reason(entries[0])}"
+    def why(self, what, errors=()):
+        """Return what has happened to a search, with the logs' last error, or NNI's errors.
 
-    def last_words(self):
-        """Return the last error that the manager or tuner has printed since the start, or None."""
+        An exception in the tuner or the assessor is named instead of what.
+        """
+        if entries := self.fatal_entries():
+            who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", entries[0]) else "tuner"
+            return f"the {who} has died: {reason(entries[0])}"
         self.errors.read_on()
         errors = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
         # The tuner's lost connection is a result of the manager's end, not the cause.
         causes = [line for line in errors if not re.search("Connect call|Connection ?lost", line)]
-        return one_line(causes[-1]) if causes else None
+        words = one_line(causes[-1] if causes else " ".join(errors))
+        if "Tuner closed connection" in words:  # this ends NNI's manager
+            what, words = "the tuner has died, and NNI's manager with it", ""
+        return f"{what}: {words or 'no error message; was it killed?'}"
 
 
 def born(process):
