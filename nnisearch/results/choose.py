@@ -23,7 +23,7 @@ from nnisearch.results.experiments import find_database
 from nnisearch.results.files import read_file
 from nnisearch.results.importance import importances
 from nnisearch.results.plot import plot
-from nnisearch.results.table import as_csv, cell, table
+from nnisearch.results.table import cell, table
 from nnisearch.results.trials import ENDED, NO_RESULT, Trial
 from nnisearch.shared.direction import DIRECTIONS
 from nnisearch.shared.output import Parser, as_path, may_be_closed, prepare_output, write
@@ -31,7 +31,7 @@ from nnisearch.shared.place import runs_on_other_host
 from nnisearch.shared.processes import argument_of, manager_of
 from nnisearch.shared.text import one_line
 
-MOST = 5  # values that are no results, and trials to name with each
+MOST = 5  # lines on values that are no results
 
 
 def rank(result: float, direction: str) -> float:
@@ -84,9 +84,7 @@ def parse_args(argv: list[str] | None, prog: str, within: float) -> Namespace:
         how = {"action": "store_const", "const": direction, "dest": "direction"}
         mode.add_argument(f"--{direction}", help=f"the {best} result is the best", **how)
     add("--top", type=int, default=10, help="number of trials in the table (%(default)s)")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print all trials as JSON")
-    output.add_argument("--csv", action="store_true", help="print the trials with a result as CSV")
+    add("--json", action="store_true", help="print all trials as JSON")
     picture = "draw the search into this file (needs matplotlib)"
     add("--out", type=as_path, metavar="FILE", help="write the choice to this file, as JSON")
     add("--plot", type=as_path, metavar="FILE.png", help=picture)
@@ -113,16 +111,16 @@ def left_out(trials: list[Trial]) -> str:
 
 
 def no_results(trials: list[Trial]) -> list[str]:
-    """Return a line for each reported value that is no result."""
-    who = collections.defaultdict(list)
+    """Return a line for each of the first reported values that are no results."""
+    titles = collections.defaultdict(list)
     for trial in trials:
         if trial.reported is not None:
-            who[one_line(trial.reported)].append(trial.title())
+            titles[one_line(trial.reported)].append(trial.title())
     lines = []
-    for value, titles in list(who.items())[:MOST]:
-        more = f" and {len(titles) - MOST} more" if len(titles) > MOST else ""
-        lines.append(f"{', '.join(titles[:MOST])}{more} reported {value}, {NO_RESULT}")
-    return lines + ([f"and {len(who) - MOST} other things"] if len(who) > MOST else [])
+    for value, (first, *others) in list(titles.items())[:MOST]:
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"{first}{more} reported {value}, {NO_RESULT}")
+    return lines
 
 
 def left_behind(search: dict, folder: Path) -> list[str]:
@@ -184,8 +182,7 @@ def show(args: Namespace, was_watched: bool) -> None:
     search["direction"] = direction = direction or "maximize"
     trials.sort(key=lambda trial: (rank(trial.result, direction), trial.number))
     choice = choose(trials, args.within, direction)
-    needs_shares = args.plot or not (args.json or args.csv)
-    shares = importances(trials) if needs_shares else {}
+    shares = importances(trials) if args.plot or not args.json else {}
     picture = plot(trials, choice, args.top, direction, shares) if args.plot else None
     if args.out:
         kept = {"experiment": search["experiment"]}
@@ -197,9 +194,6 @@ def show(args: Namespace, was_watched: bool) -> None:
     if args.json:
         shown = {"trials": [trial.as_json() for trial in everything], "choice": choice.id}
         print(json.dumps(search | shown))
-        return
-    if args.csv:
-        print(as_csv(trials), end="")
         return
     source = one_line(search["experiment"] or args.file)
     print(f"{source}: {name}" if search["name"] else source)

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,22 +30,14 @@ NNIS_NAMES = {"USER_TO_CANCEL": "USER_CANCELED", "ADD_RESUMED": "WAITING"}  # ev
 def open_database(path: Path) -> Iterator[Callable]:
     """Open NNI's database; yield a function that returns the rows of a query.
 
-    NNI cannot write during a query, so queries are short and Ctrl-Z waits for their end. Raises
-    OSError that names the file if it is not a database of NNI 2.10, or is locked for 5 seconds.
+    NNI cannot write during a query, so queries are short. Raises OSError that names the file if it
+    is not a database of NNI 2.10, or is locked for 5 seconds.
     """
-
-    def rows(query, values=()):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
-        try:
-            return database.execute(query, values).fetchall()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
     try:
         # rw creates no file, and can roll back a transaction that a killed manager has left.
         address = f"{path.absolute().as_uri()}?mode=rw"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
-            yield rows
+            yield lambda query, values=(): database.execute(query, values).fetchall()
     except (sqlite3.Error, *MALFORMED) as error:
         raise OSError(f"cannot read {path}: {one_line(error)}") from error
 

@@ -70,7 +70,5 @@ def read_json(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deep") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error

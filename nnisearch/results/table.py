@@ -1,7 +1,5 @@
-"""Shows trials as a table, or as CSV."""
+"""Shows trials as a table."""
 
-import csv
-import io
 import json
 
 from nnisearch.results.trials import Trial
@@ -50,18 +48,3 @@ def table(trials: list[Trial], top: int, choice: Trial) -> str:
         shared = ", ".join(f"{cell(key)} {cell(first[key])}" for key in same)
         lines.append(f"The same in all trials: {shared}")
     return "\n".join(lines)
-
-
-def as_csv(trials: list[Trial]) -> str:
-    """Return trials as CSV, with a column per hyperparameter; texts are unchanged."""
-    measured = ["trial", "id", "result", "seconds", "last", "area"]
-    values, keys = hyperparameters(trials)
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*measured, *keys])
-    for trial, each in zip(trials, values, strict=True):
-        cells = [each.get(key) for key in keys]
-        plain = (str, int, float, type(None))
-        texts = [value if isinstance(value, plain) else json.dumps(value) for value in cells]
-        writer.writerow([*(trial.as_json()[key] for key in measured), *texts])
-    return file.getvalue()

@@ -74,8 +74,8 @@ class Trial:
 
     @property
     def has_result(self) -> bool:
-        """Whether the trial counts: it has ended by itself and reported a result."""
-        return self.status == "SUCCEEDED" and self.result is not None
+        """Whether the trial counts: it has reported a result, and has not failed afterwards."""
+        return self.status in ("SUCCEEDED", "EARLY_STOPPED") and self.result is not None
 
     @property
     def last(self) -> float | None:

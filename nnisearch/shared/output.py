@@ -48,42 +48,18 @@ def write(path: Path, content: bytes, mode: int = 0o666) -> None:
     """
     unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        if (descriptor := open_special(path)) is not None:
-            with open(descriptor, "wb") as stream:
-                stream.write(content)
-            return
-        # O_EXCL refuses a link that another user has made there.
-        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            with open(file, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(file)
-            os.replace(unfinished, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # some file systems cannot
-                os.fsync(folder)
-            os.close(folder)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+        if path.exists() and (not path.is_file() or path.parent == Path("/dev")):
+            raise OSError("it is no plain file; allowed: a file, or a new name")
+        with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def open_special(path: Path) -> int | None:
-    """Return a descriptor of what a file must not replace, such as /dev/stdout or a pipe; or None.
-
-    Raises OSError for a folder.
-    """
-    if not path.exists():
-        return None
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError):  # it has no descriptor, as in a notebook
-            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):  # a file, too, after >
-                stream.flush()
-                return os.dup(stream.fileno())
-    return None if path.is_file() else os.open(path, os.O_WRONLY)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def remove(folder: Path) -> None:

@@ -3,13 +3,6 @@
 import re
 from pathlib import Path
 
-# An exception in the tuner's thread. The process may stay afterwards, and do nothing.
-THREAD_DIED = re.compile(
-    r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] ERROR \(nni\.runtime\.msg_dispatcher_base/Thread"
-    r"((?:.*\n(?!\[\d{4}-))*.*)",  # the traceback, up to the next entry
-    re.MULTILINE,
-)
-
 # The line that srun prints for each task that ends, after the task's own output.
 SRUNS_END = re.compile(r"srun: error: .*: (Exited with exit code \d+|Terminated|Killed)$")
 

@@ -6,7 +6,14 @@ from datetime import datetime
 
 from nnisearch.results.experiments import read_experiments
 from nnisearch.shared.processes import call, is_tuner, lives, manager_of, with_descendants
-from nnisearch.shared.text import THREAD_DIED, one_line, uncoloured
+from nnisearch.shared.text import one_line, reason, uncoloured
+
+# An exception in the tuner's thread. The process may stay afterwards, and do nothing.
+THREAD_DIED = re.compile(
+    r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] ERROR \(nni\.runtime\.msg_dispatcher_base/Thread"
+    r"((?:.*\n(?!\[\d{4}-))*.*)",  # the traceback, up to the next entry
+    re.MULTILINE,
+)
 
 
 class Liveness:
@@ -57,23 +64,22 @@ class Liveness:
         entries = THREAD_DIED.findall(self.dispatcher.text)
         return [text for t, text in entries if datetime.fromisoformat(t).timestamp() >= start]
 
-    def tuners_end(self):
-        """Return a text on what ended the tuner or the assessor; None if it is unknown."""
-        entries = self.fatal_entries()
-        if not entries:
-            return None
-        who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", entries[0]) else "tuner"
-        last = entries[0].split("Traceback (most recent call last):")[-1]
-        lines = [line for line in last.splitlines() if re.match(r"[\w.]+(:|$)", line)]
-        return f"the {who} has died: {one_line(lines[0])}" if lines else None
+    def why(self, what, errors=()):
+        """Return what has happened to a search, with the logs' last error, or NNI's errors.
 
-    def last_words(self):
-        """Return the last error that the manager or tuner has printed since the start, or None."""
+        An exception in the tuner or the assessor is named instead of what.
+        """
+        if entries := self.fatal_entries():
+            who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", entries[0]) else "tuner"
+            return f"the {who} has died: {reason(entries[0])}"
         self.errors.read_on()
         errors = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
         # The tuner's lost connection is a result of the manager's end, not the cause.
         causes = [line for line in errors if not re.search("Connect call|Connection ?lost", line)]
-        return one_line(causes[-1]) if causes else None
+        words = one_line(causes[-1] if causes else " ".join(errors))
+        if "Tuner closed connection" in words:  # this ends NNI's manager
+            what, words = "the tuner has died, and NNI's manager with it", ""
+        return f"{what}: {words or 'no error message; was it killed?'}"
 
 
 def born(process):

@@ -31,7 +31,6 @@ tqdm.set_lock(threading.RLock())
 SILENCE = 20  # s without an answer of the manager until a line says so
 IDLE = 60  # s without a trial and without a proposal of the tuner until a line says so
 ASK = 10  # s between two queries to SLURM's controller, which serves other users, too
-NO_WORDS = "no error message; was it killed?"
 QUIET = 6  # s: longer than the pause of NNI's loop that starts waiting trials
 
 
@@ -87,7 +86,7 @@ class Watched:
         """Return the manager's status and the trials that have changed.
 
         Returns None and [] if one of the two cannot be read now. Raises RuntimeError if the manager
-        has ended or the database has been removed.
+        has ended.
         """
         status = problem = None
         try:
@@ -99,12 +98,6 @@ class Watched:
         is_gone = status is None and self.liveness.manager is None and silence > SILENCE
         if self.liveness.is_over() or is_gone:  # somebody else may have its port now
             raise RuntimeError(self.death())
-        if status and not self.trials.path.exists():
-            said = one_line(" ".join(status.get("errors", []))) or status["status"]
-            manager = self.liveness.manager
-            end = f"kill {manager.pid}" if manager else "end its manager"
-            what = f"{self.trials.path} has been removed; NNI's manager says: {said}"
-            raise RuntimeError(f"search {self.id}: {what}; to end it: {end}")
         if problem:
             self.tell_silence(silence, problem)
             return None, []
@@ -160,12 +153,9 @@ class Watched:
         is_dead = self.liveness.tuner_is_dead()
         if is_dead or status["status"] == "ERROR":
             how = self.next_steps(f"nnictl stop {self.id}; ")
-            what = self.liveness.tuners_end()
-            if not what:
-                who = "the tuner has died" if is_dead else "NNI's manager has given up"
-                words = self.liveness.last_words() or one_line(" ".join(status["errors"]))
-                what = f"{who}: {words or NO_WORDS}"
-            raise RuntimeError(f"search {self.id}: {what}; {how}")
+            who = "the tuner has died" if is_dead else "NNI's manager has given up"
+            why = self.liveness.why(who, status["errors"])
+            raise RuntimeError(f"search {self.id}: {why}; {how}")
         idle = time.monotonic() - self.changed
         if idle > IDLE and not self.has_unended() and not self.is_idle:
             self.is_idle = True
@@ -176,7 +166,7 @@ class Watched:
 
     def next_steps(self, before=""):
         """Return the commands that continue the search, and that show the results so far."""
-        what = "fix that and continue" if self.liveness.tuners_end() else "to continue"
+        what = "fix that and continue" if self.liveness.fatal_entries() else "to continue"
         words = f"{what}: {before}{self.resume}"
         with contextlib.suppress(OSError):
             self.trials.update()  # a trial may have ended just before the search
@@ -188,13 +178,8 @@ class Watched:
         """Return a text on the end of a search whose manager has ended."""
         if self.liveness.is_stopped():
             return f"search {self.id} has been stopped; {self.next_steps()}"
-        what = self.liveness.tuners_end()
-        if not what:
-            who, words = "NNI's manager has died", self.liveness.last_words()
-            if words and "Tuner closed connection" in words:  # this ends NNI's manager
-                who, words = "the tuner has died, and NNI's manager with it", None
-            what = f"{who}: {words or NO_WORDS}"
-        return f"search {self.id}: {what}; {self.next_steps()}"
+        why = self.liveness.why("NNI's manager has died")
+        return f"search {self.id}: {why}; {self.next_steps()}"
 
 
 class Display:

@@ -1,8 +1,6 @@
 """choose.py: the choice, its sources, its output and its errors."""
 
 import contextlib
-import csv
-import io
 import json
 import os
 import re
@@ -75,8 +73,8 @@ MIXED = [
     trial(1, None, 5.0, [2.3], "FAILED"),
     trial(2, 64.25, 90.0, [1.9, 1.1], optimizer="Adam"),
     trial(3, None, 9.0, [2.2], "USER_CANCELED"),
-    trial(4, 64.0, 40.0, [1.9, 1.2]),
-    trial(5, 70.0, 9.0, [1.0], "EARLY_STOPPED"),
+    trial(4, 64.0, 40.0, [1.9, 1.2], "EARLY_STOPPED"),  # it counts, as in NNI's Web UI
+    trial(5, None, 9.0, [1.0], "EARLY_STOPPED"),
     trial(6, None, 12.0, [1.8], "RUNNING"),
     trial(7, None, None, [], "WAITING"),
     trial(8, None, 12.0, [1.8]),
@@ -126,16 +124,12 @@ def test_the_latest_experiment_is_the_default(run, tmp_path):
     assert run("old").stdout.startswith("old: ")
 
 
-def test_the_same_results_as_json_as_csv_and_in_fewer_lines(run, mixed, tmp_path):
+def test_the_same_results_as_json_and_in_fewer_lines(run, mixed, tmp_path):
     printed = run("--json").stdout
     assert json.loads(printed)["choice"] == "id4"
     (tmp_path / "results.json").write_text(printed)
     assert run("--file", "results.json").stdout == run().stdout
     assert run("--file", "results.json", "--json", "--top", 1).stdout == printed
-    head, *rows = run("--csv").stdout.splitlines()
-    assert head == "trial,id,result,seconds,last,area,lr,optimizer"
-    assert rows[0] == "2,id2,64.25,90.0,1.1,1.5,0.03,Adam"
-    assert [row.split(",")[0] for row in rows] == ["2", "4", "0"]
     top = run("--top", 1).stdout
     assert len(top.splitlines()) == 8
     assert "trial 4 (id4)" in top
@@ -148,7 +142,6 @@ def test_what_is_the_same_in_all_trials_has_no_column(run, tmp_path):
     _, head, *_, line = run().stdout.splitlines()[:6]
     assert " ".join(head.split()) == "trial result seconds last area lr dropout"
     assert line == "The same in all trials: optimizer SGD, epochs 9, layers [64, 32]"
-    assert run("--csv").stdout.startswith("trial,id,result,seconds,last,area,lr,optimizer,epochs,")
 
 
 def test_train_py_accepts_the_file_of_out(run, mixed, tmp_path):
@@ -182,18 +175,21 @@ def test_plot_writes_a_png_and_needs_matplotlib(fonts, run, mixed, tmp_path, mon
         (["--within", "-1"], ["--within is -1.0", ">= 0"]),
         (["--within", "nan"], ["--within is nan", ">= 0"]),
         (["--top", "0"], ["--top is 0", ">= 1"]),
-        (["--json", "--csv"], ["--csv", "not allowed with", "--json"]),
         (["--out", ""], ["--out", "it is ''; allowed: the name of a file"]),
-        (["--out", "no/such/best.json"], ["cannot write no/such/best.json"]),
+        (["--out", "no/such/best.json"], ["cannot write no/such/best.json: No such file"]),
+        (["--out", "pipe"], ["cannot write pipe: it is no plain file; allowed: "]),
+        (["--out", "/dev/stdout"], ["cannot write /dev/stdout: it is no plain file; allowed: "]),
+        (["--maximize", "--minimize"], ["not allowed with"]),
         (["--file", "missing.json"], ["missing.json", "No such file"]),
         (["--file", "text.json"], ["text.json is not JSON"]),
-        (["--file", "deep.json"], ["deep.json is nested too deep"]),
+        (["--file", "deep.json"], ["deep.json is not JSON"]),
         (["--file", "other.json"], ["other.json holds no results", "'experiment' is missing"]),
         (["--file", "list.json"], ["list.json holds no results"]),
         (["abc123", "--file", "list.json"], ["EXPERIMENT_ID is 'abc123'", "--file"]),
     ],
 )
 def test_wrong_arguments_and_files_are_refused(run, mixed, tmp_path, args, parts):
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text.json").write_text("{")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "other.json").write_text("{}")
@@ -214,11 +210,7 @@ def test_no_experiment_and_one_without_a_result_are_errors(run, tmp_path, monkey
     assert run("--file", ROOT / "docs" / "searches" / "wide.json").returncode == 0
 
 
-@pytest.mark.parametrize(
-    "listed",
-    ["", "{", "[" * 100_000, '"a"', "[1]", '{"abc": 3}', '{"abc": {}}', '{"abc": {"logDir": "/"}}'],
-    ids=lambda listed: listed[:20],
-)
+@pytest.mark.parametrize("listed", ["", "{", "[1]", '{"abc": {"logDir": "/"}}'])
 def test_a_damaged_list_of_experiments_is_an_error(run, mixed, tmp_path, listed):
     path = tmp_path / "nni-experiments" / ".experiment"
     path.write_text(listed)  # "": as a power cut leaves it
@@ -280,15 +272,14 @@ def test_the_direction_is_the_tuners_or_the_users(run, tmp_path):
     assert least == order("--minimize")[0] == ["0.1", "0.2", "0.3"]
     assert "within 0.5 of the least result" in rule
     assert order("--maximize")[0] == least[::-1]
-    assert "not allowed with" in refusal(run("--maximize", "--minimize"))
     record = json.loads(run("--json").stdout)
     assert (record["direction"], record["trials"][1]["result"]) == ("minimize", 0.1)
-    (tmp_path / "results.json").write_text(json.dumps(record))
-    assert json.loads(run("--file", "results.json", "--json").stdout) == record
     (tmp_path / "results.json").write_text(json.dumps(record | {"direction": "up"}))
     assert "direction is 'up'; allowed: " in refusal(run("--file", "results.json"))
     (tmp_path / "results.json").write_text(json.dumps(record | {"direction": None}))
-    assert "greatest" in run("--file", "results.json").stdout
+    printed = run("--file", "results.json").stdout
+    assert "The greatest result counts as the best, since no optimize_mode is known" in printed
+    assert "counts as the best" not in run("--file", "results.json", "--minimize").stdout
 
 
 ARRAY = {"__ndarray__": 0.75, "dtype": "float64", "shape": []}  # a NumPy number
@@ -324,17 +315,16 @@ def test_unusual_names_and_values_are_shown_in_one_line(run, tmp_path):
     odd = {f"key{escape}": f"value{escape}\n2", "list": [1, {"a": None}], "none": None}
     odd |= {"long": "é" * 9999, "augment": "token=cutout,  secret: x"}
     entries = [trial(0, 1.0, **odd), trial(1, f"no{escape}"), trial(2, 1.0, seconds=-3570)]
+    entries.append(trial(3, 0.5) | {"hyperparameters": [1, "x"]})
     database(tmp_path, entries, experimentName=None)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}
     command = [sys.executable, ROOT / "choose.py"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert '[1, "x"]' in result.stdout
     assert result.stdout.splitlines()[0] == "abc123"
     assert max(map(len, result.stdout.splitlines()[:4])) < 400
     assert "* the choice, trial 0 " in result.stdout  # the other one's duration is not known
-    (row, _) = csv.DictReader(io.StringIO(run("--csv").stdout))
-    texts = {key: value for key, value in odd.items() if isinstance(value, str)}
-    assert texts.items() <= row.items()  # the CSV is data, so it is exact
     shown = [result, run("--json"), run("--out", "best.json", "--top", 1)]
     database(tmp_path, [trial(0, f"no{escape}")], f"bad{escape}", 2000, experimentName=escape)
     shown.append(run())
@@ -343,15 +333,6 @@ def test_unusual_names_and_values_are_shown_in_one_line(run, tmp_path):
         text = (result.stdout + result.stderr).replace("\n", "")
         assert text.isprintable(), [char for char in text if not char.isprintable()]
     assert json.loads((tmp_path / "best.json").read_text())["hyperparameters"] == odd | {"lr": 0.01}
-
-
-def test_parameters_that_are_no_object_are_shown(run, tmp_path):
-    entries = [trial(0, 1.0), trial(1, 2.0)]
-    for entry in entries:
-        entry["hyperparameters"] = [entry["trial"], "x"]
-    database(tmp_path, entries)
-    assert '[1, "x"]' in run().stdout
-    assert run("--csv").stdout.splitlines()[0].endswith(",parameters")
 
 
 def test_a_closed_pipe_gives_no_traceback(tmp_path):
@@ -395,15 +376,6 @@ def test_the_direction_is_read_from_the_tuner_and_told(tmp_path, tuner, mode, li
     assert direction(params, tmp_path) == mode
 
 
-def test_an_unknown_direction_maximizes_with_a_line(run, tmp_path):
-    tuner = {"className": "mine.Mine", "codeDirectory": "."}
-    database(tmp_path, [trial(0, 0.3), trial(1, 0.1)], tuner=tuner)
-    printed = run().stdout
-    assert "The greatest result counts as the best, since no optimize_mode is known" in printed
-    assert "* the choice, trial 0 " in printed
-    assert "counts as the best" not in run("--minimize").stdout
-
-
 # Importance
 
 
@@ -436,14 +408,6 @@ def test_the_importance_is_shown_from_ten_trials(fonts, run, tmp_path):
 def test_a_written_file_is_complete_or_unchanged(tmp_path, monkeypatch):
     path, victim = tmp_path / "best.json", tmp_path / "victim"
     victim.write_text("mine")
-    with monkeypatch.context() as patched:
-        patched.setattr("secrets.token_hex", lambda _: "guessed")
-        (tmp_path / ".guessed.tmp").symlink_to(victim)  # as planted by another user
-        with pytest.raises(OSError, match=r"cannot write .*best.json: File exists"):
-            output.write(path, b"new")
-    assert victim.read_text() == "mine"
-    assert not path.exists()
-
     path.symlink_to(victim)
     mask = os.umask(0o027)
     try:
@@ -456,19 +420,7 @@ def test_a_written_file_is_complete_or_unchanged(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         output.write(path, b"newer")
     assert path.read_bytes() == b"new"
-    assert {entry.name for entry in tmp_path.iterdir()} == {".guessed.tmp", path.name, victim.name}
-
-
-def test_a_pipe_is_not_replaced_by_a_file(run, mixed, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        assert run("--out", "pipe").returncode == 0
-        assert json.loads(os.read(reader, 10_000))["trial"] == 4
-    finally:
-        os.close(reader)
-    assert (tmp_path / "pipe").is_fifo()
-    assert "cannot write nni-experiments: Is a dir" in refusal(run("--out", "nni-experiments"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, victim.name}
 
 
 def test_ctrl_c_gives_no_traceback(run, monkeypatch):
@@ -477,15 +429,3 @@ def test_ctrl_c_gives_no_traceback(run, monkeypatch):
     result = run()
     signal.signal(signal.SIGINT, before)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
-
-
-def test_a_file_as_standard_output_is_not_replaced(tmp_path, monkeypatch):
-    link, path = tmp_path / "stdout", tmp_path / "file"
-    with path.open("w") as file:
-        monkeypatch.setattr("sys.stdout", file)
-        link.symlink_to(path)  # as /dev/stdout leads to it
-        file.write("before, ")
-        output.write(link, b"the choice, ")
-        file.write("after")
-    assert link.is_symlink()
-    assert path.read_text() == "before, the choice, after"

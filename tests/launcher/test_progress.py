@@ -1,7 +1,6 @@
 """progress.py: the lines and the bar of a running search, and its end."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -64,7 +63,7 @@ def run_pieces(start_pieces):
 # What trials report, and how they end
 
 
-def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces, home):
+def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces):
     nnis_own = "import nni, numpy; nni.get_next_parameter(); nni.report_final_result"
     told_results = {  # {piece: (line, result)}
         "tell(0.5)": ("0.5", 0.5),
@@ -116,12 +115,7 @@ def test_each_trial_is_told_in_one_line_with_the_least_result_so_far(run_pieces,
     assert table.count(results.NO_RESULT) == 5
     assert "\x1b" not in search.stdout
     assert "Traceback" not in search.stderr
-    command = [sys.executable, "-m", "nnisearch.results.choose", "--json"]
-    variables = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
-    printed = json.loads(subprocess.check_output(command, env=variables))
-    assert printed["direction"] == "minimize"
-    (choice,) = (t for t in printed["trials"] if t["id"] == printed["choice"])
-    assert choice["result"] == 0.125
+    assert re.search(r" trial +result .*\n[ *]+\d+ +0\.125 ", while_it_ran)  # the best trial
 
 
 def test_each_failure_is_explained_once_and_counted(run_pieces):
@@ -253,13 +247,6 @@ def test_a_slow_manager_is_asked_again_and_a_dead_one_is_not_called_stopped(
             watched.ask()
 
 
-def test_after_its_files_are_removed_a_search_ends_with_the_managers_error(watched, answer):
-    answer({"/check-status": {"status": "ERROR", "errors": ["SQLITE_READONLY"]}})
-    watched.trials.path.unlink()
-    with pytest.raises(RuntimeError, match=r"sqlite has been removed; .* SQLITE_READONLY; to end"):
-        watched.ask()
-
-
 def test_a_queued_trial_is_waited_for_if_the_tuner_has_no_more(watched, answer):
     answers = {"/experiment": {"nextSequenceId": 3}, "/check-status": RUNNING}
     answer(answers)
@@ -375,21 +362,9 @@ def test_a_pass_reads_only_what_is_new(tmp_path):
     assert changed["id0"].result == 60.0
 
 
-def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_path, monkeypatch):
-    path = database(tmp_path, [trial(0, 60.0, None, [1.0] * 2500)])
-    blocked, connect = [], sqlite3.connect
-
-    class Connection(sqlite3.Connection):
-        def execute(self, *args):
-            blocked.append(signal.SIGTSTP in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-            return super().execute(*args)
-
-    def connect_and_note(address, **how):
-        return connect(address, factory=Connection, **how)
-
-    monkeypatch.setattr(databases.sqlite3, "connect", connect_and_note)
-    trials = databases.Trials(path)
-    with contextlib.closing(connect(path, timeout=0, isolation_level=None)) as nni:
+def test_nni_can_write_while_a_search_is_read(tmp_path, monkeypatch):
+    trials = databases.Trials(database(tmp_path, [trial(0, 60.0, None, [1.0] * 2500)]))
+    with contextlib.closing(sqlite3.connect(trials.path, timeout=0, isolation_level=None)) as nni:
         nni.execute("PRAGMA synchronous = OFF")
         note_metric, written = trials.note_metric, []
 
@@ -400,6 +375,3 @@ def test_nni_can_write_while_a_search_is_read_and_ctrl_z_waits_for_a_query(tmp_p
         monkeypatch.setattr(trials, "note_metric", write_and_note)
         (changed,) = trials.update()
     assert len(changed.intermediate) == 2500 < len(written)
-    assert all(blocked)
-    assert len(blocked) == 1 + 2 + 4  # a thousand rows at a time
-    assert signal.SIGTSTP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

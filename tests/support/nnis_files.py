@@ -35,10 +35,10 @@ def database(home, trials, experiment="abc123", start=1000, **profile):
     path = home / "nni-experiments" / experiment / "db" / "nni.sqlite"
     path.parent.mkdir(parents=True)
     listed = home / "nni-experiments" / ".experiment"
-    known = json.loads(listed.read_text()) if listed.exists() else {}
+    experiments = json.loads(listed.read_text()) if listed.exists() else {}
     folder = str(home / "nni-experiments")
-    known[experiment] = {"startTime": start, "logDir": folder, "status": "STOPPED"}
-    listed.write_text(json.dumps(known))
+    experiments[experiment] = {"startTime": start, "logDir": folder, "status": "STOPPED"}
+    listed.write_text(json.dumps(experiments))
     tuner = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
     params = {"experimentName": "a search", "trialCommand": "python3 train.py", "tuner": tuner}
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
@@ -53,9 +53,9 @@ def database(home, trials, experiment="abc123", start=1000, **profile):
 def write_trial(connection, entry):
     """Write the events of a trial and what it has reported."""
     name, number = entry["id"], entry["trial"]
-    given = json.dumps({"parameter_id": number, "parameters": entry["hyperparameters"]})
+    proposed = json.dumps({"parameter_id": number, "parameters": entry["hyperparameters"]})
     connection.execute(EVENT, (5, "", "ADD_CUSTOMIZED", "{}", None))
-    connection.execute(EVENT, (1000, name, "WAITING", given, number))
+    connection.execute(EVENT, (1000, name, "WAITING", proposed, number))
     if entry["seconds"] is not None:
         connection.execute(EVENT, (2000, name, "RUNNING", None, number))
         if entry["status"] != "RUNNING":
