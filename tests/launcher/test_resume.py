@@ -225,9 +225,7 @@ def test_an_experiment_runs_if_its_manager_lives(start_sleeper, tmp_path, monkey
 def test_a_viewed_or_prefixed_search_is_not_resumed(tmp_path):
     entry = {"id": "abc", "port": 8090, "status": "VIEWED", "prefixUrl": None}
     entry["logDir"] = str(tmp_path)
-    with pytest.raises(
-        ValueError, match="is abc, but it is only shown, by --view or nnictl view; allowed: "
-    ):
+    with pytest.raises(ValueError, match="is abc, but it is only shown; allowed: "):
         resume.is_running(entry)
     entry |= {"status": "RUNNING", "prefixUrl": "nni/one"}
     with pytest.raises(ValueError, match="it runs at http://localhost:8090/nni/one; allowed: "):
