@@ -1,18 +1,14 @@
 // Restricts access to NNI's manager. As shipped, everybody who reaches its port can make it run any
-// command, and so can any web page in the user's browser. With this file:
-// - the port only accepts this user's processes on this machine; --listen opens one more address;
-// - web pages of other sites get no answer, and cannot show the Web UI in a frame;
-// - no request makes NNI run code that it names;
-// - the tuner's process only talks to its manager, and no other process poses as the tuner;
-// - TensorBoard is not open to the network, and ends with the manager.
+// command, and so can any web page in the user's browser. With this file the port only accepts this
+// user's processes on this machine, unless --listen opens one more address, and no page of another
+// site. Tuner and TensorBoard are open to nobody else.
 "use strict";
 const { spawn } = require("child_process");
 const fs = require("fs");
 const net = require("net");
 const { listen: bind } = net.Server.prototype;
-// In /proc/net/tcp: a state, not connected yet; and what stands before an IPv4 address.
-const SYN_SENT = "02";
-const IPV4_IN_IPV6 = /0{16}FFFF0{4}/g;
+const SYN_SENT = "02"; // in /proc/net/tcp: the state of a connection that does not stand yet
+const IPV4_IN_IPV6 = /0{16}FFFF0{4}/g; // there: what stands before an IPv4 address
 const MOST = 500; // connections at a time: each is an open file of the manager
 const DISPATCHER = `${__dirname}/dispatcher.py`;
 // The kernel kills it (PR_SET_PDEATHSIG is 1, SIGKILL is 9) when the manager ends.

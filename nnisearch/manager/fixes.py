@@ -62,8 +62,8 @@ def use_only(connection):
 
     async def connect(url):
         # No pings: a socket pair does not break silently, and a manager may be suspended.
-        given = {"max_size": None, "open_timeout": None, "ping_interval": None}
-        return await websockets.connect(url, sock=connection, **given)
+        how = {"max_size": None, "open_timeout": None, "ping_interval": None}
+        return await websockets.connect(url, sock=connection, **how)
 
     def end(*_):
         log.error("The manager has closed the connection.")
@@ -185,8 +185,8 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
             self.recovered_max_param_id = msg_dispatcher._next_parameter_id - 1
             self.recovered_trial_params |= msg_dispatcher._trial_params
             self.to_skip = self.given_out.copy()
-            known, self.results = self.results, []
-            self.learn(known)
+            results, self.results = self.results, []
+            self.learn(results)
 
     def handle_request_trial_jobs(self, data):
         """Give out this number of sets of parameters, and skip those that were given out before."""

@@ -36,8 +36,13 @@ class Reports {
 
     // Tell the new reports; return whether all is read.
     read() {
-        if (!fs.existsSync(this.file)) return true; // the trial has deleted it
-        const file = fs.openSync(this.file); // anew, since NFS only then tells the size
+        let file;
+        try {
+            file = fs.openSync(this.file); // anew, since NFS only then tells the size
+        } catch ({ code }) {
+            // At the limit of open files it is read later. Otherwise the trial has deleted it.
+            return !["EMFILE", "ENFILE"].includes(code);
+        }
         const { size } = fs.fstatSync(file);
         if (size < this.place) this.skipTo(0); // the trial has cut it
         const news = Buffer.alloc(Math.min(size - this.place, MOST));

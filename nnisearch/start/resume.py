@@ -69,11 +69,8 @@ def is_running(entry):
         return False
     if entry["status"] != "VIEWED" and not prefix:
         return True
-    does, then = "it is only shown, by --view or nnictl view", "it can be resumed"
-    if prefix:
-        does = f"it runs at http://localhost:{entry['port']}/{prefix}"
-        then += ", without that prefix"
-    raise ValueError(f"--resume is {id}, but {does}; allowed: after nnictl stop {id} {then}")
+    does = f"it runs at http://localhost:{entry['port']}/{prefix}" if prefix else "it is only shown"
+    raise ValueError(f"--resume is {id}, but {does}; allowed: after nnictl stop {id}")
 
 
 def running_config(entry):

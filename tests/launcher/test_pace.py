@@ -299,6 +299,23 @@ def test_a_trial_command_may_be_any_bash_script_in_any_folder(tmp_path):
     assert "pyton: command not found" in errors
 
 
+def test_reports_are_read_later_at_the_limit_of_open_files(tmp_path):
+    (tmp_path / "trial.py").write_text(f"{REPORT}report(1)")
+    script = """
+        const { openSync } = fs;
+        let failures = 0;
+        fs.openSync = (path, ...mode) => {
+            const isReading = path.endsWith("/metrics") && mode.length === 0;
+            if (!isReading || failures === 3) return openSync(path, ...mode);
+            failures++;
+            throw Object.assign(new Error("too many open files"), { code: "EMFILE" });
+        };
+    """
+    script += END + "return [failures, job.status, events];"
+    ended = run(script, tmp_path, f"{sys.executable} trial.py")
+    assert ended == [3, "SUCCEEDED", ["report 1"]]
+
+
 def test_a_trial_that_ends_while_nni_stops_does_not_count_as_ended(tmp_path):
     script = """
         const service = makeService("exit 0");
