@@ -1,16 +1,14 @@
 """A search whose tuner or first trials cannot work is refused by its start, and leaves nothing."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import types
 
-import psutil
 import pytest
 import yaml
-from experiment import processes_at
+from experiment import assert_nothing_is_left
 from projects import CONFIG, TRIAL
 from waiting import wait_for
 
@@ -20,7 +18,6 @@ from nnisearch.shared import text
 from nnisearch.watch import first_trials
 
 NNISEARCH = ["-m", "nnisearch.cli"]
-KEPT = {".experiment", ".experiment.lock", ".nnisearch.lock"}  # NNI's own, and the lock of starts
 TUNER = """
 from nni.tuner import Tuner
 
@@ -59,14 +56,6 @@ def start_together(start_search, home):
             yield processes
 
     return start_together
-
-
-def assert_nothing_is_left(home):
-    """Check that starts have left no process, no folder, and no entry in NNI's list."""
-    psutil.wait_procs(processes_at(home), timeout=120)
-    assert processes_at(home) == []
-    wait_for(lambda: {path.name for path in home.glob("nni-experiments/*")} <= KEPT)
-    assert json.loads((home / "nni-experiments" / ".experiment").read_text() or "{}") == {}
 
 
 def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(start_together, home):

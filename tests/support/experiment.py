@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 # Three ways to start an experiment: search.py, search.py without its checks, and nnictl.
@@ -27,6 +28,7 @@ NNICTL = [
 ]
 
 
+KEPT = {".experiment", ".experiment.lock", ".nnisearch.lock"}  # NNI's own, and the lock of starts
 MANAGER = "nni_node/main.js"  # in the manager's command, and in no other
 
 
@@ -48,6 +50,14 @@ def kill_at(home):
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
             process.kill()
     return found
+
+
+def assert_nothing_is_left(home):
+    """Check that starts have left no process, no folder, and no entry in NNI's list."""
+    psutil.wait_procs(processes_at(home), timeout=120)
+    assert processes_at(home) == []
+    wait_for(lambda: {path.name for path in home.glob("nni-experiments/*")} <= KEPT)
+    assert json.loads((home / "nni-experiments" / ".experiment").read_text() or "{}") == {}
 
 
 def free_port():
