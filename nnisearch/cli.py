@@ -9,6 +9,7 @@ line and leaves nothing behind. A search is closed to other users (access.js), a
 this command ends. nnictl can handle it like any experiment.
 """
 
+import contextlib
 import ipaddress
 import os
 import platform
@@ -44,10 +45,6 @@ LIST_SIZE = 1  # MB: NNI loses its list of experiments if the disk is full
 LONGEST = 480  # bytes of a folder's name; SQLite cannot open a longer path below it
 
 
-def ignore(config: ExperimentConfig) -> None:
-    """Do nothing with a configuration, where a project has nothing to do."""
-
-
 @dataclass
 class Project:
     """Settings of a project's own command, such as search.py; the defaults are nnisearch's own.
@@ -62,51 +59,38 @@ class Project:
     choose_command: str = "nnichoose"
     default_config: Callable[[], tuple[Path, str]] | None = None
     default: str = ""
-    check: Callable[[ExperimentConfig], None] = ignore
-    load_data: Callable[[ExperimentConfig], None] = ignore
+    check: Callable[[ExperimentConfig], None] = lambda config: None
+    load_data: Callable[[ExperimentConfig], None] = lambda config: None
     within: float = 0.0
 
 
-def check_folder(config: ExperimentConfig, project: Project) -> list[str]:
-    """Check the folder of the search's files."""
+def check(config: ExperimentConfig, project: Project) -> None:
+    """Check a search before its start, and load its data, so that no trial waits for a download.
+
+    Raises ValueError for a search that cannot work, and prints what its user should know.
+    """
+    name_python(config)
     folder = Path(config.experiment_working_directory)
     if len(os.fsencode(folder)) > LONGEST:
         allowed = f"a path of at most {LONGEST} bytes, which SQLite can open"
         raise ValueError(f"experimentWorkingDirectory is '{folder}'; allowed: {allowed}")
     checks.check_disk(folder, EXPERIMENT_SIZE)
-    checks.check_private(folder)
-    return []
-
-
-def check_config(config: ExperimentConfig, project: Project) -> list[str]:
-    """Check all keys of a configuration, by what NNI and the project's trial allow."""
-    lines = [f"Warning: {line}" for line in checks.check(config)]
+    for line in checks.check(config):
+        print(f"Warning: {line}")
     project.check(config)
-    return lines
-
-
-def load_data(config: ExperimentConfig, project: Project) -> list[str]:
-    """Load the project's data, so that no trial waits for a download."""
     project.load_data(config)
-    return []
 
 
-def name_python(config: ExperimentConfig, project: Project) -> list[str]:
+def name_python(config: ExperimentConfig) -> None:
     """Name the Python that runs the trials, if it is not the user's."""
-    users, own = shutil.which("python3"), Path(sys.executable)
-    if "python" not in (config.trial_command or "") or not users:
-        return []
-    if Path(users).parent.resolve() == own.parent.resolve():
-        return []
-    change = f"to change that, write {users} in trialCommand, or install nnisearch there"
-    return [f"In trialCommand python3 is {own.parent}/python3, as for this command; {change}"]
+    users, own = Path(shutil.which("python3") or sys.executable), Path(sys.executable)
+    is_other = users.parent.resolve() != own.parent.resolve()
+    if is_other and "python" in (config.trial_command or ""):
+        change = f"to change that, write {users} in trialCommand, or install nnisearch there"
+        print(f"In trialCommand python3 is {own.parent}/python3, as for this command; {change}")
 
 
-# Each raises ValueError for a search that cannot work, and returns lines for the user.
-CHECKS = (check_folder, check_config, load_data)
-
-
-def begin(args: Namespace, project: Project, checks_of_start: tuple) -> tuple:
+def begin(args: Namespace, project: Project, check: Callable) -> tuple:
     """Check and start the search that args ask for; return its ID, port and configuration."""
     listed = resume.list_experiments()
     if id := args.resume or args.view:
@@ -123,9 +107,7 @@ def begin(args: Namespace, project: Project, checks_of_start: tuple) -> tuple:
     checks.check_private(home, "NNI's folder below HOME")
     experiment = stored(entry, args) if id else new(args, project)
     if not args.view:
-        for check in (name_python, *checks_of_start):
-            for line in check(experiment.config, project):
-                print(line)
+        check(experiment.config, project)
     # Trials use this python3 even if its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     return experiment.id, start(experiment, args), experiment.config
@@ -151,14 +133,15 @@ def stored(entry: dict, args: Namespace) -> Experiment:
 
 def start(experiment: Experiment, args: Namespace) -> int:
     """Start an experiment, and wait until its first trials show that it works; return its port."""
-    config, folder = experiment.config, experiment.folder
+    config, folder, is_new = experiment.config, experiment.folder, experiment.action == "create"
+    over_there = None
     with (
         Watchdog(folder, experiment.action) as watchdog,
         first_trials.noticing_readers(folder / "trials") as readers,
     ):
-        is_new, logs = experiment.action == "create", Logs(config, folder)
-        over_there = None
+        logs = Logs(config, folder)
         if not args.view:
+            checks.check_private(folder.parent)  # now that nobody else can make it
             over_there = elsewhere.prepare(config, experiment.id, folder, not is_new)
         prepare_environment(args.listen, args.host, over_there)
         port = launch(experiment, args.port, watchdog, logs)
@@ -173,7 +156,11 @@ def start(experiment: Experiment, args: Namespace) -> int:
             if args.detach:  # otherwise progress.watch() prints these
                 for line in progress.Notices(config, folder).new(waiting):
                     print(line)
-        return port
+    with contextlib.suppress(OSError):  # NNI's link for its users; no program needs it
+        link = folder.with_name("_latest")
+        link.unlink(missing_ok=True)
+        link.symlink_to(experiment.id)
+    return port
 
 
 def parse_args(argv: list[str] | None, prog: str, project: Project) -> Namespace:
@@ -181,27 +168,21 @@ def parse_args(argv: list[str] | None, prog: str, project: Project) -> Namespace
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog, __doc__)
     add = parser.add_argument
+    group = parser.add_mutually_exclusive_group(required=not project.default_config)
+    search = group.add_argument
     what = "a configuration of NNI" + (f" (default: {project.default})" if project.default else "")
-    add("config", nargs="?", type=as_path, metavar="CONFIG", help=what)
-    add("-c", "--config", dest="nnictls", type=as_path, metavar="CONFIG", help="the same")
+    search("config", nargs="?", type=as_path, metavar="CONFIG", help=what)
+    search("-c", "--config", dest="named", type=as_path, metavar="CONFIG", help="the same")
     add("-p", "--port", type=int, help="port of the Web UI (default: the first free one from 8090)")
     add("--detach", action="store_true", help="return once the first trials run")
     add("--keep-going", action="store_true", help="start the search even if its first trials fail")
     add("--listen", metavar="ADDRESS", help="open the Web UI to everybody who reaches this address")
     hosts = "a host name by which they reach it, if it is no IP address; may be repeated"
     add("--host", metavar="NAME", action="append", default=[], help=hosts)
-    add("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
-    add("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
+    search("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
+    search("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
     args = parser.parse_args(argv[1:] if argv[:1] == ["create"] else argv)  # as nnictl's users type
-    if args.config and args.nnictls:
-        parser.error(f"--config is {args.nnictls}; allowed: none, after {args.config}")
-    args.config = args.config or args.nnictls
-    if not (args.config or args.resume or args.view or project.default_config):
-        parser.error("CONFIG is missing; allowed: a configuration of NNI, --resume, --view")
-    if args.config and (args.resume or args.view):
-        parser.error(f"CONFIG is {args.config}; allowed: none, with --resume or --view")
-    if args.resume and args.view:
-        parser.error(f"--view is {args.view}; allowed: none, with --resume")
+    args.config = args.config or args.named
     if args.port is not None and not 1 <= args.port < 65_536:
         parser.error(f"--port is {args.port}; allowed: 1 to 65535")
     if args.host and not args.listen:
@@ -220,7 +201,7 @@ def parse_args(argv: list[str] | None, prog: str, project: Project) -> Namespace
 def main(
     argv: list[str] | None = None,
     project: Project = Project(),  # noqa: B008 - it does not change
-    checks: tuple[Callable, ...] = CHECKS,
+    check: Callable[[ExperimentConfig, Project], None] = check,
 ) -> int:
     """Start a search and watch it. Return 0 if it is done and has a result, else 1."""
     prepare_output()
@@ -231,7 +212,7 @@ def main(
     direct = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},localhost,127.0.0.1,::1".strip(",")
     try:
-        id, port, config = begin(args, project, checks)
+        id, port, config = begin(args, project, check)
     except BrokenPipeError:
         raise
     except (ValueError, RuntimeError, OSError) as error:

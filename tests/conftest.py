@@ -39,6 +39,7 @@ SPACE = {
 # Where the search is tested, and not train.py: a trial that costs next to nothing.
 LIGHT_TRIAL = "python3 tests/support/light_trial.py"
 ENDLESS = SPACE | {"epochs": {"_type": "choice", "_value": [1000]}}
+STATUS = "/api/v1/nni/check-status"
 # A web socket's first request.
 UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
 UPGRADE.append("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
@@ -68,23 +69,15 @@ def settings(**values):
     return args
 
 
-def ask(
-    port,
-    *headers,
-    path="/api/v1/nni/check-status",
-    method="GET",
-    body="",
-    address="127.0.0.1",
-    user=None,
-):
+def ask(port, *headers, path=STATUS, method="GET", body="", address="127.0.0.1", user=None):
     """Return the status of the port's answer to a request, None if it hangs up or does not listen.
 
     Bash asks, because that can be another user's process.
     """
-    given = "".join(f"{header}\r\n" for header in headers)
-    if "Host: " not in given:
-        given += f"Host: localhost:{port}\r\n"
-    request = f"{method} {path} HTTP/1.1\r\n{given}Content-Length: {len(body)}\r\n"
+    lines = "".join(f"{header}\r\n" for header in headers)
+    if "Host: " not in lines:
+        lines += f"Host: localhost:{port}\r\n"
+    request = f"{method} {path} HTTP/1.1\r\n{lines}Content-Length: {len(body)}\r\n"
     request += f"Content-Type: application/json\r\n\r\n{body}"
     bash = f"exec 3<>/dev/tcp/{address}/{port} && cat >&3 && timeout 20 head -1 <&3"
     answer = subprocess.run(

@@ -48,12 +48,6 @@ def tail(path: Path, size: int = 100_000) -> str:
         return file.read().decode(errors="replace")
 
 
-def last_line(path: Path) -> str:
-    """Return the last line of a file as one_line() shows it, or ""."""
-    lines = tail(path, 1000).strip().splitlines()
-    return one_line(lines[-1]) if lines else ""
-
-
 def reason(text: str) -> str:
     """Return the line of a process's output that tells why it failed.
 

@@ -1,6 +1,5 @@
 """Starts NNI's manager on a free port."""
 
-import contextlib
 import errno
 import itertools
 import json
@@ -20,7 +19,7 @@ from nni.experiment.config import ExperimentConfig
 from nni.experiment.launcher import NniManagerArgs
 from nni.experiment.management import generate_experiment_id
 
-from nnisearch.shared.processes import call, managers
+from nnisearch.shared.processes import call
 from nnisearch.shared.signals import uninterrupted
 from nnisearch.shared.text import one_line
 from nnisearch.start import resume
@@ -48,13 +47,14 @@ class Experiment:
 def is_free(port):
     """Return whether no process on this machine listens on the port.
 
-    Raises PermissionError for a port that only root may open.
+    Raises ValueError for a port that only root may open.
     """
     for place, family in (("", socket.AF_INET), ("::", socket.AF_INET6)):
         try:
             socket.create_server((place, port), family=family).close()
-        except PermissionError:
-            raise
+        except PermissionError as error:
+            allowed = f"1024 or more, since you may not open this one: {error.strerror}"
+            raise ValueError(f"--port is {port}; allowed: {allowed}") from None
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # there is no IPv6
                 return False
@@ -64,22 +64,13 @@ def is_free(port):
 def find_port(wanted):
     """Return a free port: wanted or, by default, PORT or above.
 
-    Raises ValueError if wanted is not free; it names the experiment that has it.
+    Raises ValueError if wanted is not free.
     """
-    try:
-        for port in [wanted] if wanted else itertools.count(PORT):
-            if is_free(port):
-                return port
-    except PermissionError as error:
-        allowed = f"1024 or more, since you may not open this one: {error.strerror}"
-        raise ValueError(f"--port is {wanted}; allowed: {allowed}") from None
-    alive = managers()
-    for id, entry in Experiments().get_all_experiments().items():
-        if entry.get("port") == wanted and id in alive:
-            name = one_line(entry.get("experimentName"))
-            holder = f"experiment {id} ({name}) has it: nnictl stop {id} ends that"
-            raise ValueError(f"--port is {wanted}; allowed: a free one; {holder}")
-    raise ValueError(f"--port is {wanted}; allowed: a free one")
+    for port in [wanted] if wanted else itertools.count(PORT):
+        if is_free(port):
+            return port
+    yours = "nnictl experiment list names your searches, and nnictl stop ID ends one"
+    raise ValueError(f"--port is {wanted}; allowed: a free one; {yours}")
 
 
 def prepare_environment(listen, hosts, elsewhere):
@@ -89,12 +80,7 @@ def prepare_environment(listen, hosts, elsewhere):
     is None or elsewhere.js's settings.
     """
     options = os.environ.get("NODE_OPTIONS", "")
-    settings = {
-        "listen": listen,
-        "host": hosts,
-        "elsewhere": elsewhere,
-        "nodeOptions": options,
-    }
+    settings = {"listen": listen, "host": hosts, "elsewhere": elsewhere, "nodeOptions": options}
     preload = re.sub(r'(["\\])', r"\\\1", str(PRELOAD))
     options, debuggers = re.subn(r"(?<!\S)--inspect(-brk)?(=\S*)?(?!\S)", "", options)
     if debuggers:
@@ -130,7 +116,7 @@ def launch(experiment, wanted, watchdog, logs):
                 raise OSError(one_line(answer.text))
             return port
         except Exception as error:
-            words = logs.tuners_end() or "; ".join([one_line(error), *logs.errors()])
+            words = logs.explain([error])
             watchdog.undo()
             if port and not wanted and not is_free(port):
                 continue  # another user has just taken the port
@@ -143,11 +129,6 @@ def start_manager(experiment, port):
     """Start NNI's manager as nnictl does; return its process."""
     config, folder = experiment.config, experiment.folder
     (folder / "log").mkdir(exist_ok=True)
-    link = folder.with_name("_latest")
-    with contextlib.suppress(OSError):  # the trials do not need it
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(experiment.id, target_is_directory=True)
     node = Path(nni_node.__path__[0])
     options = NniManagerArgs(
         experiment.action, experiment.id, config, port, False, False, None, None

@@ -26,16 +26,18 @@ class Logs:
             return uncoloured(path.read_bytes()[self.sizes.get(path, 0) :].decode(errors="replace"))
         return ""
 
-    def errors(self):
-        """Return the last lines of the manager's stderr, and the last errors in NNI's two logs."""
-        words = []
+    def explain(self, errors):
+        """Return in one line why a search fails; errors are what its start has met."""
+        if end := self.tuners_end():
+            return end
+        words = [*errors]
         for name, pattern in (
             (STDERR, r"^(?!Experiment \w+ start|Thrown at:|\s+at ).+"),
             (MANAGER, r".*(?:ERROR|CRITICAL).*"),
             (TUNER, r".*(?:ERROR|CRITICAL).*"),
         ):
             words += re.findall(pattern, self.read(name), re.MULTILINE)[-4:]
-        return [*map(one_line, words)]
+        return "; ".join(map(one_line, words))
 
     def tuners_end(self):
         """Return a line on the exception that has ended the tuner or the assessor, or ""."""

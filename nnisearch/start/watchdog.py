@@ -5,15 +5,14 @@
 This process undoes a start if the command dies. It reads a pipe from the command, which closes when
 the command dies. The last line in it tells how far the command was:
 
-    (none)           it has made FOLDER, the experiment's, and the PARENTs
-    start LATEST     it has started NNI's manager; NNI's link _latest was to experiment LATEST
-    done             it has ended by itself, and has undone what it had to
+    (none)    it has made FOLDER, the experiment's, and the PARENTs
+    start     it has started NNI's manager
+    done      it has ended by itself, and has undone what it had to
 
 LOCK is the descriptor of the lock of starts, which this process holds as long as the command does.
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ class Watchdog:
     def __init__(self, folder, action):
         self.folder, self.action = folder, action
         self.made = [parent for parent in folder.parents if not parent.exists()]
-        self.latest = None  # what _latest() returned before NNI's manager was started
+        self.is_started = False
 
     def __enter__(self):
         from nnisearch.start.locks import START_LOCK
@@ -75,13 +74,13 @@ class Watchdog:
 
     def note_start(self):
         """Note that NNI's manager is started next, with the lock of starts held."""
-        self.latest = latest(self.folder)
-        self.tell(f"start {self.latest}")
+        self.is_started = True
+        self.tell("start")
 
     def undo(self):
         """Undo the start of NNI's manager, if there was one."""
-        if self.latest is not None:
-            undo(self.folder, self.action, self.latest, self.lock)
+        if self.is_started:
+            undo(self.folder, self.action, self.lock)
 
     def tell(self, line):
         with contextlib.suppress(OSError):  # the process has been killed
@@ -89,17 +88,10 @@ class Watchdog:
             self.process.stdin.flush()
 
 
-def latest(folder):
-    """Return the ID in NNI's link to its latest experiment, or ""."""
-    link = folder.with_name("_latest")
-    return os.readlink(link) if link.is_symlink() else ""
+def undo(folder, action, lock):
+    """End the processes of a start, and restore NNI's list.
 
-
-def undo(folder, action, before, lock):
-    """End the processes of a start, and restore NNI's list and NNI's link to the latest experiment.
-
-    before is what latest() returned before the start. The experiment is removed from the list if
-    action is "create", and marked as stopped otherwise.
+    The experiment is removed from the list if action is "create", and marked as stopped otherwise.
     """
     # Not at the top: NNI's import takes half a second, which the waiting process saves.
     from nnisearch.start.locks import held
@@ -114,10 +106,6 @@ def undo(folder, action, before, lock):
             Experiments().remove_experiment(id)
         elif not runs_on_other_host(folder):  # another machine may just have resumed it
             Experiments().update_experiment(id, "status", "STOPPED")
-    if latest(folder) == id:
-        folder.with_name("_latest").unlink()
-        if before and folder.with_name(before).exists():  # it may have failed at the same time
-            folder.with_name("_latest").symlink_to(before)
 
 
 def remove_made(folder, action, made):
@@ -131,16 +119,15 @@ def remove_made(folder, action, made):
 
 def main():
     lock, folder, action, *made = sys.argv[1:]
-    lines = sys.stdin.read().splitlines() or [""]
-    doing, _, before = lines[-1].partition(" ")
-    if doing == "done":
+    done = sys.stdin.read().split()
+    if "done" in done:
         return
     from nnisearch.shared.imports import without_pandas
 
     folder = Path(folder)
-    if doing == "start":
+    if "start" in done:
         with without_pandas(), open(int(lock)) as file:
-            undo(folder, action, before, file)
+            undo(folder, action, file)
     remove_made(folder, action, map(Path, made))
 
 

@@ -20,7 +20,7 @@ from nnisearch.before.config import shipped_class
 from nnisearch.results.database import DATABASE, Trials
 from nnisearch.results.trials import ENDED, NO_RESULT
 from nnisearch.shared.processes import call, own_processes
-from nnisearch.shared.text import last_line, one_line, reason, tail
+from nnisearch.shared.text import one_line, reason, tail
 from nnisearch.watch.liveness import Liveness
 
 NOTICE = 5  # s until the user is told what the command waits for
@@ -64,8 +64,7 @@ def check_tuner(port, liveness, logs):
     except OSError as error:
         status = {"status": "ERROR" if liveness.is_over() else "SILENT", "errors": [error]}
     if status["status"] == "ERROR" or liveness.fatal_entries():
-        words = logs.tuners_end() or "; ".join([*map(one_line, status["errors"]), *logs.errors()])
-        raise ValueError(words)
+        raise ValueError(logs.explain(status["errors"]))
     return status["status"]
 
 
@@ -141,15 +140,16 @@ class FirstTrials:
 
     def refuse(self, trial, what):
         """Raise ValueError that says in one line what a trial does, with the trial's own error."""
-        words = [self.read(trial, name) for name in ("stderr", "stdout")]
-        why = reason(next(filter(str.strip, words), ""))
+        why = reason(self.printed(trial))
         command = one_line(self.config.trial_command, 300)
         hint = "--keep-going starts the search all the same"
         raise ValueError(f"trialCommand is {command!r}: {what}: {why}; {hint}")
 
-    def read(self, trial, name):
+    def printed(self, trial):
+        """Return the end of what a trial has printed, on stdout if there is nothing on stderr."""
+        folder = self.folder / "trials" / trial.id
         with contextlib.suppress(OSError):
-            return tail(self.folder / "trials" / trial.id / name)
+            return tail(folder / "stderr").strip() or tail(folder / "stdout").strip()
         return ""
 
     def awaited(self):
@@ -159,12 +159,9 @@ class FirstTrials:
             return "the tuner's first parameters"
         if not self.running:
             return "a trial to start"
-        folder, words = self.folder / "trials" / first[0].id, ""
-        with contextlib.suppress(OSError):
-            words = last_line(folder / "stderr") or last_line(folder / "stdout")
-        is_read = bool(self.readers)
-        what = "a trial to run on or report" if is_read else "a trial to read its parameters"
-        return f"{what}; the last line of the first: {words}" if words else what
+        lines = self.printed(first[0]).splitlines()
+        what = "a trial to read its parameters, or to report"
+        return f"{what}; the last line of the first: {one_line(lines[-1])}" if lines else what
 
 
 def has_process(trial):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 # Three ways to start an experiment: search.py, search.py without its checks, and nnictl.
@@ -27,6 +28,7 @@ NNICTL = [
 ]
 
 
+KEPT = {".experiment", ".experiment.lock", ".nnisearch.lock"}  # NNI's own, and the lock of starts
 MANAGER = "nni_node/main.js"  # in the manager's command, and in no other
 
 
@@ -50,16 +52,23 @@ def kill_at(home):
     return found
 
 
+def assert_nothing_is_left(home):
+    """Check that starts have left no process, no folder, and no entry in NNI's list."""
+    psutil.wait_procs(processes_at(home), timeout=120)
+    assert processes_at(home) == []
+    wait_for(lambda: {path.name for path in home.glob("nni-experiments/*")} <= KEPT)
+    assert json.loads((home / "nni-experiments" / ".experiment").read_text() or "{}") == {}
+
+
 def free_port():
-    """Return a free even port whose next port is free, too: a remote search uses both.
+    """Return a free port.
 
     Linux gives higher ports to outgoing connections, so none of these takes it before NNI does.
     """
     while True:
-        port = random.randrange(20_000, 32_000, 2)
-        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
-            one.bind(("", port))
-            other.bind(("", port + 1))
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
             return port
 
 
