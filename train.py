@@ -102,7 +102,7 @@ def train(model, optimizer, images, labels, args):
 
     images: uint8 (N, 3, 32, 32), labels: int64 (N,), on the model's device. A window is
     args.report_every batches, or an epoch if that is shorter. As in the tutorial, the batches after
-    an epoch's last window are not reported. Raises FloatingPointError if a loss is not finite.
+    an epoch's last window are not reported. Raises FloatingPointError if a mean is not finite.
     """
     model.train()
     # learn(index) is train_step() with all other arguments filled in.
@@ -114,22 +114,22 @@ def train(model, optimizer, images, labels, args):
     steps = args.epochs * math.ceil(len(images) / batch_size)
     schedule = optimizers.LR_SCHEDULES[args.lr_schedule]
     rates = (schedule(args.lr, done, steps) for done in range(steps))
-    running_loss = torch.zeros((), device=images.device)
     for epoch in range(1, args.epochs + 1):
         batches = torch.randperm(len(images)).to(images.device).split(batch_size)
         window = min(args.report_every, len(batches))
         disable = None if processes.is_first() else True  # None: no bar without a terminal
+        running_loss = torch.zeros((), device=images.device)
         progress = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=disable)
         for number, index in enumerate(progress, start=1):
             optimizer.lr.fill_(next(rates))  # in place: a CUDA graph always reads the same memory
             running_loss += learn(index)
-            if number % window == 0 or number == len(batches):
+            if number % window == 0:
                 mean_loss = processes.total(running_loss) / window
                 running_loss.zero_()
                 if not math.isfinite(mean_loss):
                     place = f"epoch {epoch}, batch {number}"
                     raise FloatingPointError(f"the loss is {mean_loss} at {place}")
-                if number % window == 0 and processes.is_first():
+                if processes.is_first():
                     tqdm.write(f"[{epoch}, {number:5d}] loss: {mean_loss:.3f}")
                     nni.report_intermediate_result(mean_loss)
 

@@ -1,6 +1,6 @@
 """Makes train.py start and train faster, with the same results. You may delete this file.
 
-train.py imports it before torch and NNI: it loads them itself, within quick_imports().
+train.py imports it before torch and NNI, which it loads itself.
 """
 
 import contextlib
@@ -9,32 +9,22 @@ import gc
 import os
 import sys
 
+# A thread of torch that waits for another one first spins. On a machine with other users, the
+# default is so long that the other thread gets too little CPU time (docs/speed.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# NNI's json_tricks loads pandas, which only tables need: 0.2 s and 34 MiB. Python does not find a
+# module that is None in sys.modules.
+pandas = sys.modules.setdefault("pandas", None)
+gc.disable()  # it would run 500 times, for a second, and find nothing
 
-@contextlib.contextmanager
-def quick_imports():
-    """Within this block, load modules faster, and let torch's threads wait without a busy loop."""
-    # A thread of torch that waits for another one first spins. On a machine with other users, the
-    # default is so long that the other thread gets too little CPU time (docs/speed.md).
-    is_set_by_user = bool({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys())
-    if not is_set_by_user:
-        os.environ["GOMP_SPINCOUNT"] = "10000"
-    # NNI's json_tricks loads pandas, which only tables need: 0.2 s and 34 MiB. Python does not find
-    # a module that is None in sys.modules.
-    pandas = sys.modules.setdefault("pandas", None)
-    # While modules load, the garbage collector runs 500 times, for a second, and finds nothing.
-    gc.disable()
-    yield
-    gc.freeze()  # the modules' objects stay until the end: later runs leave them out
-    gc.enable()
-    if pandas is None:
-        del sys.modules["pandas"]
-    if not is_set_by_user:
-        del os.environ["GOMP_SPINCOUNT"]  # torch has read it, and child processes need not
+import nni  # noqa: E402, F401
+import torch  # noqa: E402
 
-
-with quick_imports():
-    import nni  # noqa: F401
-    import torch
+gc.freeze()  # the modules' objects stay until the end: later runs leave them out
+gc.enable()
+if pandas is None:
+    del sys.modules["pandas"]
 
 
 def prepare(model, device, batch_size):

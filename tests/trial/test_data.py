@@ -192,34 +192,6 @@ def test_a_failed_download_says_what_to_do(archive, folder, monkeypatch, fault, 
     assert names(folder) == DOWNLOADED
 
 
-def test_batch_files_are_restored_from_the_archive_and_other_files_stay(archive, folder):
-    batches = tiny_cifar10.write(folder)
-    shutil.copy(archive, folder)
-    (batches / "test_batch").unlink()
-    (batches / "data_batch_3").write_bytes(b"half")
-    (batches / "notes").write_text("of the user")
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert names(batches) == sorted([*tiny_cifar10.FILES, "notes"])
-
-
-def test_links_to_a_good_data_set_are_followed_and_stay(archive, folder, capsys):
-    folder.mkdir()
-    (folder / CIFAR10.filename).symlink_to(archive)
-    assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    for name in (CIFAR10.base_folder, "cifar10.pt"):
-        (folder / name).symlink_to(shutil.move(folder / name, folder.parent))
-        assert_equals_torchvisions(data.load_cifar10(folder), folder)
-    assert all((folder / name).is_symlink() for name in (CIFAR10.filename, "cifar10.pt"))
-
-
-def test_what_killed_trials_have_left_is_removed(filled):
-    unfinished = filled / "cifar10.pt.abc.tmp"
-    unfinished.mkdir(0o700)
-    (unfinished / "cifar10.pt").write_bytes(b"half")
-    data.load_cifar10(filled)
-    assert names(filled) == USED
-
-
 def test_saved_files_have_the_mode_that_the_umask_allows(filled):
     before = os.umask(0o027)
     try:

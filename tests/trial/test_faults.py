@@ -1,28 +1,19 @@
 """Faults: killed trials, a full disk, too little memory, unusual names, wrong values."""
 
 import contextlib
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 import tiny_cifar10
 import torch
-from conftest import ENDLESS, LIGHT_TRIAL
-from experiment import processes_at
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tiny_cifar10 import DOWNLOADED, USED, assert_equals_torchvisions, names
 from waiting import wait_for
 
-import train
 from trial import data
-from trial.optimizers import LR_SCHEDULES, OPTIMIZERS
 
 QUICK = ["--dataset", "synthetic", "--batch-size", "1000", "--epochs", "1"]
 
@@ -134,17 +125,6 @@ def test_folders_may_have_unusual_names(main, archive, tmp_path):
             assert names(folder)[-2:] == ["cifar10.pt.lock", "模型 1.pt"]
 
 
-def test_a_download_through_a_proxy(archive, tmp_path, monkeypatch):
-    with tiny_cifar10.server(archive) as (port, requests):
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
-        monkeypatch.setenv("no_proxy", "")
-        monkeypatch.setattr("urllib.request._opener", None)  # one made before knows no proxy
-        url = "http://nowhere.invalid/archive.tar.gz"
-        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", url)
-        assert len(data.load_cifar10(tmp_path / "data")[0]) == 50
-    assert set(requests) == {url}
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -165,79 +145,3 @@ def test_extreme_hyperparameters_give_an_accuracy(main, flags):
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
     assert 0 <= float(last.removeprefix("Acc: ").split("%")[0]) <= 100
-
-
-# What users and tuners may give, good or bad.
-KEYS = st.sampled_from([*train.HYPERPARAMETERS, "layers", "batchsize", "seed", ""])
-WORDS = st.sampled_from([*OPTIMIZERS, *LR_SCHEDULES, "1e-3", "0x10", "1_000", "nan", "٣"])
-NUMBERS = st.integers() | st.integers(0, 300) | st.floats() | st.floats(0, 1)
-SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | WORDS
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=3,
-)
-
-
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(
-    flags=st.lists(st.tuples(KEYS, SCALARS), max_size=3),
-    file=st.none() | st.dictionaries(KEYS, VALUES, max_size=3) | VALUES,
-    tuned=st.dictionaries(KEYS, VALUES, max_size=3) | VALUES,
-)
-def test_hyperparameters_are_accepted_or_refused_in_one_line(tmp_path, capsys, flags, file, tuned):
-    argv = [f"--{key.replace('_', '-')}={value}" for key, value in flags]
-    if file is not None:
-        path = tmp_path / "params.json"
-        path.write_text(json.dumps(file))
-        argv += ["--params", str(path)]
-    capsys.readouterr()
-    try:
-        args = train.parse_args(argv)
-        train.set_hyperparameters(args, tuned, "tuner")
-    except SystemExit as refusal:
-        printed = capsys.readouterr().err
-        assert refusal.code == 2
-        assert printed.count("error: ") == 1, printed
-        assert re.search("allowed|expected one argument|unrecognized arguments", printed)
-    except ValueError as refusal:
-        assert str(refusal).startswith("tuner")
-        assert "\n" not in str(refusal)
-        assert "allowed" in str(refusal)
-    else:
-        for key, entry in train.HYPERPARAMETERS.items():
-            assert type(getattr(args, key)) is entry.kind
-            assert entry.allows(getattr(args, key))
-
-
-def trial_processes(search, trial):
-    """Return the processes of a trial: its shell, and Python."""
-    found = []
-    for process in processes_at(search.home):
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("NNI_TRIAL_JOB_ID") == trial["trialJobId"]:
-                found.append(process)
-    return found
-
-
-def test_a_search_goes_on_when_its_trials_are_killed(experiment):
-    changes = {"trialCommand": LIGHT_TRIAL, "searchSpace": ENDLESS}
-    search = experiment("configs/demo.yml", maxTrialNumber=4, trialConcurrency=3, **changes)
-    trials = search.wait_for(
-        lambda trials: len({m["trialJobId"] for m in search.get("metric-data")}) == 3, 180
-    )
-    processes = [trial_processes(search, trial) for trial in trials]
-    assert all(processes)
-    terminated, killed = (
-        next(p for p in found if p.name().startswith("python")) for found in processes[:2]
-    )
-    terminated.terminate()
-    killed.kill()
-    search.request("DELETE", f"trial-jobs/{trials[2]['trialJobId']}")  # as the Web UI does
-    _, alive = psutil.wait_procs({p for found in processes for p in found}, timeout=60)
-    assert alive == []
-    ends = ["FAILED", "FAILED", "RUNNING", "USER_CANCELED"]  # the fourth has started
-    search.wait_for(lambda trials: sorted(trial["status"] for trial in trials) == ends, 60)
-    assert search.stop() == []

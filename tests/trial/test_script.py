@@ -3,14 +3,12 @@
 import fcntl
 import itertools
 import json
-import pickle
 import pty
 import runpy
 import struct
 import sys
 import termios
 import types
-from pathlib import Path
 
 import pytest
 import tiny_cifar10
@@ -112,17 +110,6 @@ def test_a_progress_bar_on_a_terminal(main, monkeypatch):
         assert main(*QUICK).returncode == 0
     with open(controller, "rb", 0) as shown:
         assert b"epoch 1: " in shown.read(4096)
-
-
-def test_a_failed_save_keeps_the_old_file(tmp_path):
-    path = tmp_path / "model.pt"
-    data.save({"weight": torch.ones(3)}, path)
-    before = path.read_bytes()
-    # A function of a function cannot be pickled; Python 3.14 has another error for that.
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        data.save({"weight": torch.zeros(3), "bad": lambda: None}, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_reports_as_nni_sees_them(trial):
@@ -243,32 +230,11 @@ def test_training_computes_the_same_without_fast_py(main, monkeypatch, capsys):
     assert losses(faster.stdout) == pytest.approx(losses(slower.stdout), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("theirs", "spin"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
-)
-def test_threads_spin_briefly_unless_the_environment_says_otherwise(
-    run, environment, tmp_path, theirs, spin
-):
-    """In place of torch, its OpenMP library is loaded alone: it reads the environment then."""
-    mapped = Path("/proc/self/maps").read_text().split()
-    library = next((file for file in mapped if "libgomp" in file), None)
-    if library is None:
-        pytest.skip("torch's threads are not those of GNU's OpenMP here")
-    (tmp_path / "torch.py").write_text(f"import ctypes; ctypes.CDLL({library!r})")
-    (tmp_path / "nni.py").touch()
-    environment.update(theirs, OMP_DISPLAY_ENV="VERBOSE")
-    result = run(code="import os, trial.fast; print(os.environ.get('GOMP_SPINCOUNT'))")
-    assert f"GOMP_SPINCOUNT = '{spin}'" in result.stderr
-    assert result.stdout == f"{theirs.get('GOMP_SPINCOUNT')}\n"
-
-
 @pytest.mark.slow
 def test_a_trial_imports_no_slow_module(run, archive, tmp_path):
     """Each optimizer and schedule, and a cache of CIFAR-10: no torch.compile, pandas, torchvision.
 
-    The garbage collector is off while the modules load, and on afterwards. The import of train.py
-    prints and writes nothing.
+    The garbage collector is on again. The import of train.py prints and writes nothing.
     """
     tiny_cifar10.write(tmp_path / "data")
     data.load_cifar10(tmp_path / "data")

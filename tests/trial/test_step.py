@@ -222,22 +222,6 @@ def test_a_step_augments_when_asked_to(samples):
     assert plain[0] != augmented[0]
 
 
-@pytest.mark.parametrize(
-    ("user", "batch_size", "threads", "onednn"),
-    [
-        ({}, 4, 1, False),
-        ({}, 8, 1, False),
-        ({}, 16, 2, True),
-        ({"OMP_NUM_THREADS": 2}, 4, 2, False),
-    ],
-)
-def test_threads_and_kernels_follow_the_batch_size(monkeypatch, user, batch_size, threads, onednn):
-    monkeypatch.setattr("os.environ", user)
-    torch.set_num_threads(2)
-    fast.prepare(train.Net(), torch.device("cpu"), batch_size)
-    assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (threads, onednn)
-
-
 class RecordedGraph:
     """Stands in for CUDA's graphs: replay() runs the recorded work again."""
 
@@ -311,10 +295,6 @@ def test_a_cuda_graph_can_record_a_step(optimizer):
     _, learn = optimizer_and_step(model, images, labels, args)
     with Capture():
         learn(index)
-    with pytest.raises((RuntimeError, AssertionError)), Capture():
-        labels[0].item()
-    with pytest.raises(AssertionError), Capture():
-        torch.ones(1).to("meta")
 
 
 @needs_cuda
