@@ -97,14 +97,15 @@ class Machine:
                     found.append(process)
         return found
 
-    def signal(self, number):
-        """Send a signal to the sshd, to its connections, and to what it has started."""
+    def signal(self, number, name=""):
+        """Send a signal to the sshd, its connections and what it has started, if so named."""
         connections = []
         with contextlib.suppress(psutil.Error):
             connections = psutil.Process(self.process.pid).children(recursive=True)
         for process in {*self.processes(), *connections}:
             with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
+                if name in process.name():
+                    process.send_signal(number)
 
     def die(self):
         """Kill the sshd and what it has started, as a loss of power would."""
