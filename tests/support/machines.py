@@ -22,6 +22,11 @@ def make_key(path, passphrase="", kind="ed25519"):
     subprocess.run(command, check=True)
 
 
+def make_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def make_ssh(folder, *lines):
     """Put an ssh into the folder that reads no file of this user's; return the folder.
 
@@ -31,8 +36,7 @@ def make_ssh(folder, *lines):
     known = [f"UserKnownHostsFile {folder}/known_hosts", "GlobalKnownHostsFile none"]
     (folder / "ssh_config").write_text("\n".join([*lines, "Host *", *known, ""]))
     program = shutil.which("ssh", path="/usr/local/bin:/usr/bin:/bin")
-    (folder / "ssh").write_text(f'#!/bin/sh\nexec {program} -F {folder}/ssh_config "$@"\n')
-    (folder / "ssh").chmod(0o755)
+    make_program(folder / "ssh", f'#!/bin/sh\nexec {program} -F {folder}/ssh_config "$@"\n')
     return folder
 
 
