@@ -55,12 +55,10 @@ def ssh_command(folder, number, machine):
         command += ["-p", str(machine["port"])]
     if machine["sshKeyFile"]:
         command += ["-i", machine["sshKeyFile"]]
-        options |= {"IdentitiesOnly": "yes"}
+        options["IdentitiesOnly"] = "yes"
     if answer.exists():  # a server that asks for the passphrase does not get it
         by_password = "password,keyboard-interactive"
-        options |= {
-            "PreferredAuthentications": "publickey" if machine["sshKeyFile"] else by_password
-        }
+        options["PreferredAuthentications"] = "publickey" if machine["sshKeyFile"] else by_password
     command += [f"-o{key}={value}" for key, value in options.items()]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NNI_")}
     environment |= {"SSH_ASKPASS": str(answer), "SSH_ASKPASS_REQUIRE": "force"}
@@ -228,7 +226,7 @@ class Trial:
         """Run the trial on the first free machine; return its exit status."""
         while True:
             # Those that are lost come last.
-            machines = [*enumerate(self.search["machines"])]
+            machines = enumerate(self.search["machines"])
             for number, machine in sorted(machines, key=lambda pair: self.marked("lost", pair[0])):
                 with contextlib.ExitStack() as stack:
                     try:
@@ -272,9 +270,9 @@ class Trial:
             return False
         with turn:
             count = self.search["trialGpuNumber"] or 0
-            known = self.state / f"gpus{number}"  # the number of GPUs there
-            if known.exists() or not count:
-                free = [False] * int(known.read_text()) if count else []
+            gpu_count = self.state / f"gpus{number}"
+            if gpu_count.exists() or not count:
+                free = [False] * int(gpu_count.read_text()) if count else []
                 places = take_gpus(self.state, number, machine, count, free)
                 if places is None:
                     return False
@@ -288,7 +286,7 @@ class Trial:
             if self.marked("lost", number):
                 (self.state / f"lost{number}").unlink()
                 self.say(f"{name(machine)} is back, and used again")
-            known.write_text(str(len(state["gpus"])))
+            gpu_count.write_text(str(len(state["gpus"])))
             places = take_gpus(self.state, number, machine, count, state["gpus"])
             if places is None:
                 (self.state / f"busy{number}").touch()
@@ -319,10 +317,9 @@ class Trial:
 
     def follow(self):
         """Pass on what comes from the trial; return its exit status. Raises Lost."""
-        sinks = {b"o": sys.stdout.buffer, b"e": sys.stderr.buffer}
         with contextlib.ExitStack() as stack:
-            reports = (self.own / ".nni" / "metrics").open("ab")
-            sinks[b"m"] = stack.enter_context(reports)
+            reports = stack.enter_context((self.own / ".nni" / "metrics").open("ab"))
+            sinks = {b"o": sys.stdout.buffer, b"e": sys.stderr.buffer, b"m": reports}
             for kind, data in self.connection.frames:
                 if kind == b"x":
                     break

@@ -90,7 +90,10 @@ def processes(mark):
 def end(mark):
     """End these processes by SIGTERM, and after GRACE seconds by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in processes(mark):
+        pids = processes(mark)
+        if not pids:
+            return
+        for pid in pids:
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
         last = time.monotonic() + GRACE
@@ -109,23 +112,16 @@ def gpus():
 
 
 def attempt(folder):
-    """Return NNI's version and the number of GPUs here, or an error."""
+    """Return NNI's version and the number of GPUs here, or why NNI cannot be imported."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "try").write_text("x" * 100_000)  # fails on a full disk
+    shutil.rmtree(folder)
     try:
         import nni
 
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / "try").write_text("x" * 100_000)  # fails on a full disk
-        remove(folder)
         return {"nni": nni.__version__, "gpus": len(gpus())}
     except BaseException as error:  # nni's import may raise anything
         return {"error": f"{type(error).__name__}: {error}"}
-
-
-def remove(folder):
-    """Remove a search's folder, and the folder of all searches if it is empty then."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
 
 
 def receive_code(channel, folder):
@@ -225,7 +221,7 @@ def main():
             channel.send(b"r", json.dumps(attempt(folder)).encode())
         elif task["do"] == "remove":
             end(f"NNISEARCH_TRIAL={task['name']}/")
-            remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             channel.send(b"r", b"{}")
         else:
             run(channel, task, folder)

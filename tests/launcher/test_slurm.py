@@ -15,6 +15,7 @@ from cluster import Cluster, missing
 from conftest import ENDLESS, LIGHT_TRIAL, ROOT, SPACE
 from experiment import MANAGER, SEARCH, processes_at
 from held_trial import REPORTS, let_pass
+from machines import make_program
 from waiting import wait_for
 
 from nnisearch import elsewhere
@@ -211,10 +212,9 @@ REFUSED = "srun: error: Unable to allocate resources: "
     ],
 )
 def test_slurm_is_asked_how_a_job_has_ended(tmp_path, printed, state, again, words):
-    (tmp_path / "scontrol").write_text(
-        f"#!/bin/sh\n[ $4 = 5 ] && echo 'JobId=5 JobState={state}'\n"
+    make_program(
+        tmp_path / "scontrol", f"#!/bin/sh\n[ $4 = 5 ] && echo 'JobId=5 JobState={state}'\n"
     )
-    (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / ".nni").mkdir()
     (tmp_path / ".nni" / "elsewhere").write_text("1796087806106 n1 5\n" if state else "")
     (tmp_path / "stderr").write_text(printed)
@@ -242,14 +242,13 @@ def test_slurm_is_asked_how_a_job_has_ended(tmp_path, printed, state, again, wor
 def test_jobs_of_a_killed_manager_are_cancelled_again_until_slurm_answers(
     tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "squeue").write_text(
+    make_program(
+        tmp_path / "squeue",
         f"#!/bin/sh\ncd {tmp_path}; echo x >> asked; [ $(wc -l < asked) -gt 2 ] && exit\n"
         "[ $(wc -l < asked) = 2 ] && echo 'nni-search-t|RUNNING (None)' && exit\n"
-        "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n",
     )
-    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
-    for name in ("squeue", "scancel"):
-        (tmp_path / name).chmod(0o755)
+    make_program(tmp_path / "scancel", f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     slurm.cancel_jobs("search")
     assert "it is tried again: squeue: slurm_load_jobs error: Unable" in capsys.readouterr().out
@@ -272,8 +271,7 @@ def test_srun_is_found_in_the_command_or_its_script(
     tmp_path, monkeypatch, capsys, command, script, is_used
 ):
     for name in ("srun", "sbatch", "squeue"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
+        make_program(tmp_path / name, "#!/bin/sh\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name in ("run.sh", "run.py"):
         (tmp_path / name).write_text(script)

@@ -22,6 +22,11 @@ def make_key(path, passphrase="", kind="ed25519"):
     subprocess.run(command, check=True)
 
 
+def make_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def make_ssh(folder, *lines):
     """Put an ssh into the folder that reads no file of this user's; return the folder.
 
@@ -31,8 +36,7 @@ def make_ssh(folder, *lines):
     known = [f"UserKnownHostsFile {folder}/known_hosts", "GlobalKnownHostsFile none"]
     (folder / "ssh_config").write_text("\n".join([*lines, "Host *", *known, ""]))
     program = shutil.which("ssh", path="/usr/local/bin:/usr/bin:/bin")
-    (folder / "ssh").write_text(f'#!/bin/sh\nexec {program} -F {folder}/ssh_config "$@"\n')
-    (folder / "ssh").chmod(0o755)
+    make_program(folder / "ssh", f'#!/bin/sh\nexec {program} -F {folder}/ssh_config "$@"\n')
     return folder
 
 
@@ -97,14 +101,15 @@ class Machine:
                     found.append(process)
         return found
 
-    def signal(self, number):
-        """Send a signal to the sshd, to its connections, and to what it has started."""
+    def signal(self, number, name=""):
+        """Send a signal to the sshd, its connections and what it has started, if so named."""
         connections = []
         with contextlib.suppress(psutil.Error):
             connections = psutil.Process(self.process.pid).children(recursive=True)
         for process in {*self.processes(), *connections}:
             with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
+                if name in process.name():
+                    process.send_signal(number)
 
     def die(self):
         """Kill the sshd and what it has started, as a loss of power would."""
