@@ -100,6 +100,8 @@ def begin(args: Namespace, project: Project, check: Callable) -> tuple:
             if args.listen:
                 allowed = "only at a start, and this search already runs"
                 raise ValueError(f"--listen is {args.listen}; allowed: {allowed}")
+            if args.port not in (None, entry["port"]):
+                raise ValueError(f"--port is {args.port}; allowed: {entry['port']}, where it runs")
             return id, entry["port"], resume.running_config(entry)
     home = Path("~/nni-experiments").expanduser()
     checks.check_disk(home, LIST_SIZE, "NNI's folder below HOME")

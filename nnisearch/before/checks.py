@@ -77,17 +77,23 @@ def check_algorithms(config):
             continue
         listed = known_algorithms(kind)
         if algorithm.name and algorithm.name.lower() not in listed:
-            names = ", ".join(sorted(name for name, _ in listed.values()))
+            working = [name for name, path in listed.values() if not refusal(path)]
+            names = ", ".join(sorted(working))
             raise ValueError(f"{kind}.name is {algorithm.name!r}; allowed: {names}")
-        class_name = (shipped_class(algorithm, kind) or "").rpartition(".")[2]
-        needed, instead = NEEDS.get(class_name, ("", None))
-        if instead and not (needed and is_installed(needed)):
+        needed, instead = refusal(shipped_class(algorithm, kind)) or ("", None)
+        if instead:
             if kind == "tuner":
                 where = f"className: nnisearch.tuners.OptunaTuner, codeDirectory: {PACKAGE.parent}"
                 instead = f"{where} and classArgs: {{sampler: {instead}}}"
             chosen = algorithm.name or algorithm.class_name
             why = f"NNI's needs {needed}" if needed else "NNI's fails at its first result"
             raise ValueError(f"{kind} is {chosen}; allowed: {instead}; {why}")
+
+
+def refusal(class_path):
+    """Return the entry of NEEDS for a class that does not work with what is installed, or None."""
+    needed, instead = NEEDS.get((class_path or "").rpartition(".")[2], ("", None))
+    return (needed, instead) if instead and not (needed and is_installed(needed)) else None
 
 
 def is_installed(requirement):

@@ -59,7 +59,7 @@ function refusal(headers, { listen, host: names = [] }) {
         return `Host is ${name}; allowed: localhost, an IP address, a name given by --host`;
     const page = listen ? origin?.replace(/^https:/, "http:") : origin;
     const isByProxy = listen
-        && (site === "same-origin" || page === `http://${headers["x-forwarded-host"]}`);
+        && (site === "same-origin" || page === `http://${headers["x-forwarded-host"] ?? host}`);
     const isOwn = isByProxy || [undefined, `http://${host}`].includes(page);
     if (!["none", "same-origin"].includes(site) || !isOwn)
         return "A page of another site has asked. Type this address into the browser instead.";

@@ -25,8 +25,9 @@ from nnisearch.watch.liveness import Liveness
 
 NOTICE = 5  # s until the user is told what the command waits for
 PATIENCE = 600  # s; then the search goes on although no trial has read its parameters
-AFTER_ASKING = 2  # s; a trial that still runs so long after it has read its parameters is good
+AFTER_ASKING = 3  # s; a trial that still runs so long after it has read its parameters is good
 UNSEEN = 10  # s; the same for a trial that waits, or whose reading cannot be seen
+START = 0.2  # s that a trial needs at least to start Python and read its parameters
 FIRST = 5  # trials; a trial may fail with some parameters only
 IN_ACCESS, IN_CREATE = 0x1, 0x100  # of inotify(7)
 EVENT = struct.Struct("iIII")  # inotify(7): watch, what has happened, cookie, length of the name
@@ -191,10 +192,14 @@ def noticing_readers(trials):
     readers, folders, is_over = {}, {}, threading.Event()
 
     def watch_trial(name):
+        is_late = False
         watch = libc.inotify_add_watch(notify, os.fsencode(trials / name), IN_ACCESS)
         folders[watch] = name
-        # At inotify's limit, or if the trial has started before the watch, it is not accused.
-        if watch < 0 or (trials / name / "stdout").exists():
+        # At inotify's limit, or if the trial may have read them before the watch: not accused.
+        with contextlib.suppress(OSError):  # the trial starts only now
+            started = (trials / name / "stdout").stat().st_mtime
+            is_late = time.time() - started > START
+        if watch < 0 or is_late:
             readers[name] = time.monotonic() + UNSEEN - AFTER_ASKING
 
     def note():

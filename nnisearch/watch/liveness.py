@@ -73,9 +73,9 @@ class Liveness:
             who = "assessor" if re.search(r"self\.assessor\.|Assessor\.", entries[0]) else "tuner"
             return f"the {who} has died: {reason(entries[0])}"
         self.errors.read_on()
-        errors = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
+        lines = re.findall(r"^.*(?:\b|[a-z])(?:[Ee]rror|Exception): \S.*", self.errors.text, re.M)
         # The tuner's lost connection is a result of the manager's end, not the cause.
-        causes = [line for line in errors if not re.search("Connect call|Connection ?lost", line)]
+        causes = [line for line in lines if not re.search("Connect call|Connection ?lost", line)]
         words = one_line(causes[-1] if causes else " ".join(errors))
         if "Tuner closed connection" in words:  # this ends NNI's manager
             what, words = "the tuner has died, and NNI's manager with it", ""

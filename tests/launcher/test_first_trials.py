@@ -225,7 +225,7 @@ def test_trials_that_show_that_none_can_work_are_refused(first, trials, how, par
     [
         ([(RUNNING, None)], {"readers": {}, "seconds": 99}, False),
         ([(RUNNING, None)], {"readers": {"0": 0}, "seconds": 1}, False),
-        ([(RUNNING, None)], {"readers": {"0": 0}, "seconds": 3}, True),
+        ([(RUNNING, None)], {"readers": {"0": 0}, "seconds": 4}, True),
         ([(RUNNING, None)], {"seconds": 3}, False),  # without inotify
         ([(RUNNING, None)], {"seconds": 11}, True),
         ([(RUNNING, 0.5)], {"readers": {}}, True),
@@ -243,13 +243,13 @@ def test_the_watch_ends_when_a_trial_shows_that_trials_work(first, trials, how, 
 
 
 def test_a_trial_whose_process_has_ended_is_not_good_yet(first):
-    late = first((RUNNING, None), readers={"0": 0, "gone": 0}, seconds=3)
+    late = first((RUNNING, None), readers={"0": 0, "gone": 0}, seconds=4)
     late.trials.by_id["0"].id = "gone"  # NNI has not noticed it
     assert not late.are_good("RUNNING")
 
 
 def test_fewer_trials_than_five_may_be_all(first):
-    two = first((FAILED, None), (FAILED, None), seconds=3)
+    two = first((FAILED, None), (FAILED, None), seconds=4)
     assert not two.are_good("RUNNING")
     with pytest.raises(ValueError, match="the first 2 trials fail, such as with "):
         two.are_good("TUNER_NO_MORE_TRIAL")
