@@ -55,7 +55,7 @@ function forbid(socket, text) {
 function refusal(headers, { listen, host: names = [] }) {
     const { host = "", origin, "sec-fetch-site": site = "none" } = headers;
     const name = host.replace(/:\d+$/, "").replace(/[[\]]/g, "").toLowerCase();
-    if (!net.isIP(name) && !["localhost", ...names].includes(name))
+    if (!net.isIP(name) && !["localhost", ...names.map((own) => own.toLowerCase())].includes(name))
         return `Host is ${name}; allowed: localhost, an IP address, a name given by --host`;
     const page = listen ? origin?.replace(/^https:/, "http:") : origin;
     const isByProxy = listen
