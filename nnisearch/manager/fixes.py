@@ -251,7 +251,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         try:
             if self.space is not None and not isinstance(self.tuner, BatchTuner):
                 format_parameters(record["parameter"], self.space)
-            return scalar(record["value"]) is not None
+            return "parameter" in record and scalar(record["value"]) is not None
         except UNREADABLE:
             return False
 
