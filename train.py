@@ -223,7 +223,7 @@ def main(argv=None):
     processes.start()
     torch.manual_seed(args.seed)
     try:
-        data_set = load_data(args)  # first: a search is stopped if a trial has no data to ask for
+        data_set = load_data(args)  # before the tuner is asked: a search without data is stopped
         check_data(data_set)
         if args.validate:
             data_set = data.hold_out(*data_set[:2])

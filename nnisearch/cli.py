@@ -143,7 +143,7 @@ def start(experiment: Experiment, args: Namespace) -> int:
     ):
         logs = Logs(config, folder)
         if not args.view:
-            checks.check_private(folder.parent)  # now that nobody else can make it
+            checks.check_private(folder.parent)  # the watchdog has made it by now
             over_there = elsewhere.prepare(config, experiment.id, folder, not is_new)
         prepare_environment(args.listen, args.host, over_there)
         port = launch(experiment, args.port, watchdog, logs)
@@ -171,19 +171,19 @@ def parse_args(argv: list[str] | None, prog: str, project: Project) -> Namespace
     parser = Parser(prog, __doc__)
     add = parser.add_argument
     group = parser.add_mutually_exclusive_group(required=not project.default_config)
-    search = group.add_argument
+    either = group.add_argument
     what = "a configuration of NNI" + (f" (default: {project.default})" if project.default else "")
-    search("config", nargs="?", type=as_path, metavar="CONFIG", help=what)
-    search("-c", "--config", dest="named", type=as_path, metavar="CONFIG", help="the same")
+    either("config", nargs="?", type=as_path, metavar="CONFIG", help=what)
+    either("-c", "--config", dest="named", type=as_path, metavar="CONFIG", help="the same")
     add("-p", "--port", type=int, help="port of the Web UI (default: the first free one from 8090)")
     add("--detach", action="store_true", help="return once the first trials run")
     add("--keep-going", action="store_true", help="start the search even if its first trials fail")
     add("--listen", metavar="ADDRESS", help="open the Web UI to everybody who reaches this address")
     hosts = "a host name by which they reach it, if it is no IP address; may be repeated"
     add("--host", metavar="NAME", action="append", default=[], help=hosts)
-    search("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
-    search("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
-    args = parser.parse_args(argv[1:] if argv[:1] == ["create"] else argv)  # as nnictl's users type
+    either("--resume", metavar="ID", help="continue a stopped search, or watch a running one")
+    either("--view", metavar="ID", help="show a stopped search in the Web UI, without changing it")
+    args = parser.parse_args(argv[1:] if argv[:1] == ["create"] else argv)  # nnictl's users type it
     args.config = args.config or args.named
     if args.port is not None and not 1 <= args.port < 65_536:
         parser.error(f"--port is {args.port}; allowed: 1 to 65535")

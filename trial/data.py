@@ -47,8 +47,8 @@ def load_cifar10(data_dir):
         with contextlib.suppress(OSError):  # a read-only folder, or a disk without locks
             data_dir.mkdir(parents=True, exist_ok=True)
             path = Path(f"{cache}.lock")
-            is_others = path.exists() and not os.access(path, os.W_OK)  # another user's
-            lock = stack.enter_context(open(path, "r" if is_others else "a"))
+            can_write = not path.exists() or os.access(path, os.W_OK)
+            lock = stack.enter_context(open(path, "a" if can_write else "r"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         if tensors := read_cache(cache):  # another trial has made it meanwhile
             return tensors

@@ -1,6 +1,6 @@
 """Makes train.py start and train faster, with the same results. You may delete this file.
 
-train.py imports it before torch and NNI, which it loads itself.
+train.py imports this file first, because it loads torch and NNI itself.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ class Hyperparameter:
 
     @property
     def flag(self):
-        """What argparse needs for a flag: a dict. It checks a default that is text, too."""
+        """What argparse needs for a flag: a dict. argparse checks a default only if it is text."""
         words = f"{self.meaning} ({self.allowed}; default: {self.default})".replace("%", "%%")
         default = str(self.default)
         return {"type": self.from_text, "default": default, "metavar": "VALUE", "help": words}

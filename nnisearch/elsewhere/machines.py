@@ -128,12 +128,12 @@ def attempt(search: dict, folder: Path, number: int) -> tuple[str | None, str | 
         why = answer.get("error") or f"it has nni {answer['nni']}"
         return f"{name}: {python_fault(machine, why)}", None
     (state / f"gpus{number}").write_text(str(answer["gpus"]))
-    wanted, allowed = search["trialGpuNumber"] or 0, machine["gpuIndices"]
-    usable = answer["gpus"] if allowed is None else len(allowed)
-    for index in allowed or [] if wanted else []:
-        if index >= answer["gpus"]:
-            limit = f"below {answer['gpus']}, nvidia-smi's GPUs there"
-            return f"{name}: gpuIndices is {index}; allowed: {limit}", None
+    wanted, indices = search["trialGpuNumber"] or 0, machine["gpuIndices"]
+    usable = answer["gpus"] if indices is None else len(indices)
+    missing = [index for index in indices or [] if index >= answer["gpus"]]
+    if wanted and missing:
+        limit = f"below {answer['gpus']}, nvidia-smi's GPUs there"
+        return f"{name}: gpuIndices is {missing[0]}; allowed: {limit}", None
     if wanted > usable:
         limit = f"at most {usable}, the GPUs there that the search may use"
         return f"{name}: trialGpuNumber is {wanted}; allowed: {limit}", None
@@ -170,7 +170,7 @@ def python_fault(machine: dict, why: str) -> str:
 
 
 def pack(code: Path, archive: Path) -> None:
-    """Pack a project's folder, but for what .nniignore and .git leave out."""
+    """Pack a project's folder, but not .git and what .nniignore lists."""
     with tempfile.TemporaryDirectory() as empty:
         git = ["git", f"--git-dir={empty}", f"--work-tree={code}"]
         subprocess.run([*git, "init", "-q"], check=True, capture_output=True)
@@ -187,4 +187,7 @@ def pack(code: Path, archive: Path) -> None:
         found = f"{len(files)} files, {size:.0f} MB"
         raise ValueError(f"trialCodeDirectory is {code}: {found}; allowed: {allowed}")
     tar = ["tar", "cz", "-f", archive, "-C", code, "--null", "--verbatim-files-from", "-T", "-"]
-    subprocess.run(tar, input=names, check=True, capture_output=True)
+    packed = subprocess.run(tar, input=names, capture_output=True)
+    if packed.returncode > 1:  # 1: a file has changed meanwhile
+        why = one_line(packed.stderr.decode(errors="replace"))
+        raise ValueError(f"trialCodeDirectory is {code}; allowed: files that tar can read; {why}")

@@ -124,9 +124,10 @@ class Connection:
 
     def send_start(self, code, gpus):
         """Let the trial begin on these GPUs; code is an archive, or None if the code is there."""
-        with contextlib.nullcontext() if code is None else code.open("rb") as file:
-            for data in iter(lambda: file.read(65536), b"") if file else ():
-                self.send(b"c", data)
+        if code:
+            with code.open("rb") as file:
+                for data in iter(lambda: file.read(65536), b""):
+                    self.send(b"c", data)
         self.send(b"v", gpus.encode())
 
     def read(self, seconds):
@@ -195,8 +196,8 @@ def take_gpus(state, number, machine, count, is_busy):
         locks = [try_lock(state / f"place{number}-{gpu}-{place}") for place in range(places)]
         free = [*filter(None, locks)]
         is_others = count and is_busy[gpu] and len(free) == places and not machine["useActiveGpu"]
-        is_taken = free and not is_others and len(taken) < max(count, 1)
-        if is_taken:
+        is_chosen = free and not is_others and len(taken) < max(count, 1)
+        if is_chosen:
             taken[gpu] = free.pop()
         for lock in free:
             lock.close()
@@ -225,7 +226,7 @@ class Trial:
     def run(self):
         """Run the trial on the first free machine; return its exit status."""
         while True:
-            # Those that are lost come last.
+            # Lost machines come last.
             machines = enumerate(self.search["machines"])
             for number, machine in sorted(machines, key=lambda pair: self.marked("lost", pair[0])):
                 with contextlib.ExitStack() as stack:
@@ -271,9 +272,9 @@ class Trial:
         with turn:
             count = self.search["trialGpuNumber"] or 0
             gpu_count = self.state / f"gpus{number}"
-            if gpu_count.exists() or not count:
-                free = [False] * int(gpu_count.read_text()) if count else []
-                places = take_gpus(self.state, number, machine, count, free)
+            if gpu_count.exists() or not count:  # do not connect if other trials have all
+                idle = [False] * int(gpu_count.read_text()) if count else []
+                places = take_gpus(self.state, number, machine, count, idle)
                 if places is None:
                     return False
                 for lock in places.values():

@@ -28,7 +28,7 @@ STAY = {".nni", "parameter.cfg", "run.sh"}  # of a trial's files; all others go 
 class Channel:
     """The connection to over_ssh.py.
 
-    With it ends the trial that has the mark in its environment, and its folder.
+    When it breaks, the trial whose environment has the mark is ended, and its folder removed.
     """
 
     def __init__(self):
@@ -151,7 +151,7 @@ def run(channel, task, folder):
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = {"gpus": gpus() if task["needsGpus"] else [], "hasCode": code.exists()}
     channel.send(b"h", json.dumps(state).encode())
-    frame = channel.receive() if code.exists() else receive_code(channel, code)
+    frame = channel.receive() if state["hasCode"] else receive_code(channel, code)
     visible = frame[1].decode()
     end(mark)  # if the process of an earlier connection was killed
     shutil.rmtree(own, ignore_errors=True)
@@ -185,7 +185,7 @@ def follow(channel, process, metrics):
     """Send a trial's output and reports until it has ended; end what it has left running."""
     streams = {process.stdout.fileno(): b"o", process.stderr.fileno(): b"e"}
     last = None
-    while streams and (last is None or time.monotonic() < last):
+    while last is None or (streams and time.monotonic() < last):
         for stream in select.select([*streams], [], [], 0.05)[0]:
             data = os.read(stream, 65536)
             if data:

@@ -85,7 +85,7 @@ def cancel_jobs(id: str) -> None:
     end, why = time.monotonic() + PATIENCE, ""
     while True:
         try:
-            jobs = read_queue(id, "PENDING,RUNNING,COMPLETING")
+            jobs = read_queue(id, "PENDING,RUNNING,SUSPENDED,COMPLETING")
             for name in jobs:
                 ask("scancel", "--name", name)
                 ask("scancel", "--name", name, "--signal=KILL")  # SIGTERM allows it 30 s more

@@ -41,7 +41,7 @@ function ownersOf(sockets) {
     });
 }
 
-// Answer a connection in one line, and close it. It may be of this user's own proxy or relay.
+// Close a connection with an answer of one line, which the user's own proxy or relay may show.
 function forbid(socket, text) {
     socket.on("error", () => {}).end(
         `HTTP/1.1 403 Forbidden\r\nContent-Length: ${text.length}\r\n\r\n${text}`);
@@ -55,17 +55,17 @@ function forbid(socket, text) {
 function refusal(headers, { listen, host: names = [] }) {
     const { host = "", origin, "sec-fetch-site": site = "none" } = headers;
     const name = host.replace(/:\d+$/, "").replace(/[[\]]/g, "").toLowerCase();
-    if (!net.isIP(name) && !["localhost", ...names].includes(name))
+    if (!net.isIP(name) && !["localhost", ...names.map((own) => own.toLowerCase())].includes(name))
         return `Host is ${name}; allowed: localhost, an IP address, a name given by --host`;
     const page = listen ? origin?.replace(/^https:/, "http:") : origin;
     const isByProxy = listen
         && (site === "same-origin" || page === `http://${headers["x-forwarded-host"] ?? host}`);
-    const isOwn = isByProxy || [undefined, `http://${host}`].includes(page);
-    if (!["none", "same-origin"].includes(site) || !isOwn)
+    const isOwnPage = isByProxy || [undefined, `http://${host}`].includes(page);
+    if (!["none", "same-origin"].includes(site) || !isOwnPage)
         return "A page of another site has asked. Type this address into the browser instead.";
 }
 
-// Guard NNI's server. Returns two functions that pass a connection by the guard: any, the tuner's.
+// Guard NNI's server. Returns pass, which admits any connection, and adopt, for the tuner's.
 function guard(server, settings, isOpen) {
     const { close, emit } = server;
     const pass = (socket) => emit.call(server, "connection", socket);
@@ -125,9 +125,9 @@ module.exports = function (settings) {
         const door = guard(this, settings, isOpen);
         adopt = door.adopt;
         const start = () => bind.call(this, port, isOpen ? listen : "127.0.0.1", ...rest);
-        const more = listen && !isOpen ? () => listenAlso(listen, port, door.pass, start) : start;
+        const next = listen && !isOpen ? () => listenAlso(listen, port, door.pass, start) : start;
         // NNI's clients call localhost, which may be ::1 first: nobody else may have that.
-        listenAlso("::1", port, (socket) => this.emit("connection", socket), more);
+        listenAlso("::1", port, (socket) => this.emit("connection", socket), next);
         return this;
     };
     return {

@@ -64,9 +64,9 @@ function bySlurm({ elsewhere: { environment, isStep, name }, say }) {
     };
     const warnOfTasks = (job) => {
         if (read(noteOf(job)).includes("several"))
-            sayOnce(`${nameOf(job)} runs as several tasks, which all report: srun --ntasks=1 asks for one`);
+            sayOnce(`${nameOf(job)} runs as several tasks, which all report: take srun --ntasks=1`);
     };
-    // Whether SLURM has ended a trial's job, and not for a limit: its state, "" if that is unknown.
+    // How a trial's job has ended: SLURM's state of it, "" if that is unknown.
     async function stateOf(job) {
         const number = /^\d+ \S+ (\d+)$/m.exec(read(noteOf(job)))?.[1];
         const end = Date.now() + PATIENCE * 1000;

@@ -110,8 +110,8 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
             self.default_command_queue.put((command, data))
 
     def process_command(self, command, data):
-        is_assessors = threading.current_thread() is self.assessor_worker
-        if command is CommandType.TrialEnd and is_assessors:
+        in_assessors_thread = threading.current_thread() is self.assessor_worker
+        if command is CommandType.TrialEnd and in_assessors_thread:
             self.tell_assessor_of_end(data)
         else:
             super().process_command(command, data)
@@ -251,7 +251,7 @@ class Dispatcher(msg_dispatcher.MsgDispatcher):
         try:
             if self.space is not None and not isinstance(self.tuner, BatchTuner):
                 format_parameters(record["parameter"], self.space)
-            return scalar(record["value"]) is not None
+            return "parameter" in record and scalar(record["value"]) is not None
         except UNREADABLE:
             return False
 

@@ -6,8 +6,8 @@ const fs = require("fs");
 const Module = require("module");
 const path = require("path");
 
-// All users of this machine can run commands by Node's debugger. SIGUSR1 starts it, which batch
-// systems send; a module in the user's NODE_OPTIONS may start it, too.
+// By Node's debugger all users of this machine can run commands. SIGUSR1 starts it, and batch
+// systems send this signal. A module in the user's NODE_OPTIONS may start it, too.
 process.on("SIGUSR1", () => {});
 const inspector = require("inspector");
 inspector.open = () => {};

@@ -22,7 +22,7 @@ const findHooks = require("./elsewhere");
 const LOOK = 500; // ms between two looks at a running trial's reports
 const GRACE = 5000; // ms from SIGTERM to SIGKILL
 const GPU_PAUSE = 2000; // ms between two looks at the GPUs
-const MOST = 1 << 20; // bytes: longer than a report, and read at a time while others wait
+const MOST = 1 << 20; // bytes: longer than any report, and the most that is read at a time
 const HEADER = 8; // characters of a report: ME and the number of its bytes
 // The start of a report; inside one, this quote would have a backslash.
 const START = /(?=ME\d{6}\{")/;
@@ -95,8 +95,8 @@ function parse(text, trial) {
         const { parameter_id, trial_job_id, type, sequence, value } = JSON.parse(text);
         const isResult = type === "FINAL" || type === "PERIODICAL" && Number.isInteger(sequence);
         const isReport = isResult && trial_job_id === trial && typeof value === "string";
-        const isSet = parameter_id === null || typeof parameter_id !== "object";
-        if (isReport && isSet) return { parameter_id, trial_job_id, type, sequence, value };
+        const isId = parameter_id === null || typeof parameter_id !== "object";
+        if (isReport && isId) return { parameter_id, trial_job_id, type, sequence, value };
     } catch {} // it is no JSON
 }
 
@@ -121,9 +121,9 @@ async function endProcesses(trial) {
     signal(find(), "SIGKILL");
 }
 
-const extendService = (NNIs, settings, elsewhere) => class Service extends NNIs {
-    // NNI starts five shells, and follows the reports by inotify: at its limit the manager ends,
-    // and it does not tell of what another machine writes.
+const extendService = (Original, settings, elsewhere) => class Service extends Original {
+    // NNI starts five shells, and follows the reports by inotify. At inotify's limit the manager
+    // ends, and inotify does not see what another machine writes.
     async runTrialJob(id, resource) {
         const job = this.jobMap.get(id);
         const folder = job.workingDirectory;
@@ -159,7 +159,7 @@ const extendService = (NNIs, settings, elsewhere) => class Service extends NNIs 
     // NNI starts a shell for each look, and ends a trial that has reports left.
     async getTrialJob(id) {
         const job = this.jobMap.get(id);
-        // While NNI stops it hears no reports: what ends then runs again after a resume.
+        // While NNI stops, it hears no reports: a trial that ends then runs again after a resume.
         const isHeard = this.eventEmitter.listenerCount("metric") > 0;
         if (job?.reports && !job.endTime && isHeard) this.look(job);
         return job ?? super.getTrialJob(id); // which throws NNI's error
@@ -186,7 +186,7 @@ const extendService = (NNIs, settings, elsewhere) => class Service extends NNIs 
     async end(job) {
         const loss = job.stopped ? undefined : await elsewhere?.lost(job);
         if (loss && (job.again ?? 0) < (loss.limit ?? Infinity)) {
-            await settings.query( // but the tuner knows its final result
+            await settings.query( // a final result stays: the tuner knows it
                 "delete from MetricData where trialJobId = ? and type <> 'FINAL'", job.id);
             if (!job.stopped) return this.runAgain(job, loss);
         }
@@ -226,7 +226,7 @@ const extendService = (NNIs, settings, elsewhere) => class Service extends NNIs 
 
 // NNI starts a Python program that outlives a killed manager, and reads its file by a shell. All
 // users may write to that file, and another search may delete it.
-const extendScheduler = (NNIs) => class Scheduler extends NNIs {
+const extendScheduler = (Original) => class Scheduler extends Original {
     async run() {
         while (!this.stopping) {
             await this.look().catch((error) => {
@@ -251,8 +251,8 @@ const extendScheduler = (NNIs) => class Scheduler extends NNIs {
 
 module.exports = (settings) => ({
     "training_service/local/localTrainingService.js": (exports) => {
-        const { LocalTrainingService: NNIs } = exports;
-        exports.LocalTrainingService = extendService(NNIs, settings, findHooks(settings));
+        const { LocalTrainingService: Original } = exports;
+        exports.LocalTrainingService = extendService(Original, settings, findHooks(settings));
     },
     "training_service/local/gpuScheduler.js": (exports) => {
         exports.GPUScheduler = extendScheduler(exports.GPUScheduler);

@@ -16,7 +16,7 @@ const isUnended = ({ status }) => !ENDED.includes(status);
 
 // NNI's words for a trial that a user has added.
 const ADDED = '"parameter_source":"customized"';
-// Those that have not started; they start in the order of their events.
+// The parameters of added trials that have not started. They start in the order of events.
 const NOT_STARTED = `select data from TrialJobEvent where event = 'ADD_CUSTOMIZED' order by rowid
     limit -1 offset (select count(distinct trialJobId) from TrialJobEvent
         where event = 'WAITING' and data like '%${ADDED}%')`;
@@ -29,7 +29,7 @@ const LIMITS = { // as the Web UI and nnictl call them
     MAX_EXEC_DURATION: { key: "maxExperimentDuration", nnictls: "maxExecDuration", ...TIME },
 };
 
-// NNI takes any value, even one that ends the manager, and ignores nnictl's.
+// NNI accepts any value, even one that ends the manager, and ignores nnictl's names.
 function setLimit(params, { key, nnictls, pattern, allowed }) {
     const value = params[nnictls] ?? params[key];
     if (!pattern.test(value))
@@ -46,7 +46,7 @@ function shortenPauses(settings) {
     };
 }
 
-const extendManager = (NNIs, settings) => class Manager extends NNIs {
+const extendManager = (Original, settings) => class Manager extends Original {
     run() {
         settings.manager = this;
         return super.run();
@@ -59,8 +59,8 @@ const extendManager = (NNIs, settings) => class Manager extends NNIs {
 
     async pingDispatcher() {} // the tuner ignores NNI's pings
 
-    // NNI tells the tuner after the database, when the trial may have ended: TPE fails on that. It
-    // also leaves out the first reports if the database is busy.
+    // NNI first stores a report, then tells the tuner. By then the trial may have ended: TPE fails
+    // on that. If the database is busy, NNI also leaves out the first reports.
     async onTrialJobMetrics({ id, data }) {
         const { unstored } = settings;
         this.dispatcher.sendCommand(REPORT_METRIC_DATA, data);
@@ -90,7 +90,7 @@ const extendManager = (NNIs, settings) => class Manager extends NNIs {
     }
 
     addRecoveredTrialJob(jobs) {
-        // After a second kill NNI forgets those that were to run again, as ADD_RESUMED.
+        // The status of trials that run again is ADD_RESUMED: NNI forgets them after a second kill.
         const unended = jobs.filter(isUnended).map((job) => ({ ...job, status: "WAITING" }));
         super.addRecoveredTrialJob(unended);
         this.currSubmittedTrialNum -= this.waitingTrials.length; // NNI counts them at their start
@@ -101,8 +101,8 @@ const extendManager = (NNIs, settings) => class Manager extends NNIs {
         this.trialDataForResume = `[${sets.join()}]`;
     }
 
-    // NNI asks for a set of parameters when a trial ends, but not if maxTrialNumber is reached
-    // then: nothing starts after the limit is raised.
+    // NNI asks for a set of parameters when a trial ends, but not if maxTrialNumber is reached.
+    // Then nothing would start after the user raises this limit.
     requestTrialJobs() {
         const present = this.trialJobs.size + this.waitingTrials.length + this.asked;
         const missing = this.experimentProfile.params.trialConcurrency - present;
@@ -117,7 +117,7 @@ const extendManager = (NNIs, settings) => class Manager extends NNIs {
             return this.dataStore.storeExperimentProfile(this.experimentProfile);
         }
         if (command === INITIALIZED) this.asked = 0;
-        // A tuner without more sets leaves asked as it is: it is asked at a trial's end.
+        // If the tuner has no more sets, asked stays: the next question comes at a trial's end.
         if (command === NEW_TRIAL_JOB) this.asked = Math.max(0, this.asked - 1);
         return super.onTunerCommand(command, content);
     }

@@ -45,7 +45,7 @@ function claim(folder, Database) {
     }));
 }
 
-const extendDatabase = (NNIs, { Database }, settings) => class Store extends NNIs {
+const extendDatabase = (Original, { Database }, settings) => class Store extends Original {
     async init(...args) { // the first thing that a manager does
         // Several may show the same experiment.
         if (settings.action !== "view") await claim(settings.folder, Database);

@@ -25,7 +25,7 @@ def held(file):
     has the lock until it has undone the start.
     """
     notice = time.monotonic() + NOTICE
-    while not is_taken(file):
+    while not take(file):
         if time.monotonic() > notice:
             seen = f"fuser -v {START_LOCK}"
             print(f"Waiting for another start, maybe one stopped by Ctrl-Z; to see it: {seen}")
@@ -37,7 +37,7 @@ def held(file):
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def is_taken(file):
+def take(file):
     """Take the lock of starts; return whether it was free."""
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -82,7 +82,7 @@ def running_config(entry):
     try:
         params = rest.get(entry["port"], "/experiment")["params"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        pid = manager_of(id).pid if manager_of(id) else entry.get("pid")
+        pid = manager.pid if (manager := manager_of(id)) else entry.get("pid")
         ways = f"kill -CONT {pid} if it is stopped, or kill -9 {pid} and this again"
         why = f"its manager, process {pid}, does not answer: {one_line(error)}"
         raise ValueError(f"--resume is {id}; allowed: one that answers; {why}; {ways}") from None

@@ -50,7 +50,7 @@ class Watchdog:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[self.lock.fileno()],
-                start_new_session=True,  # because Ctrl-C does not reach that
+                start_new_session=True,  # which Ctrl-C does not reach
             )
         try:
             # NNI creates folders in it that everybody may write to, and runs files from them.
@@ -119,13 +119,13 @@ def remove_made(folder, action, made):
 
 def main():
     lock, folder, action, *made = sys.argv[1:]
-    done = sys.stdin.read().split()
-    if "done" in done:
+    told = sys.stdin.read().split()
+    if "done" in told:
         return
     from nnisearch.shared.imports import without_pandas
 
     folder = Path(folder)
-    if "start" in done:
+    if "start" in told:
         with without_pandas(), open(int(lock)) as file:
             undo(folder, action, file)
     remove_made(folder, action, map(Path, made))

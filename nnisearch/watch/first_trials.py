@@ -50,7 +50,7 @@ def watch(config, folder, port, logs, readers, only_tuner):
         if not only_tuner and first.are_good(status):
             return []
         if first.waits:
-            return first.first()
+            return first.earliest()
         if not is_said and time.monotonic() - begun > NOTICE:
             is_said = True
             print(f"Waiting for {first.awaited()}; --keep-going does not wait")
@@ -97,7 +97,7 @@ class FirstTrials:
             self.waiting = now
         self.waits = now - self.waiting > UNSEEN
 
-    def first(self):
+    def earliest(self):
         return sorted(self.trials.by_id.values(), key=lambda trial: trial.number)[:FIRST]
 
     def are_good(self, status):
@@ -105,7 +105,7 @@ class FirstTrials:
 
         Raises ValueError if a trial shows that it does not. status is NNI's of the search.
         """
-        first = self.first()
+        first = self.earliest()
         for trial in first:
             self.check(trial)
         number = min(FIRST, self.config.max_trial_number or FIRST)
@@ -155,7 +155,7 @@ class FirstTrials:
 
     def awaited(self):
         """Return in words what the first trials have not done yet."""
-        first = self.first()
+        first = self.earliest()
         if not first:
             return "the tuner's first parameters"
         if not self.running:
@@ -165,10 +165,10 @@ class FirstTrials:
         return f"{what}; the last line of the first: {one_line(lines[-1])}" if lines else what
 
 
-def has_process(trial):
-    """Return whether a process of a trial, named by its ID, runs; on a busy machine NNI is late."""
+def has_process(id):
+    """Return whether a process of a trial runs; on a busy machine NNI notices its end late."""
     environments = (call(process, "environ") or {} for process in own_processes())
-    return any(environment.get("NNI_TRIAL_JOB_ID") == trial for environment in environments)
+    return any(environment.get("NNI_TRIAL_JOB_ID") == id for environment in environments)
 
 
 def is_reported(trial):
@@ -195,7 +195,7 @@ def noticing_readers(trials):
         is_late = False
         watch = libc.inotify_add_watch(notify, os.fsencode(trials / name), IN_ACCESS)
         folders[watch] = name
-        # At inotify's limit, or if the trial may have read them before the watch: not accused.
+        # Assume that the trial has read them, if inotify is at its limit or the watch comes late.
         with contextlib.suppress(OSError):  # the trial starts only now
             started = (trials / name / "stdout").stat().st_mtime
             is_late = time.time() - started > START

@@ -219,7 +219,7 @@ require("http").createServer((_, answer) => answer.end("here")).listen(
     settings.port, () => console.log(settings.port));
 """
 LOCAL = "Host: 127.0.0.1:8090"
-NAMED = {"listen": "127.0.0.1", "host": ["lab.example"]}
+NAMED = {"listen": "127.0.0.1", "host": ["Lab.example"]}
 
 
 @pytest.mark.parametrize(

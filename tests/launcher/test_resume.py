@@ -352,7 +352,7 @@ def test_a_line_tells_which_lock_the_command_waits_for(tmp_path, monkeypatch):
     os.utime(dated, (2**32, 2**32))  # in the future
     said = []
     with (tmp_path / "start.lock").open("w") as other, (tmp_path / "start.lock").open() as own:
-        assert locks.is_taken(other)
+        assert locks.take(other)
         releases = [other.close, dated.unlink]
 
         def released(line):
