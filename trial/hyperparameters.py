@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from dataclasses import dataclass
 
 
@@ -61,6 +62,8 @@ class Number(Hyperparameter):
         """Return whether value is of this kind and within the bounds. An integer is a number."""
         if isinstance(value, bool) or not isinstance(value, (int, self.kind)):
             return False  # for Python, True is an int
+        if abs(value) > sys.float_info.max:  # an integer of hundreds of digits
+            return False
         return self.above < value < self.below and self.at_least <= value <= self.at_most
 
 

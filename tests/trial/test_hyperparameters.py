@@ -14,7 +14,7 @@ REFUSED = [
     ("lr", [0, -0.1, float("inf"), float("nan"), "fast"], "a finite number > 0"),
     ("optimizer", ["RMSprop", "sgd"], "SGD, Adam, AdamW, Muon"),
     ("momentum", [1, -0.1, "high"], "a finite number >= 0 and < 1"),
-    ("weight_decay", [-0.1, float("inf")], "a finite number >= 0"),
+    ("weight_decay", [-0.1, float("inf"), 10**400], "a finite number >= 0"),
     ("label_smoothing", [1], "a finite number >= 0 and < 1"),
     ("lr_schedule", ["step"], "constant, cosine, one_cycle"),
     ("augment", [-1, 17], "an integer >= 0 and <= 16"),
