@@ -23,6 +23,7 @@ const LOOK = 500; // ms between two looks at a running trial's reports
 const GRACE = 5000; // ms from SIGTERM to SIGKILL
 const GPU_PAUSE = 2000; // ms between two looks at the GPUs
 const MOST = 1 << 20; // bytes: longer than any report, and the most that is read at a time
+const READ_LATER = ["EIO", "EMFILE", "ENFILE", "ESTALE"]; // NFS, or the limit of open files
 const HEADER = 8; // characters of a report: ME and the number of its bytes
 // The start of a report; inside one, this quote would have a backslash.
 const START = /(?=ME\d{6}\{")/;
@@ -36,18 +37,20 @@ class Reports {
 
     // Tell the new reports; return whether all is read.
     read() {
-        let file;
+        let size, news;
         try {
-            file = fs.openSync(this.file); // anew, since NFS only then tells the size
+            const file = fs.openSync(this.file); // anew, since NFS only then tells the size
+            try {
+                size = fs.fstatSync(file).size;
+                if (size < this.place) this.skipTo(0); // the trial has cut it
+                news = Buffer.alloc(Math.min(size - this.place, MOST));
+                this.place += fs.readSync(file, news, 0, news.length, this.place);
+            } finally {
+                fs.closeSync(file);
+            }
         } catch ({ code }) {
-            // At the limit of open files it is read later. Otherwise the trial has deleted it.
-            return !["EMFILE", "ENFILE"].includes(code);
+            return !READ_LATER.includes(code); // otherwise the trial has deleted it
         }
-        const { size } = fs.fstatSync(file);
-        if (size < this.place) this.skipTo(0); // the trial has cut it
-        const news = Buffer.alloc(Math.min(size - this.place, MOST));
-        this.place += fs.readSync(file, news, 0, news.length, this.place);
-        fs.closeSync(file);
         const pieces = (this.rest + news.toString("latin1")).split(START); // a character per byte
         this.rest = pieces.pop();
         if (this.rest.length >= HEADER + Number(this.rest.slice(2, HEADER))) {
