@@ -238,20 +238,21 @@ def test_a_viewed_or_prefixed_search_is_not_resumed(tmp_path):
 def test_what_has_been_resumed_meanwhile_is_not_touched(
     start_sleeper, tmp_path, monkeypatch, action
 ):
+    id = f"abc{action}"  # the two run at once, and a resume ends what has its ID
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(resume, "STOPPING", 60)
-    folder = tmp_path / "abc"
-    listed = write_list(tmp_path, {"abc": ENTRY | {"id": "abc"}})
-    stored = types.SimpleNamespace(id="abc", action=action, folder=folder)
-    trial = start_sleeper(NNI_EXP_ID="abc")
+    folder = tmp_path / id
+    listed = write_list(tmp_path, {id: ENTRY | {"id": id}})
+    stored = types.SimpleNamespace(id=id, action=action, folder=folder)
+    trial = start_sleeper(NNI_EXP_ID=id)
     tuner = start_sleeper(NNI_LOG_DIRECTORY=f"{folder}/log")
     others = [
         start_sleeper("less", f"{folder}/log/nnimanager.log"),  # it only reads there
-        start_sleeper(NNI_EXP_ID="abcd"),
+        start_sleeper(NNI_EXP_ID=f"{id}d"),
         start_sleeper(NNI_LOG_DIRECTORY=f"{folder}d/log"),
     ]
-    manager = start_sleeper(*manager_arguments("abc"))
-    with pytest.raises(ValueError, match=rf"^--{action} is abc; allowed: one that does not run; "):
+    manager = start_sleeper(*manager_arguments(id))
+    with pytest.raises(ValueError, match=rf"^--{action} is {id}; allowed: one that does not run; "):
         resume.clear(stored)
     assert [process.poll() for process in (trial, tuner, manager)] == [None] * 3
     listed.write_text(listed.read_text().replace("RUNNING", "STOPPED"))  # by nnictl stop
